@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only place that knows OpenMP.
+//
+// A job's result never depends on which thread runs it, so the number of threads changes the speed and no bit
+// of the output. One thread means no parallel region at all: libgomp's pool does not survive a fork, so a
+// child (a DataLoader worker) must not enter one. `serial_after_fork()` makes sure of that whatever the
+// caller asks for.
+#pragma once
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+
+namespace medaccel {
+
+inline std::atomic<bool>& in_forked_child() {
+    static std::atomic<bool> flag{false};
+    return flag;
+}
+
+// Called once, when a module is loaded.
+inline void serial_after_fork() {
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child().store(true); });
+}
+
+// Runs job(i, scratch) for i = 0 … n-1. `make_scratch()` is called once in each thread. The first exception
+// (in practice std::bad_alloc) is carried out of the parallel region and thrown in the calling thread.
+template <class MakeScratch, class Job>
+void parallel_for(int64_t n, int threads, const MakeScratch& make_scratch, const Job& job) {
+    if (threads > n) threads = static_cast<int>(n);
+    if (threads <= 1 || in_forked_child().load()) {
+        auto scratch = make_scratch();
+        for (int64_t i = 0; i < n; ++i) job(i, scratch);
+        return;
+    }
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(threads)
+    {
+        try {
+            auto scratch = make_scratch();
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < n; ++i)
+                if (!failed.load(std::memory_order_relaxed)) job(i, scratch);
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+        }
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+}  // namespace medaccel

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels' Python module; the only file that knows Python, beside cuda_module.cpp. It is compiled
+// once and linked with each instruction set's kernels. Tensors arrive as addresses, shapes and strides (in
+// elements), which medaccel/_native.py alone may take.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "common/parallel.h"
+#include "gaussian/gaussian.h"
+
+namespace py = pybind11;
+using medaccel::Shape;
+
+namespace medaccel {
+const char* isa_name();  // isa.cpp
+}
+
+namespace {
+
+enum class DType : int { float32 = 0, float64 = 1 };
+
+template <class F>
+auto dispatch(int dtype, const F& f) {
+    if (dtype == static_cast<int>(DType::float32)) return f(float{});
+    if (dtype == static_cast<int>(DType::float64)) return f(double{});
+    throw std::invalid_argument("unknown dtype code " + std::to_string(dtype));
+}
+
+medaccel::gaussian::Settings gaussian_settings(double truncated, int approx, int border, bool normalize,
+                                               int threads) {
+    using namespace medaccel::gaussian;
+    return {truncated, static_cast<Approx>(approx), static_cast<Border>(border), normalize, threads};
+}
+
+bool gaussian_filter(std::uintptr_t in, std::uintptr_t out, int dtype, const Shape& shape, const Shape& in_strides,
+                     const Shape& out_strides, const std::vector<double>& sigma, double truncated, int approx,
+                     int border, bool normalize, bool adjoint, int threads) {
+    const auto settings = gaussian_settings(truncated, approx, border, normalize, threads);
+    return dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        return medaccel::gaussian::filter(reinterpret_cast<const T*>(in), reinterpret_cast<T*>(out), shape,
+                                          in_strides, out_strides, sigma.data(), adjoint, settings);
+    });
+}
+
+// An empty result: the layout cannot be served.
+std::vector<double> gaussian_sigma_gradient(std::uintptr_t in, std::uintptr_t grad, int dtype, const Shape& shape,
+                                            const Shape& in_strides, const Shape& grad_strides,
+                                            const std::vector<double>& sigma, double truncated, int approx,
+                                            int border, bool normalize, int threads) {
+    const auto settings = gaussian_settings(truncated, approx, border, normalize, threads);
+    std::vector<double> gradient(sigma.size(), 0.0);
+    const bool served = dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        return medaccel::gaussian::sigma_gradient(reinterpret_cast<const T*>(in), reinterpret_cast<const T*>(grad),
+                                                  shape, in_strides, grad_strides, sigma.data(), gradient.data(),
+                                                  settings);
+    });
+    return served ? gradient : std::vector<double>{};
+}
+
+// What this processor and its operating system can run, slowest first. This file is compiled without any -m
+// flag, so asking is safe on every processor.
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> isas{"baseline"};
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        isas.push_back("avx2");
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            isas.push_back("avx512");
+    }
+#endif
+    return isas;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    medaccel::serial_after_fork();
+    m.attr("isa") = medaccel::isa_name();
+    m.attr("compiler") = MEDACCEL_COMPILER;
+    m.def("supported_isas", &supported_isas);
+    using Release = py::call_guard<py::gil_scoped_release>;
+    m.def("gaussian_filter", &gaussian_filter, Release());
+    m.def("gaussian_sigma_gradient", &gaussian_sigma_gradient, Release());
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asks the GPU itself whether this build has code for it: what `medaccel doctor` and dispatch rely on.
+#pragma once
+
+#include <string>
+
+namespace medaccel::probe {
+
+struct DeviceCount {
+    int count;            // 0 where there is no usable driver
+    std::string problem;  // empty, or what the CUDA runtime says
+};
+
+DeviceCount device_count();
+
+// The architecture, as 10·major + minor, of the code that runs on `device`: 90 for sm_90 itself, less where PTX of
+// an older one was compiled by the driver. Throws std::runtime_error where the build holds none that fits.
+int running_architecture(int device);
+
+}  // namespace medaccel::probe

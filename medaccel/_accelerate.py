@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`accelerate` and `revert`: a model's MONAI layers become medaccel's by their class alone.
+
+Parameters, buffers, hooks, the optimizer's references and the state_dict stay the very same objects, because only
+``module.__class__`` changes, and only on the modules of the model that was passed.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+SUPPORTED_MONAI = "1.6"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    monai: str  # module:Class
+    ours: str
+    # None where the module can be served, else the sentence for the report
+    unsupported: Callable[[nn.Module], str | None] = lambda module: None
+
+
+def _gaussian_unsupported(module: nn.Module) -> str | None:
+    approx = str(getattr(module, "approx", ""))
+    if approx.lower() not in ("erf", "sampled", "scalespace"):
+        return f"its approx is {approx!r}, which medaccel does not know"
+    return None
+
+
+_REGISTRY = (
+    _Entry(
+        "monai.networks.layers.simplelayers:GaussianFilter",
+        "medaccel.layers.gaussian:GaussianFilter",
+        _gaussian_unsupported,
+    ),
+)
+
+
+def _resolve(path: str) -> type[nn.Module]:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass
+class AccelerationReport:
+    """What `accelerate` did: printable, and true where at least one module changed.
+
+    Attributes:
+        changed: (module's name in the model, the class it has now); the model itself is named "(model)".
+        kept: (module's name, why it stays MONAI's).
+    """
+
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.changed)
+
+    def __str__(self) -> str:
+        lines = [f"medaccel: {len(self.changed)} module(s) accelerated, {len(self.kept)} kept"]
+        lines += [f"  changed  {name}: {what}" for name, what in self.changed]
+        lines += [f"  kept     {name}: {why}" for name, why in self.kept]
+        return "\n".join(lines)
+
+
+def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Entry, type[nn.Module]]]:
+    """The model's modules that are instances of a MONAI class of the registry, subclasses included."""
+    for entry in _REGISTRY:
+        # A model holds MONAI's layers only if MONAI has been imported; it need not be imported to find none.
+        monai_class = getattr(sys.modules.get(entry.monai.split(":")[0]), entry.monai.split(":")[1], None)
+        if monai_class is None:
+            continue
+        for name, module in model.named_modules():
+            if isinstance(module, monai_class):
+                yield name or "(model)", module, entry, monai_class
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
+    """Makes the MONAI layers of `model` run on medaccel's kernels, in place; weights and numbers stay the same.
+
+    Only this instance is touched. It may be wrapped (DataParallel, DDP), on any device, in training or not; calling
+    again changes nothing more. `revert` undoes it.
+
+    Args:
+        model: any module that contains MONAI layers: a network, a loss, a LightningModule.
+        strict: raise instead of leaving a known MONAI layer as it is.
+
+    Returns:
+        The report of what changed and what was kept, with reasons.
+
+    Raises:
+        TypeError: `model` is not a module.
+        RuntimeError: `strict`, and a layer can't be served; the model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model is a {type(model).__name__}; expected a torch.nn.Module")
+    report = AccelerationReport()
+    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+    for name, module, entry, monai_class in _known(model):
+        ours = _resolve(entry.ours)
+        if isinstance(module, ours):
+            continue
+        if type(module) is not monai_class:
+            reason: str | None = f"{type(module).__qualname__} is a subclass of MONAI's {monai_class.__name__}"
+        elif "forward" in module.__dict__:
+            reason = "its forward has been replaced on the instance"
+        else:
+            reason = entry.unsupported(module)
+        if reason is None:
+            swaps.append((module, ours))
+            report.changed.append((name, f"{ours.__module__}.{ours.__qualname__}"))
+        else:
+            report.kept.append((name, reason))
+    if strict and report.kept:
+        raise RuntimeError(f"accelerate: strict, and some layers can't be served\n{report}")
+    for module, ours in swaps:
+        module.__class__ = ours
+    monai = sys.modules.get("monai")
+    if swaps and monai is not None and not monai.__version__.startswith(SUPPORTED_MONAI):
+        warnings.warn(
+            f"medaccel was checked against MONAI {SUPPORTED_MONAI}; this is {monai.__version__}. "
+            "Compare a forward pass under medaccel.use_reference().",
+            stacklevel=2,
+        )
+    return report
+
+
+def revert(model: nn.Module) -> AccelerationReport:
+    """Gives the modules that `accelerate` changed their MONAI classes back; returns what it changed.
+
+    medaccel layers that were built as such (``medaccel.layers.GaussianFilter(...)``) become MONAI's too: the two
+    differ by nothing but the class.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model is a {type(model).__name__}; expected a torch.nn.Module")
+    report = AccelerationReport()
+    for name, module, entry, monai_class in _known(model):
+        if type(module) is _resolve(entry.ours):
+            module.__class__ = monai_class
+            report.changed.append((name, f"{monai_class.__module__}.{monai_class.__qualname__}"))
+    return report

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op's choice of path shares."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# A plain module global, so that torch.compile guards on it: what is compiled inside `use_reference()` is not reused
+# outside.
+reference_forced = False
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Within it, every op runs its plain PyTorch reference: to compare numbers, or to rule a kernel out.
+
+    Not per thread: it holds for the whole process while it lasts.
+    """
+    global reference_forced
+    before = reference_forced
+    reference_forced = True
+    try:
+        yield
+    finally:
+        reference_forced = before
+
+
+def plain_eager(input: Tensor) -> bool:
+    """Whether dispatching an op on `input` would reach its kernel with nothing to do on the way.
+
+    No gradient to record, no autocast, no compilation or tracing, no tensor subclass, mode or functorch transform.
+    A public function may then call the kernel directly, which saves torch's dispatch: more than the kernel itself
+    takes on a small tensor.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(input) is Tensor
+        and not (input.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled(input.device.type)
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gaussian filter's registration: schema, shapes without data, gradients, autocast, kernels per device."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+
+_SETTINGS = "float truncated, str approx, str mode, bool normalize"
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+_lib.define(f"gaussian_filter(Tensor input, Tensor sigma, {_SETTINGS}) -> Tensor")
+# `input` is needed, and therefore kept by autograd, only for the gradient to sigma.
+_lib.define(
+    f"gaussian_filter_backward(Tensor grad, Tensor? input, Tensor sigma, {_SETTINGS}, bool need_input, "
+    "bool need_sigma) -> (Tensor, Tensor)"
+)
+
+
+def check_sigma_values(sigma: list[float]) -> list[float]:
+    """The standard deviations, or a ValueError where one makes no sense."""
+    for axis, value in enumerate(sigma):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"gaussian_filter: sigma[{axis}] is {value}; expected a finite number of voxels >= 0")
+    return sigma
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+# --- CPU -----------------------------------------------------------------------------------------------------
+def _forward_cpu(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
+    values = check_sigma_values(sigma.tolist())
+    x = input.to(_compute_dtype(input))
+    y = _native.gaussian_filter(x, values, truncated, approx, mode, normalize, adjoint=False)
+    return y.to(input.dtype)
+
+
+def _backward_cpu(
+    grad: Tensor,
+    input: Tensor | None,
+    sigma: Tensor,
+    truncated: float,
+    approx: str,
+    mode: str,
+    normalize: bool,
+    need_input: bool,
+    need_sigma: bool,
+) -> tuple[Tensor, Tensor]:
+    values = sigma.tolist()
+    g = grad.to(_compute_dtype(grad))
+    grad_input, grad_sigma = grad.new_empty(0), sigma.new_empty(0)
+    if need_input:
+        grad_input = _native.gaussian_filter(g, values, truncated, approx, mode, normalize, adjoint=True)
+        grad_input = grad_input.to(grad.dtype)
+    if need_sigma:
+        assert input is not None
+        x = input.to(g.dtype)
+        gradient = _native.gaussian_sigma_gradient(x, g, values, truncated, approx, mode, normalize)
+        grad_sigma = torch.tensor(gradient, dtype=sigma.dtype)
+    return grad_input, grad_sigma
+
+
+_lib.impl("gaussian_filter", _forward_cpu, "CPU")
+_lib.impl("gaussian_filter_backward", _backward_cpu, "CPU")
+
+
+# --- shapes without data -------------------------------------------------------------------------------------
+@torch.library.register_fake("medaccel::gaussian_filter", lib=_lib)
+def _(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
+    torch._check(
+        sigma.dim() == 1 and sigma.shape[0] == input.dim() - 2,
+        lambda: f"gaussian_filter: sigma has shape {tuple(sigma.shape)}; expected ({input.dim() - 2},)",
+    )
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("medaccel::gaussian_filter_backward", lib=_lib)
+def _(
+    grad: Tensor,
+    input: Tensor | None,
+    sigma: Tensor,
+    truncated: float,
+    approx: str,
+    mode: str,
+    normalize: bool,
+    need_input: bool,
+    need_sigma: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(grad) if need_input else grad.new_empty(0),
+        torch.empty_like(sigma, memory_format=torch.contiguous_format) if need_sigma else sigma.new_empty(0),
+    )
+
+
+# --- gradients -----------------------------------------------------------------------------------------------
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, sigma, *ctx.settings = inputs
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, sigma)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, sigma = ctx.saved_tensors
+    need_input, need_sigma = ctx.needs_input_grad[:2]
+    grad_input, grad_sigma = torch.ops.medaccel.gaussian_filter_backward(
+        grad, input, sigma, *ctx.settings, need_input, need_sigma
+    )
+    return (grad_input if need_input else None, grad_sigma if need_sigma else None, None, None, None, None)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "gaussian_filter: its gradient has no gradient (double backward is not written); "
+        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd("medaccel::gaussian_filter", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "medaccel::gaussian_filter_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)
+
+
+# --- autocast: sigma is never cast, the filter runs on the input as it is, the result has autocast's dtype ---
+def _autocast(device_type: str) -> Any:
+    def forward(input: Tensor, sigma: Tensor, *settings: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            output = torch.ops.medaccel.gaussian_filter(input, sigma, *settings)
+        return output if output.dtype == torch.float64 else output.to(dtype)
+
+    return forward
+
+
+_lib.impl("gaussian_filter", _autocast("cpu"), "AutocastCPU")
+_lib.impl("gaussian_filter", _autocast("cuda"), "AutocastCUDA")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hands csrc/ to CMake (Ninja generator). Metadata is in pyproject.toml.
+
+Environment: MEDACCEL_CUDA=auto|0|1 (build the CUDA kernels where nvcc is found, never, or fail without it),
+MEDACCEL_CUDA_ARCHS (default "80;90;100").
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def setting(name: str, default: str, pattern: str, expected: str) -> str:
+    """An environment variable, refused in a sentence where it makes no sense."""
+    value = os.environ.get(name, default)
+    if not re.fullmatch(pattern, value):
+        sys.exit(f"medaccel: {name} is {value!r}; expected {expected}")
+    return value
+
+
+class CMakeBuild(build_ext):
+    """Builds every native module in one CMake run."""
+
+    def run(self) -> None:
+        if not any(shutil.which(c) for c in (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++")):
+            sys.exit(
+                "medaccel: no C++ compiler was found. Install one (Debian/Ubuntu: apt-get install g++; Fedora: dnf "
+                "install gcc-c++; conda: conda install cxx-compiler), or set CXX to its path."
+            )
+        import pybind11
+
+        cuda = setting("MEDACCEL_CUDA", "auto", "auto|0|1", "auto, 0 or 1")
+        archs = setting("MEDACCEL_CUDA_ARCHS", "80;90;100", r"\d+[af]?([; ,]\d+[af]?)*", "numbers such as 80;90;100")
+        build = Path(self.build_temp).resolve() / "cmake"
+        install = ROOT if self.inplace else Path(self.build_lib).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_INSTALL_PREFIX={install}",
+            f"-DMEDACCEL_CUDA={cuda}",
+            f"-DMEDACCEL_CUDA_ARCHS={re.sub('[ ,]', ';', archs)}",
+        ]  # fmt: skip
+        for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
+            if subprocess.run(command).returncode != 0:
+                sys.exit(f"medaccel: `{' '.join(command[:4])} …` failed; the reason is in the lines above.")
+
+    def get_outputs(self) -> list[str]:
+        return [str(p) for p in Path(self.build_lib).glob("medaccel/_*.so")]
+
+
+setup(ext_modules=[Extension("medaccel._native_modules", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op's suite shares: the implementations, the 2× rule, poisoned memory."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from medaccel import _native, use_reference
+
+# The reference itself is in the list: what a kernel must hold, the truth must hold too.
+IMPLEMENTATIONS = ("reference", *(f"cpu-{isa}" for isa in _native.ISAS))
+
+
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Runs the ops on one implementation; skips where this machine has none."""
+    if name == "reference":
+        with use_reference():
+            yield
+        return
+    isa = name.removeprefix("cpu-")
+    try:
+        baseline = importlib.import_module("medaccel._cpu_baseline")
+        module = importlib.import_module(f"medaccel._cpu_{isa}")
+    except ImportError as error:
+        pytest.skip(f"{name} is not built: {error}")
+    if isa not in baseline.supported_isas():
+        pytest.skip(f"this processor can't run {isa}")
+    before, _native.cpu = _native.cpu, module
+    try:
+        yield
+    finally:
+        _native.cpu = before
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors start as NaN, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def max_error(actual: Tensor, truth: Tensor) -> float:
+    """The largest |actual − truth|; infinite where only one of the two is NaN."""
+    a, t = actual.detach().double(), truth.detach().double()
+    assert a.shape == t.shape, f"shapes differ: {tuple(a.shape)} and {tuple(t.shape)}"
+    if a.numel() == 0:
+        return 0.0
+    error = (a - t).abs()
+    both, either = a.isnan() & t.isnan(), a.isnan() | t.isnan()
+    error = torch.where(either, torch.inf, error)
+    return float(torch.where(both | (a == t), 0.0, error).max())
+
+
+def assert_twice_as_good(
+    actual: Tensor, plain: Tensor, truth: Tensor, floor: float, scale: float | None = None
+) -> None:
+    """The 2× rule: error at most twice that of plain PyTorch in the same precision, plus floor · scale.
+
+    scale: the size of the numbers that are summed up; by default the largest |truth|, which is too little for a sum
+    whose terms cancel.
+    """
+    if scale is None:
+        scale = float(truth.detach().abs().nan_to_num(0).max()) if truth.numel() else 0.0
+    error, plain_error = max_error(actual, truth), max_error(plain, truth)
+    allowed = 2 * plain_error + floor * scale
+    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g} (plain PyTorch {plain_error:.3g})"

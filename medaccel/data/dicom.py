@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of DICOM slices to a volume.
+
+Arrays are (column, row, slice), slices ascending along the normal; affines map these indices to RAS
+coordinates in mm (DICOM's own are LPS).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from medaccel.data._fields import integer, label, numbers, optional, require, source
+from medaccel.data.geometry import stack
+from medaccel.data.nifti import make_nifti
+from medaccel.data.suv import suv_factors
+
+if TYPE_CHECKING:
+    from nibabel import Nifti1Image
+    from pydicom import Dataset
+
+_T = TypeVar("_T")
+
+# What exports and desktops leave beside the slices. Anything else must be DICOM: a slice cut short to nothing
+# is otherwise taken for a stray file, and missed only if it lies in the middle of the body.
+_STRAY_NAMES = {"dicomdir", "license", "lockfile", "readme", "version", "thumbs.db", "desktop.ini"}
+_STRAY_TEXT = {".csv", ".htm", ".html", ".inf", ".json", ".log", ".md", ".txt", ".xml", ".yaml", ".yml"}
+_STRAY_SUFFIXES = _STRAY_TEXT | {".gif", ".gz", ".jpeg", ".jpg", ".nii", ".pdf", ".png", ".zip"}
+
+
+@dataclass(frozen=True)
+class DicomSeries:
+    """One series: the slices' headers without pixels, ordered, and where they lie."""
+
+    headers: list[Dataset]
+    affine: np.ndarray  # (4, 4), (column, row, slice) to RAS, mm
+
+    @property
+    def modality(self) -> str:
+        """PT, CT, …"""
+        return str(require(self.headers[0], "Modality"))
+
+
+def open_series(
+    folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
+) -> DicomSeries:
+    """Read and check the headers of the one series in a folder (not in its sub-folders).
+
+    DICOMDIR, hidden files, and files named as text, pictures or archives are passed over; every other one
+    must be whole DICOM.
+
+    Args:
+        folder: the slices, one a file, under any names.
+        series_uid: SeriesInstanceUID of the series to take where the folder has several.
+        progress: show a bar on stderr.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `folder` is none.
+        ValueError: no DICOM in it, a file that isn't DICOM or is truncated, several series (each is named),
+            no series of that UID, multi-frame files, or a geometry that is no volume
+            (`medaccel.data.geometry.stack`).
+
+    Warns:
+        UserWarning: there are fewer slices than the header says the series has.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder of DICOM files, but this is a file")
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not _is_stray(path))
+    if not paths:
+        has_folders = any(path.is_dir() for path in folder.iterdir())
+        hint = "; name the sub-folder that has the series" if has_folders else ""
+        raise ValueError(f"{folder}: no DICOM files in this folder{hint}")
+    headers = [_read(path, pixels=False) for path in _with_progress(paths, progress, "headers")]
+    series = _choose(folder, headers, series_uid)
+    for header in series:
+        frames = integer(header, "NumberOfFrames", 1)
+        samples = integer(header, "SamplesPerPixel")
+        if frames != 1:
+            raise ValueError(
+                f"{source(header)}: {label('NumberOfFrames')} is {frames}, expected 1 (one slice a file; "
+                "enhanced multi-frame DICOM is not supported)"
+            )
+        if samples != 1:
+            raise ValueError(f"{source(header)}: {label('SamplesPerPixel')} is {samples}, expected 1 (no colours)")
+    order, affine = stack(series)
+    _check_count(series)
+    return DicomSeries([series[k] for k in order], affine)
+
+
+def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = False) -> Nifti1Image:
+    """Read the pixels of a series whose headers are open.
+
+    Args:
+        series: from `open_series`.
+        suv: body-weight SUV (g/mL), of PET only; else the unit of the files: HU for CT, Bq/mL (BQML) for most
+            PET.
+        progress: show a bar on stderr.
+
+    Returns:
+        float32 (columns, rows, slices).
+
+    Raises:
+        ValueError: pixels are truncated, or compressed in a way that pydicom can't decode here; RescaleSlope
+            or RescaleIntercept is missing (MR may lack both); with `suv`, the series is none of PET, or
+            `medaccel.data.suv_factors` refuses it.
+    """
+    first = series.headers[0]
+    factors = np.ones(len(series.headers))
+    if suv:
+        if series.modality != "PT":
+            raise ValueError(f"{source(first)}: {label('Modality')} is {series.modality}, expected PT (PET) for SUV")
+        factors = suv_factors(series.headers)
+    values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
+    for k, header in enumerate(_with_progress(series.headers, progress, "slices")):
+        # Each slice has its own slope: PET spreads 16 bits over the slice's range.
+        slope, intercept = _rescale(header)
+        values[:, :, k] = (_pixels(Path(source(header))).T * slope + intercept) * factors[k]
+    image = make_nifti(values, series.affine)
+    image.header["descrip"] = b"SUV body weight (g/mL)" if suv else b""
+    return image
+
+
+def read_dicom_series(
+    folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
+) -> Nifti1Image:
+    """Read the one series in a folder, in its own unit; args and errors of `open_series`, `load_series`."""
+    series = open_series(folder, series_uid=series_uid, progress=progress)
+    return load_series(series, progress=progress)
+
+
+def read_pet_series(
+    folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
+) -> Nifti1Image:
+    """Read the one PET series in a folder as SUV; args and errors of `open_series`, `load_series`."""
+    series = open_series(folder, series_uid=series_uid, progress=progress)
+    return load_series(series, suv=True, progress=progress)
+
+
+def _is_stray(path: Path) -> bool:
+    name = path.name.lower()
+    return name.startswith(".") or name in _STRAY_NAMES or path.suffix.lower() in _STRAY_SUFFIXES
+
+
+def _read(path: Path, *, pixels: bool) -> Dataset:
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=not pixels)
+    except InvalidDicomError:
+        size = path.stat().st_size
+        state = "is empty (truncated?)" if size == 0 else "is not a DICOM file (no DICM at byte 128)"
+        raise ValueError(f"{path} {state}; expected only the slices of a series in the folder") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # a parser of damaged bytes can stumble in any way
+        raise ValueError(f"{path}: truncated or damaged DICOM file ({error})") from error
+
+
+def _choose(folder: Path, headers: list[Dataset], series_uid: str | None) -> list[Dataset]:
+    groups: dict[str, list[Dataset]] = {}
+    for header in headers:
+        groups.setdefault(str(require(header, "SeriesInstanceUID")), []).append(header)
+    if series_uid is None and len(groups) == 1:
+        return headers
+    if series_uid in groups:
+        return groups[series_uid]
+    listed = "; ".join(
+        f"{uid} ({optional(group[0], 'Modality') or '?'}, "
+        f"{optional(group[0], 'SeriesDescription') or 'no description'}, "
+        f"{len(group)} files, such as {Path(source(group[0])).name})"
+        for uid, group in groups.items()
+    )
+    if series_uid is None:
+        raise ValueError(f"{folder}: {len(groups)} series in this folder, expected one (or series_uid): {listed}")
+    raise ValueError(f"{folder}: no series {series_uid} in this folder, which has {listed}")
+
+
+def _check_count(headers: list[Dataset]) -> None:
+    declared = integer(headers[0], "NumberOfSlices", 0)
+    if len(headers) < declared:
+        warnings.warn(
+            f"{source(headers[0])}: {label('NumberOfSlices')} is {declared}, but the folder has "
+            f"{len(headers)} slices of the series: those at an end of the body may be missing",
+            stacklevel=3,
+        )
+
+
+def _rescale(header: Dataset) -> tuple[float, float]:
+    absent = optional(header, "RescaleSlope") is None and optional(header, "RescaleIntercept") is None
+    if absent and optional(header, "Modality") == "MR":
+        return 1.0, 0.0
+    return numbers(header, "RescaleSlope", 1)[0], numbers(header, "RescaleIntercept", 1)[0]
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """(rows, columns) float64."""
+    dataset = _read(path, pixels=True)
+    try:
+        pixels = dataset.pixel_array
+    except Exception as error:  # a decoder of damaged bytes can stumble in any way
+        raise ValueError(f"{path}: the pixels can't be read; truncated? ({error})") from error
+    return pixels.astype(np.float64)
+
+
+def _with_progress(items: Iterable[_T], shown: bool, description: str) -> Iterable[_T]:
+    if not shown:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, leave=False)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing files so that a reader finds either the old content or the new, never a part."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# What a full disk says: no space, over the quota, over the file-size limit, a failing device.
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Return the file that `path` means (links followed), or say why it can't be written.
+
+    For commands to call before hours of work; `atomic_path` calls it too.
+
+    Raises:
+        FileExistsError: the file exists and `force` is False.
+        IsADirectoryError: `path` is a folder.
+        FileNotFoundError, NotADirectoryError: its folder does not exist, or is a file.
+        PermissionError: its folder is not writable.
+        ValueError: `path` is a device or a pipe, which replacing would destroy.
+    """
+    target = Path(os.path.realpath(path))
+    folder = target.parent
+    if not folder.exists():
+        raise FileNotFoundError(errno.ENOENT, "the output's folder does not exist", str(folder))
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "the output's folder is a file", str(folder))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "the output must be a file, but this is a folder", str(target))
+    if target.exists():
+        if not target.is_file():
+            raise ValueError(f"{target}: the output must be a regular file, but this is a device or a pipe")
+        if not force:
+            raise FileExistsError(errno.EEXIST, "the file exists (--force or force=True overwrites)", str(path))
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, "the output's folder is not writable", str(folder))
+    return target
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; when the block ends well, it becomes `path`.
+
+        with atomic_path("metrics.csv", force=True) as temporary:
+            table.to_csv(temporary)
+
+    The temporary file ends as `path` does (".nii.gz"), since libraries choose the format by that. On any
+    failure in the block, a full disk or Ctrl-C included, it is removed and `path` is what it was before.
+
+    Raises:
+        OSError: as `check_output`; or writing failed: the message names `path`.
+    """
+    target = check_output(path, force=force)
+    suffix = "".join(target.suffixes[-2:]) if target.suffix == ".gz" else target.suffix
+    temporary = target.with_name(f".tmp-{secrets.token_hex(6)}{suffix}")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        if target.exists():
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        _sync(temporary)
+        check_output(path, force=force)  # another process may have written it meanwhile
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in _WRITE_ERRORS:
+            kept = "the old file is unchanged" if target.exists() else "nothing was written"
+            raise OSError(error.errno, f"writing failed ({error.strerror}); {kept}", str(path)) from error
+        raise
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    with suppress(OSError):  # some network folders can't be synced; the file itself is
+        _sync(target.parent)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, force: bool = False) -> None:
+    """Write a file atomically. Raises as `atomic_path`."""
+    with atomic_path(path, force=force) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
+    """Write a UTF-8 text file atomically, line ends as given. Raises as `atomic_path`."""
+    write_bytes(path, text.encode(), force=force)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has it: a rename may otherwise survive a power cut that the content doesn't."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

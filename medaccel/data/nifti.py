@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NIfTI files: read whole and checked, written atomically.
+
+Arrays are (i, j, k) or (i, j, k, t) in nibabel's axis order; affines map voxel indices to RAS coordinates.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medaccel.data.files import atomic_path
+
+if TYPE_CHECKING:
+    from nibabel import Nifti1Header, Nifti1Image
+
+_SUFFIXES = (".nii", ".nii.gz")
+# By the lowest three bits of xyzt_units: metre and micron; 2 is mm, and without a word mm is meant.
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+
+
+def is_nifti_name(path: str | os.PathLike[str]) -> bool:
+    """Whether the name ends in .nii or .nii.gz."""
+    return os.fspath(path).lower().endswith(_SUFFIXES)
+
+
+def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3) -> Nifti1Image:
+    """Read a NIfTI-1 or NIfTI-2 file, .nii or .nii.gz, into memory.
+
+    The whole file is read and, where compressed, its checksum is verified, so that a damaged file fails here
+    and not in the middle of a run. The image has the values (scl_slope and scl_inter applied):
+
+    - stored without a scale: the stored type (int16 stays int16);
+    - stored with one: float32, and float64 where the stored type is wider than 16 bits of integer or 32 of
+      float.
+
+    Without sform and qform the affine is made of the voxel sizes, nibabel's way (centred, first axis to the
+    left).
+
+    Args:
+        path: the file.
+        ndim: dimensions that are accepted, of 1 to 7. With 3, a trailing axis of size 1 is dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a NIfTI file, broken header, truncated or corrupt content, unusable affine, complex or
+            colour voxels, other dimensions than `ndim`; the message names the file.
+    """
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
+
+    path = Path(path)
+    if not is_nifti_name(path):
+        raise ValueError(f"{path}: expected a file ending in .nii or .nii.gz")
+    content = _uncompressed(path)
+    header_sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
+    if 348 in header_sizes:
+        image_class = nib.Nifti1Image
+    elif 540 in header_sizes:
+        image_class = nib.Nifti2Image
+    else:
+        raise ValueError(f"{path}: not a NIfTI file (its first four bytes are not the header's size, 348 or 540)")
+    try:
+        # Unchecked first: nibabel's own check mends voxel sizes of 0 to 1 mm, which is worse than an error.
+        dtype = _checked_header(image_class.header_class.from_fileobj(io.BytesIO(content), check=False), len(content))
+        image = image_class.from_bytes(content)
+        values = _values(image, dtype)
+    except (ImageFileError, HeaderDataError, WrapStructError) as error:
+        raise ValueError(f"{path}: broken NIfTI header: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    accepted = (ndim,) if isinstance(ndim, int) else ndim
+    if values.ndim not in accepted:
+        squeezed = values.shape
+        while len(squeezed) > min(accepted) and squeezed[-1] == 1:
+            squeezed = squeezed[:-1]
+        if len(squeezed) not in accepted:
+            expected = " or ".join(f"{n}-D" for n in accepted)
+            raise ValueError(f"{path}: the image has shape {values.shape}, expected a {expected} image")
+        values = values.reshape(squeezed, order="F")
+    _check_affine(image.affine, path)
+    return _image(values, image.affine, image.header)
+
+
+def save_nifti(path: str | os.PathLike[str], image: Nifti1Image, *, force: bool = False) -> None:
+    """Write an image atomically as .nii or .nii.gz; the same image gives the same bytes every time.
+
+    The voxels' type on disk is the header's (`make_nifti` sets it to the array's).
+
+    Raises:
+        ValueError: the name ends in neither.
+        OSError: the file exists and `force` is False, the folder is not writable, the disk is full; the old
+            file stays. See `medaccel.data.atomic_path`.
+    """
+    path = Path(path)
+    if not is_nifti_name(path):
+        raise ValueError(f"{path}: the output's name must end in .nii or .nii.gz")
+    with atomic_path(path, force=force) as temporary, open(temporary, "wb") as file:
+        if path.name.lower().endswith(".gz"):
+            # No name and no time in gzip's header; level 1 as nibabel, since noise hardly compresses better.
+            with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as compressed:
+                image.to_stream(compressed)
+        else:
+            image.to_stream(file)
+
+
+def make_nifti(array: np.ndarray, affine: np.ndarray, like: Nifti1Image | None = None) -> Nifti1Image:
+    """Make an image of the array's own type.
+
+    NIfTI or its readers lack some types: bool becomes uint8, float16 float32, int64 and uint64 int32 and
+    uint32.
+
+    Args:
+        array: (i, j, k) or (i, j, k, t), real.
+        affine: (4, 4), voxel indices to RAS, mm.
+        like: an image whose header (sform and qform codes, units, description, extensions) is taken over;
+            without it, both codes are 1 (scanner) and the units mm and seconds.
+
+    Raises:
+        ValueError: complex or other voxels, or 64-bit integers that don't fit in 32.
+    """
+    import nibabel as nib
+
+    array = _storable(array)
+    if like is not None:
+        return _image(array, np.asarray(affine, np.float64), like.header)
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm", "sec")
+    return image
+
+
+def voxel_spacing(image: Nifti1Image) -> tuple[float, float, float]:
+    """Distance in mm between neighbours along i, j and k, from the affine and the header's unit of length."""
+    unit = _MM_PER_UNIT.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    steps = np.linalg.norm(np.asarray(image.affine, np.float64)[:3, :3], axis=0) * unit
+    return float(steps[0]), float(steps[1]), float(steps[2])
+
+
+def _uncompressed(path: Path) -> bytes:
+    content = path.read_bytes()
+    if not path.name.lower().endswith(".gz"):
+        return content
+    try:
+        # To the end of the stream, where the checksum is: nibabel stops at the last voxel.
+        return gzip.decompress(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: truncated or corrupt gzip file ({error})") from error
+
+
+def _checked_header(header: Nifti1Header, content_size: int) -> np.dtype:
+    """The stored type; raises ValueError where shape, type or size can't be."""
+    count = int(header["dim"][0])
+    if not 1 <= count <= 7:
+        raise ValueError(f"broken NIfTI header: dim[0] is {count}, expected 1 to 7")
+    shape = [int(n) for n in header["dim"][1 : count + 1]]
+    if min(shape) < 1:
+        raise ValueError(f"broken NIfTI header: dim says shape {tuple(shape)}, expected positive sizes")
+    sizes = np.abs(header["pixdim"][1 : min(count, 3) + 1])
+    if int(header["sform_code"]) == 0 and not (np.isfinite(sizes).all() and sizes.min() > 0):
+        raise ValueError(f"broken NIfTI header: pixdim has voxel sizes {sizes.tolist()} (expected positive ones)")
+    try:
+        dtype = header.get_data_dtype()
+    except KeyError:
+        raise ValueError(f"broken NIfTI header: datatype {int(header['datatype'])} is unknown") from None
+    if dtype.kind not in "iuf":
+        raise ValueError(f"voxels of type {dtype} are not supported (expected integers or real numbers)")
+    # Python's integers, so that a broken header's sizes don't overflow or ask for terabytes of memory.
+    offset = int(header.get_data_offset())
+    voxels_size = math.prod(shape) * dtype.itemsize
+    if content_size < offset + voxels_size:
+        present = max(content_size - offset, 0)
+        raise ValueError(
+            f"truncated file or broken header: shape {tuple(shape)} of {dtype} needs {voxels_size} bytes, "
+            f"but the file has {present}"
+        )
+    return dtype
+
+
+def _values(image: Nifti1Image, stored: np.dtype) -> np.ndarray:
+    """The voxels in memory, native byte order; see `read_nifti` for the types."""
+    slope, inter = image.dataobj.slope, image.dataobj.inter
+    if (slope, inter) == (1.0, 0.0):
+        values = np.asanyarray(image.dataobj)
+        if stored.itemsize > 8:  # 80-bit floats: no other library takes them
+            return values.astype(np.float64)
+        return values.astype(stored.newbyteorder("="), copy=False)
+    narrow = stored.itemsize <= 2 or (stored.kind == "f" and stored.itemsize <= 4)
+    return np.asanyarray(image.dataobj).astype(np.float32 if narrow else np.float64, copy=False)
+
+
+def _check_affine(affine: np.ndarray, path: Path) -> None:
+    if not np.isfinite(affine).all():
+        raise ValueError(f"{path}: broken NIfTI header: the affine has values that are not finite")
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    if steps.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / steps)) < 1e-6:
+        raise ValueError(
+            f"{path}: broken NIfTI header: the affine is singular, voxel sizes {steps.tolist()} "
+            "(expected three positive sizes along three different directions)"
+        )
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8)
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    if array.dtype in (np.int64, np.uint64):
+        narrow = np.dtype(np.int32 if array.dtype == np.int64 else np.uint32)
+        limits = np.iinfo(narrow)
+        if array.size and (array.min() < limits.min or array.max() > limits.max):
+            raise ValueError(f"make_nifti: {array.dtype} values outside {narrow}, which NIfTI's readers expect")
+        return array.astype(narrow)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"make_nifti: voxels of type {array.dtype} (expected integers or real numbers)")
+    return array
+
+
+def _image(values: np.ndarray, affine: np.ndarray, header: Nifti1Header) -> Nifti1Image:
+    """An image of these values and otherwise this header, of the same NIfTI version."""
+    import nibabel as nib
+
+    header = header.copy()
+    header.set_data_dtype(values.dtype)
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return image_class(values, affine, header)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report as one HTML file that needs nothing else: styles and figures are inside, scripts there are none.
+
+    page = Page(
+        title="Restoration of 60 s PET",
+        summary=["On 20 studies …"],
+        sections=[Section("Scores", [table, Note("The limit is 33.3 %.")]), Section("Images", [figure])],
+    )
+    write_html("report.html", page)
+
+Text is escaped; pass `markupsafe.Markup` where markup is meant.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from typing import Any, Literal
+
+from medaccel.data.files import write_text
+from medaccel.report.figures import DPI
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the ends of its interval, shown as "11.8 [10.2, 13.1]"; NaN ends are not shown."""
+
+    value: float
+    low: float
+    high: float
+
+
+Cell = float | int | str | Interval
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers or text.
+
+    Attributes:
+        header: its name.
+        unit: below the name, such as "%" or "SUV²".
+        digits: after the decimal point.
+        signed: a plus sign on positive numbers.
+        best: which of the rows that are no reference is marked: the largest, the smallest, the one nearest to
+            0; None marks none.
+    """
+
+    header: str
+    unit: str = ""
+    digits: int = 1
+    signed: bool = False
+    best: Literal["max", "min", "zero"] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: its name, a cell a column. `reference` rows are set apart and never marked as best."""
+
+    label: str
+    cells: Sequence[Cell]
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns; `label` heads the rows' names. NaN shows as a dash.
+
+    Raises:
+        ValueError: a row has another number of cells than there are columns.
+    """
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    label: str = "Method"
+    kind: str = field(default="table", init=False)
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row.cells) != len(self.columns):
+                raise ValueError(
+                    f"table {self.caption!r}: row {row.label!r} has {len(row.cells)} cells "
+                    f"(expected {len(self.columns)}, a cell a column)"
+                )
+
+    def formatted(self) -> list[dict[str, Any]]:
+        """For the template: each row's label and kind, and its cells' text, range and mark."""
+        marked = {index: self._best(index) for index in range(len(self.columns))}
+        rows = []
+        for number, row in enumerate(self.rows):
+            cells = []
+            for index, (column, cell) in enumerate(zip(self.columns, row.cells, strict=True)):
+                text, spread = format_cell(cell, column)
+                best = number in marked[index]
+                cells.append({"text": text, "spread": spread, "best": best, "words": isinstance(cell, str)})
+            rows.append({"label": row.label, "reference": row.reference, "cells": cells})
+        return rows
+
+    def _best(self, index: int) -> set[int]:
+        """The rows to mark in a column: all that look equal to the best, if another looks worse."""
+        column = self.columns[index]
+        if column.best is None:
+            return set()
+        values = {}
+        for number, row in enumerate(self.rows):
+            cell = row.cells[index]
+            value = cell.value if isinstance(cell, Interval) else cell
+            if not row.reference and not isinstance(value, str) and math.isfinite(value):
+                values[number] = round(float(value), column.digits)
+        if len(set(values.values())) < 2:
+            return set()
+        rank = {"max": lambda v: -v, "min": lambda v: v, "zero": abs}[column.best]
+        least = min(rank(v) for v in values.values())
+        return {number for number, value in values.items() if rank(value) == least}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG with its caption; `alt` says what it shows to who can't see it."""
+
+    png: bytes
+    caption: str
+    alt: str
+    kind: str = field(default="figure", init=False)
+
+    @property
+    def width(self) -> int:
+        """In CSS pixels, 96 an inch: figures of one font size look so beside each other."""
+        pixels = int.from_bytes(self.png[16:20], "big")  # PNG's header
+        return round(pixels * 96 / DPI)
+
+    @property
+    def source(self) -> str:
+        """As a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind: str = field(default="text", init=False)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph set apart: what the reader must know to read the table or figure beside it."""
+
+    text: str
+    kind: str = field(default="note", init=False)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Preformatted text, folded under its title."""
+
+    title: str
+    text: str
+    kind: str = field(default="code", init=False)
+
+
+Block = Table | Figure | Text | Note | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report. `facts` are short pairs under the title, such as {"Studies": "20, simulated"}."""
+
+    title: str
+    summary: Sequence[str]
+    sections: Sequence[Section]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def format_cell(cell: Cell, column: Column) -> tuple[str, str]:
+    """A cell's text and its interval's, with a true minus sign; a dash for NaN, ∞ for infinity."""
+    if isinstance(cell, str):
+        return cell, ""
+    if isinstance(cell, Interval):
+        text = _number(cell.value, column)
+        if not (math.isfinite(cell.low) and math.isfinite(cell.high)):
+            return text, ""
+        return text, f"[{_number(cell.low, column)}, {_number(cell.high, column)}]"
+    return _number(cell, column), ""
+
+
+def _number(value: float, column: Column) -> str:
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    rounded = round(float(value), column.digits) + 0.0  # + 0.0: no minus sign before a zero
+    sign = "+" if column.signed and rounded > 0 else ""
+    return sign + f"{rounded:,.{column.digits}f}".replace("-", "−").replace(",", "\u202f")
+
+
+def render(page: Page) -> str:
+    """The page as HTML text."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = resources.files("medaccel.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(page=page)
+
+
+def write_html(path: str | os.PathLike[str], page: Page, *, force: bool = False) -> None:
+    """Write the page atomically. Raises OSError as `medaccel.data.files.atomic_path`."""
+    write_text(path, render(page), force=force)
+
+
+def versions(packages: Sequence[str] = ("medaccel", "torch", "monai")) -> dict[str, str]:
+    """Versions of installed packages (read, not imported), of Python, and the platform."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    system = f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} processors"
+    return found | {"Python": platform.python_version(), "platform": system}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -147,7 +147,7 @@ def _floating(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32 if dtype.itemsize <= 2 else np.float64)
 
 
-def _with_progress(frames: int, shown: bool) -> range:
+def _with_progress(frames: int, shown: bool) -> Iterable[int]:
     if not shown or frames == 1:
         return range(frames)
     from tqdm import trange

@@ -22,4 +22,4 @@ def data_dir() -> Path:
 def _same_random_numbers_in_every_run() -> None:
     """A test that fails once must fail again."""
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002: what libraries draw from the legacy state
+    np.random.seed(0)  # noqa: NPY002 (libraries draw from the legacy state)

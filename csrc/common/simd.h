@@ -6,9 +6,10 @@
 // own.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -36,10 +37,34 @@ struct Vec {
         return r;
     }
     void store(T* p) const { std::memcpy(p, &v, kBytes); }
+    // Past the caches, for outputs that are too large to be found there again; p is aligned to kBytes. Call
+    // `finish_streams` before another thread may read them.
+    void stream(T* p) const {
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX2__)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+        store(p);
+#endif
+    }
     Vec operator+(Vec o) const { return {v + o.v}; }
     Vec operator*(Vec o) const { return {v * o.v}; }
     T operator[](int i) const { return v[i]; }
 };
+
+inline void finish_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+template <class T>
+bool is_aligned(const T* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % kBytes == 0;
+}
 
 // a · b + c, rounded once where the instruction set can, twice in the baseline.
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {

@@ -11,6 +11,8 @@ namespace {
 
 // The ring of a job should stay in the second-level cache, beside the rows that stream through it.
 constexpr int64_t kRingBytes = 256 << 10;
+// Outputs larger than this are not in cache any more when they are complete.
+constexpr int64_t kCacheBytes = 32 << 20;
 // Below this many multiply-adds, starting threads costs more than they save.
 constexpr int64_t kSerialWork = 1 << 18;
 // Lines longer than this are cut, unless their border reaches across the cut.
@@ -22,6 +24,7 @@ struct Plan {
     Axis<T> axes[3];
     int64_t planes = 1, blocks = 1, tiles = 1, jobs = 0;
     int threads = 1;
+    bool large = false;  // the output is larger than caches are
 
     // The longest run of columns that a block reads, without the border.
     int64_t columns() const {
@@ -57,6 +60,7 @@ Plan<T> make_plan(const Layout& layout, const double* sigma, bool adjoint, bool 
     }
     const int64_t outer = layout.outer[0] * layout.outer[1];
     const int64_t voxels = outer * layout.size[0] * layout.size[1] * layout.size[2] * layout.lanes;
+    plan.large = voxels * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
     plan.threads = voxels * taps < kSerialWork ? 1 : s.threads;
 
     if (!plan.axes[2].reaches_far())
@@ -113,7 +117,7 @@ void filter_block(const Plan<T>& plan, const T* in, T* out, const Block& b, Scra
                 combine_along(
                     y, y.taps.data(), [&](int64_t source) { return s.slab.row(j, source); }, s.zeros.data(), y0, y1,
                     written, n, s.rows);
-            if (!x.identity()) s.lines.convolve(x, x.taps.data(), b, y1 - y0, to);
+            if (!x.identity()) s.lines.convolve(x, x.taps.data(), b, y1 - y0, to, plan.large);
         }
     }
 }

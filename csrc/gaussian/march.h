@@ -129,9 +129,9 @@ class Lines {
     // with next.
     T* interior(const Axis<T>& x, const Block& b, int64_t i) { return line(i) + (b.xa - first(x, b)) * lanes_; }
 
-    // Fills the borders of lines 0 … count − 1, convolves, folds the adjoint's overhang back, writes columns
-    // [x0, x1).
-    void convolve(const Axis<T>& x, const T* taps, const Block& b, int64_t count, T* const* out) {
+    // Fills the borders of lines 0 … count − 1, convolves, folds the adjoint's overhang back, writes columns [x0,
+    // x1); large: the output will not be found in cache again.
+    void convolve(const Axis<T>& x, const T* taps, const Block& b, int64_t count, T* const* out, bool large = false) {
         const int64_t left = overhang(x, b.x0 == 0), right = overhang(x, b.x1 == x.size);
         const int64_t n = (b.x1 - b.x0) * lanes_;
         for (int64_t i = 0; i < count; ++i) pad(x, b, line(i));
@@ -140,11 +140,17 @@ class Lines {
             return;
         }
         const T* padded[kRows];
-        for (int64_t i = 0; i < count; ++i) padded[i] = line(i);
+        bool stream = large;
+        for (int64_t i = 0; i < count; ++i) {
+            padded[i] = line(i);
+            stream = stream && simd::is_aligned(out[i]);
+        }
         if (count == kRows)
-            convolve_lines<T, kRows>(padded, taps, x.count(), lanes_, out, n);
+            convolve_lines<T, kRows>(padded, taps, x.count(), lanes_, out, n, stream);
         else
-            for (int64_t i = 0; i < count; ++i) convolve_lines<T, 1>(padded + i, taps, x.count(), lanes_, out + i, n);
+            for (int64_t i = 0; i < count; ++i)
+                convolve_lines<T, 1>(padded + i, taps, x.count(), lanes_, out + i, n, stream);
+        if (stream) simd::finish_streams();
     }
 
   private:
@@ -176,7 +182,7 @@ class Lines {
         const int64_t n = (b.x1 - b.x0) * lanes_;
         extended_.resize(length_);
         T* e = extended_.data();
-        convolve_lines<T, 1>(&padded, taps, x.count(), lanes_, &e, n + (left + right) * lanes_);
+        convolve_lines<T, 1>(&padded, taps, x.count(), lanes_, &e, n + (left + right) * lanes_, false);
         std::memcpy(out, e + left * lanes_, n * sizeof(T));
         const auto fold = [&](int64_t p) {
             const int64_t target = border_source(p, x.size, x.border);

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every benchmark here measures: interleaved runs, medians, memory beside time, no speed without parity.
+
+The C library's allocator is told to keep freed memory (`warm_allocator`), for every contender alike: otherwise each
+fresh output costs page faults, and the table compares the kernel's memory management instead of the filters.
+"""
+
+import csv
+import ctypes
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+def warm_allocator() -> bool:
+    """Freed memory stays with the process, so that an output's pages are faulted in once; False where not glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    return bool(libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """How far the process's resident memory rises above its start while `call` runs, its result included."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc_trim(0)
+    start = peak = _resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    peak = max(peak, _resident())
+    done.set()
+    watcher.join()
+    del result
+    return peak - start
+
+
+@dataclass
+class Contender:
+    """One way to do the work: `call` does it once. `parity` says how far its result may be from medaccel's."""
+
+    name: str
+    call: Callable[[], object]
+    times: list[float] = field(default_factory=list)
+    extra_bytes: int = 0
+
+    def quantile(self, share: float) -> float:
+        """Seconds."""
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def measure(contenders: Sequence[Contender], *, seconds: float = 3.0, least: int = 5) -> None:
+    """Times the contenders in turn, A B C A B C …, so that a machine that drifts slows all of them.
+
+    At least `least` rounds after one that isn't counted, and until `seconds` have gone by.
+    """
+    for contender in contenders:
+        contender.call()
+    start = time.perf_counter()
+    while len(contenders[0].times) < least or time.perf_counter() - start < seconds:
+        for contender in contenders:
+            before = time.perf_counter()
+            contender.call()
+            contender.times.append(time.perf_counter() - before)
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": model,
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def write_table(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """The rows as CSV, and beside them the machine as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".json").write_text(json.dumps(machine(), indent=1) + "\n")

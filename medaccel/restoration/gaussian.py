@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Restoration by Gaussian filtration: one layer, a cascade of three, or a mix; widths learnt in mm.
+
+Gaussians in sequence are one Gaussian (their variances add), so the cascade can do no more than one layer; the mix,
+Σ w_k·G_{σ_k} with the identity among its terms and Σ w = 1, can.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medaccel.data.files import atomic_path
+from medaccel.ops import gaussian_filter
+from medaccel.restoration.metrics import body_mask
+from medaccel.restoration.report import FittedMethod
+from medaccel.restoration.study import Study
+
+
+def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
+    """One Gaussian, σ (3,) in voxels.
+
+    Lindeberg's discrete kernels form a semigroup: two in sequence are exactly the one whose variance is the sum of
+    theirs, also where σ is below a voxel; reflecting borders keep that true at the border. Their tails are longer
+    than a Gaussian's there, so they are cut at 6σ.
+    """
+    return gaussian_filter(volume, sigma, truncated=6.0, approx="scalespace", mode="reflect", normalize=True)
+
+
+class GaussianCascade(nn.Module):
+    """`layers` Gaussians, one after the other, each with a learnable σ per axis.
+
+    Args:
+        layers: how many.
+        sigma_mm: what every σ starts from, mm.
+    """
+
+    def __init__(self, layers: int = 1, sigma_mm: float = 2.0) -> None:
+        super().__init__()
+        # The logarithm keeps σ positive and makes a step mean the same at every scale.
+        start = math.log(sigma_mm / math.sqrt(layers))
+        self.log_sigma = nn.Parameter(torch.full((layers, 3), start, dtype=torch.float64))
+
+    def forward(self, volume: Tensor, spacing: Tensor) -> Tensor:
+        """volume (B, C, i, j, k) in any unit, spacing (3,) in mm; the same shape and unit."""
+        for sigma in self.log_sigma.exp():
+            volume = _smooth(volume, sigma / spacing)
+        return volume
+
+    def fitted(self, losses: Sequence[float]) -> FittedMethod:
+        """σ in mm for the report."""
+        return FittedMethod(_triples(self.log_sigma.exp()), losses=losses)
+
+
+class GaussianMix(nn.Module):
+    """w_0·volume + Σ w_k·G_{σ_k}(volume), Σ w = 1; weights may be negative (a Gaussian less a wider one sharpens).
+
+    Args:
+        sigma_mm: what the σ of each Gaussian start from, mm.
+    """
+
+    def __init__(self, sigma_mm: Sequence[float] = (1.5, 3.5, 8.0)) -> None:
+        super().__init__()
+        start = torch.tensor(sigma_mm, dtype=torch.float64).log()
+        self.log_sigma = nn.Parameter(start[:, None].repeat(1, 3))
+        self.weight = nn.Parameter(torch.full((len(sigma_mm),), 1 / (len(sigma_mm) + 1), dtype=torch.float64))
+
+    def weights(self) -> Tensor:
+        """(1 + K,), the identity's first; they sum to 1."""
+        return torch.cat([1 - self.weight.sum(dim=0, keepdim=True), self.weight])
+
+    def forward(self, volume: Tensor, spacing: Tensor) -> Tensor:
+        """volume (B, C, i, j, k) in any unit, spacing (3,) in mm; the same shape and unit."""
+        weights = self.weights().to(volume.dtype)
+        result = weights[0] * volume
+        for weight, sigma in zip(weights[1:], self.log_sigma.exp(), strict=True):
+            result = result + weight * _smooth(volume, sigma / spacing)
+        return result
+
+    def fitted(self, losses: Sequence[float]) -> FittedMethod:
+        """σ in mm and weights for the report, the identity first."""
+        identity = [(0.0, 0.0, 0.0)]
+        return FittedMethod(identity + _triples(self.log_sigma.exp()), self.weights().tolist(), losses)
+
+
+def _triples(sigma: Tensor) -> list[tuple[float, float, float]]:
+    return [(float(a), float(b), float(c)) for a, b, c in sigma.detach()]
+
+
+GaussianMethod = GaussianCascade | GaussianMix
+METHODS: dict[str, Callable[[], GaussianMethod]] = {
+    "gaussian1": lambda: GaussianCascade(1),
+    "gaussian3": lambda: GaussianCascade(3),
+    "gaussian_mix": GaussianMix,
+}
+
+
+class _Studies(torch.utils.data.Dataset):
+    """The training studies, one item each: input, target (1, 1, i, j, k), body mask, spacing (3,)."""
+
+    def __init__(self, studies: Sequence[Study], input_seconds: int, target_seconds: int) -> None:
+        self.items = []
+        for study in studies:
+            image, target = study.exposures[input_seconds], study.exposures[target_seconds]
+            mask = body_mask(target, study.spacing)
+            if not mask.any() or not np.any((image != target)[mask]):
+                raise ValueError(f"study {study.name}: input and target do not differ within a body; nothing to fit")
+            self.items.append(
+                {
+                    "input": torch.from_numpy(image)[None, None],
+                    "target": torch.from_numpy(target)[None, None],
+                    "mask": torch.from_numpy(mask)[None, None],
+                    "spacing": torch.tensor(study.spacing, dtype=torch.float64),
+                }
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.items[index]
+
+
+class GaussianFit(lightning.LightningModule):
+    """Fits a method's few parameters to all studies at once.
+
+    The loss is the mean over studies of MSE(restored, target) / MSE(input, target) within the body: 1 less the
+    MSE score, so that a hot patient weighs no more than another. Full batches and so few parameters call for L-BFGS.
+
+    Args:
+        method: what is fitted.
+        steps: evaluations of the loss that an epoch may take.
+    """
+
+    def __init__(self, method: GaussianMethod, steps: int = 5) -> None:
+        super().__init__()
+        self.method = method
+        self.steps = steps
+        self.losses: list[float] = []
+
+    def loss(self, batch: list[dict[str, Tensor]]) -> Tensor:
+        """A batch is a list of studies, since their shapes differ."""
+        ratios = []
+        for study in batch:
+            restored = self.method(study["input"], study["spacing"])
+            error = (restored - study["target"])[study["mask"]].double().square().mean()
+            before = (study["input"] - study["target"])[study["mask"]].double().square().mean()
+            ratios.append(error / before)
+        return torch.stack(ratios).mean()
+
+    def training_step(self, batch: list[dict[str, Tensor]], index: int) -> Tensor:
+        loss = self.loss(batch)
+        if not torch.isfinite(loss):
+            raise ValueError(f"epoch {self.current_epoch}: the loss is {float(loss)}; the fit stops here")
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(
+            self.method.parameters(), lr=1.0, max_iter=self.steps, history_size=20, line_search_fn="strong_wolfe"
+        )
+
+
+def fit(
+    name: str,
+    studies: Sequence[Study],
+    input_seconds: int,
+    target_seconds: int,
+    *,
+    epochs: int = 10,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> tuple[GaussianMethod, FittedMethod]:
+    """Fits one of `METHODS` on training studies.
+
+    Args:
+        name: "gaussian1", "gaussian3" or "gaussian_mix".
+        studies: with exposures of `input_seconds` and `target_seconds`.
+        epochs: each is up to 5 L-BFGS iterations over all studies.
+        checkpoint: where the fit is stored when it is done; if the file is there already, it is loaded instead.
+        progress: show Lightning's progress bar.
+
+    Returns:
+        The method, and its parameters and losses for the report.
+
+    Raises:
+        ValueError: unknown `name`, no studies, input and target of a study are the same, a loss that isn't finite, or
+            a checkpoint of another method.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
+    if not studies:
+        raise ValueError(f"{name}: no training studies")
+    module = GaussianFit(METHODS[name]())
+    if checkpoint is not None and checkpoint.exists():
+        losses = _load(module, name, checkpoint)
+        return module.method, module.method.fitted(losses)
+    lightning.seed_everything(seed, verbose=False)
+    data = _Studies(studies, input_seconds, target_seconds)
+    loader = torch.utils.data.DataLoader(data, batch_size=len(data), collate_fn=list)
+    # Lightning's hints on worker counts and accelerators are not about a fit of three numbers.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            log_every_n_steps=1,
+        )
+        trainer.fit(module, loader)
+        if trainer.interrupted:  # Lightning swallows Ctrl-C; a half-fitted method must not pass for a fitted one
+            raise KeyboardInterrupt
+    losses = [*module.losses, float(module.loss([data[i] for i in range(len(data))]).detach())]
+    if checkpoint is not None:
+        content = {"method": name, "state_dict": module.method.state_dict(), "losses": losses}
+        with atomic_path(checkpoint) as temporary:
+            torch.save(content, temporary)
+    return module.method, module.method.fitted(losses)
+
+
+def _load(module: GaussianFit, name: str, checkpoint: Path) -> list[float]:
+    try:
+        content = torch.load(checkpoint, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint}: not a checkpoint that can be read ({error}); delete it to fit again"
+        ) from error
+    found = content.get("method") if isinstance(content, dict) else None
+    if found != name:
+        raise ValueError(f"{checkpoint}: a checkpoint of {found!r}; expected {name!r}")
+    module.method.load_state_dict(content["state_dict"])
+    return list(content["losses"])
+
+
+@torch.no_grad()
+def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """One volume (i, j, k), float32, spacing in mm; the restored volume in the same unit."""
+    restored = method(torch.from_numpy(volume)[None, None], torch.tensor(spacing, dtype=torch.float64))
+    return restored[0, 0].numpy()

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `medaccel`. Each sub-command has --help with examples and takes a YAML --config with overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+SMOOTH_EXAMPLES = """examples:
+  medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5
+  medaccel smooth ct.nii ct_smooth.nii.gz --sigma "[1, 1, 2]"
+  medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
+"""
+
+RUN_EXAMPLES = """examples:
+  medaccel restoration run
+  medaccel restoration run --dicom path/to/pet_series --output runs/patient
+  medaccel restoration run --input_seconds 30 --test_phantoms 40 --output runs/30s
+  medaccel restoration run --config my.yaml --simulator '{dose_fraction: 0.5}'
+"""
+
+DEMO_EXAMPLES = """examples:
+  medaccel demo
+  medaccel demo --output demo_run --force
+"""
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Keeps the line breaks of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
+def _parser(description: str, examples: str | None = None) -> ArgumentParser:
+    parser = ArgumentParser(description=description, epilog=examples, formatter_class=_Formatter)
+    if examples is not None:
+        parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    return parser
+
+
+def _doctor() -> ArgumentParser:
+    return _parser("Says what is installed, what is built, and which kernel serves each op on each device.")
+
+
+def _smooth() -> ArgumentParser:
+    from medaccel.smooth import smooth
+
+    parser = _parser("Smooths a NIfTI file or a DICOM series with a Gaussian.", SMOOTH_EXAMPLES)
+    parser.add_function_arguments(smooth, as_positional=True, skip={"force", "progress"})
+    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _restoration_run() -> ArgumentParser:
+    from medaccel.restoration.config import RunConfig
+
+    parser = _parser("Fits the methods, scores them on held-out studies and writes a report.", RUN_EXAMPLES)
+    parser.add_class_arguments(RunConfig)
+    parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
+    return parser
+
+
+def _demo() -> ArgumentParser:
+    parser = _parser("A small restoration study on simulated phantoms: about a minute or two.", DEMO_EXAMPLES)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("--force", action="store_true", help="start clean where the output holds a run")
+    return parser
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line."""
+    import medaccel
+
+    parser = ArgumentParser(
+        prog="medaccel",
+        description="Fast kernels for 3-D medical imaging, and the studies built on them.",
+        version=medaccel.__version__,
+        formatter_class=_Formatter,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("doctor", _doctor(), help="what is installed and which kernels serve")
+    commands.add_subcommand("smooth", _smooth(), help="Gaussian smoothing of a NIfTI file or DICOM series")
+    restoration = _parser("PET restoration: short exposures made to look like long ones.")
+    commands.add_subcommand("restoration", restoration, help="PET restoration")
+    steps = restoration.add_subcommands(required=True, dest="step")
+    steps.add_subcommand("run", _restoration_run(), help="fit, score and report")
+    commands.add_subcommand("demo", _demo(), help="a small restoration study, from phantoms to a report")
+    return parser
+
+
+def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
+    values = namespace.as_dict() if isinstance(namespace, Namespace) else dict(namespace)
+    return {k: v for k, v in values.items() if k not in ("config", *skip)}
+
+
+def _call(arguments: Namespace) -> None:
+    command = arguments.command
+    if command == "doctor":
+        from medaccel import doctor
+
+        print(doctor())
+    elif command == "smooth":
+        from medaccel.smooth import smooth
+
+        options = _options(arguments.smooth, "quiet")
+        smooth(**options, progress=not arguments.smooth.quiet)
+        print(f"written: {options['output']}")
+    elif command == "restoration":
+        from medaccel.restoration.config import RunConfig
+        from medaccel.restoration.pipeline import run
+
+        options = _options(arguments.restoration.run)
+        force = options.pop("force")
+        methods: tuple[str, ...] = tuple(options.pop("methods"))
+        run(RunConfig(methods=methods, **options), force=force)
+    elif command == "demo":
+        from medaccel.restoration.config import DEMO
+        from medaccel.restoration.pipeline import run
+
+        run(dataclasses.replace(DEMO, output=arguments.demo.output), force=arguments.demo.force)
+
+
+def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:
+    print(f"medaccel: warning: {message}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 where it ended well, 1 with a sentence on stderr where not, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    warnings.showwarning = _warning_line
+    try:
+        _call(arguments)
+    except (ValueError, OSError) as error:
+        print(f"medaccel: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("medaccel: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -242,7 +242,7 @@ def _real_patient(config: RunConfig, dicom: Path, say: Callable[[str], None]) ->
 
 def _describe_data(config: RunConfig) -> str:
     if config.dicom is not None:
-        return f"simulated noise realisations of one measured PET"
+        return "simulated noise realisations of one measured PET"
     if config.test_studies is not None:
         return f"the studies in {config.test_studies.name}"
     return "phantoms of the shifted generator, which no method was fitted on"

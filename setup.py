@@ -43,7 +43,8 @@ class CMakeBuild(build_ext):
         install = ROOT if self.inplace else Path(self.build_lib).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
+            # --fresh: an earlier build's cache names the ninja and pybind11 of a build environment that is gone.
+            "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={install}",

@@ -5,6 +5,7 @@ Every function here keeps its tensors in locals until the kernel has returned: a
 argument list would be freed before the kernel reads it.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ ISAS = ("baseline", "avx2", "avx512")
 _CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}  # torch's names; any other gets the baseline
 
 DTYPES = {torch.float32: 0, torch.float64: 1}
+GPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 GAUSSIAN_APPROX = {"erf": 0, "sampled": 1, "scalespace": 2}
 GAUSSIAN_MODES = {"constant": 0, "reflect": 1, "nearest": 2, "mirror": 3, "wrap": 4}
 
@@ -111,3 +113,125 @@ def gaussian_sigma_gradient(
         x, g = input.contiguous(), grad.contiguous()
         gradient = run(x, g)
     return gradient
+
+
+# --- GPU ------------------------------------------------------------------------------------------------------
+# Tests put the emulated module here: the GPU's code paths then run on CPU tensors.
+emulated: ModuleType | None = None
+# And σ then counts as lying on the device or, where this is False, on the host.
+emulate_device_sigma = False
+
+
+@functools.cache
+def gpu_problem(index: int) -> str | None:
+    """None where the CUDA kernels run on this GPU; else why not, in a sentence."""
+    if cuda is None:
+        return f"the CUDA kernels are not built: {cuda_problem}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return (
+            f"cuda:{index} is sm_{major}{minor}; the CUDA kernels need sm_80 or newer "
+            "(Ampere); older GPUs run plain PyTorch"
+        )
+    try:
+        cuda.running_architecture(index)
+    except RuntimeError as error:
+        return (
+            f"this build has no code for cuda:{index}, sm_{major}{minor} (built for {cuda.architectures}; "
+            f"rebuild with MEDACCEL_CUDA_ARCHS={major}{minor}): {error}"
+        )
+    return None
+
+
+def on_gpu_path(tensor: Tensor) -> bool:
+    """Whether the GPU's kernels serve `tensor`: it is on a GPU, or a test emulates one."""
+    return tensor.device.type == "cuda" or emulated is not None
+
+
+def _gpu(tensor: Tensor) -> tuple[ModuleType, int, int]:
+    """The module that serves `tensor`'s device, the device's index, and the current stream's handle."""
+    if tensor.device.type == "cuda":
+        assert cuda is not None
+        return cuda, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    assert emulated is not None
+    return emulated, 0, 0
+
+
+def _gaussian_volume(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """`tensor` with its spatial part dense in C order (a copy where it isn't), and that part's sizes (z, y, x)."""
+    size = [*[1] * (5 - tensor.dim()), *tensor.shape[2:]]
+    step = 1
+    for axis in range(tensor.dim() - 1, 1, -1):
+        if tensor.shape[axis] != 1 and tensor.stride(axis) != step:
+            return tensor.contiguous(), size
+        step *= tensor.shape[axis]
+    return tensor, size
+
+
+def gaussian_filter_gpu(
+    input: Tensor,
+    sigma: Tensor,
+    truncated: float,
+    approx: str,
+    mode: str,
+    normalize: bool,
+    adjoint: bool,
+    derivative_axis: int = -1,
+) -> Tensor:
+    """The GPU filter of a tensor (B, C, *spatial) of any floating dtype; sigma (spatial,) on either device.
+
+    σ on the GPU is never read by the host: radius and taps are made where it lies, for radii up to
+    `max_device_radius`; the caller has checked values that the host can see. derivative_axis: a spatial axis that is
+    filtered with ∂taps/∂σ instead.
+    """
+    module, device, stream = _gpu(input)
+    source, size = _gaussian_volume(input)
+    output = torch.empty_like(input)
+    target = output if _gaussian_volume(output)[0] is output else torch.empty_like(source)
+    spatial = input.dim() - 2
+    on_host = sigma.device.type == "cpu" and not (emulated is not None and emulate_device_sigma)
+    values, address = [0.0] * 3, 0
+    max_radius = module.max_device_radius
+    if on_host:
+        values = [0.0] * (3 - spatial) + sigma.tolist()
+        reaches = [max(truncated * s, 0.5) + 0.5 if s > 0 else 0.0 for s in values]
+        max_radius = int(max(reaches))
+    else:
+        on_device = torch.zeros(3, dtype=torch.float64, device=sigma.device)
+        on_device[3 - spatial :] = sigma
+        address = on_device.data_ptr()
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    fused = on_host and max_radius <= module.fused_radius and compute == torch.float32
+    plain = not fused or (adjoint and mode != "constant")
+    temporaries = [source.new_empty(source.shape if plain else (0,), dtype=compute) for _ in range(2)]
+    workspace = source.new_empty(module.gaussian_workspace_bytes(max_radius), dtype=torch.uint8)
+    module.gaussian_filter(
+        source.data_ptr(), target.data_ptr(), GPU_DTYPES[input.dtype], source.shape[:2], size, source.stride()[:2],
+        target.stride()[:2], address, values, truncated, GAUSSIAN_APPROX[approx], GAUSSIAN_MODES[mode], normalize,
+        adjoint, derivative_axis + 3 - spatial if derivative_axis >= 0 else -1, workspace.data_ptr(), max_radius,
+        [t.data_ptr() for t in temporaries], device, stream,
+    )  # fmt: skip
+    if target is not output:
+        output.copy_(target)
+    return output
+
+
+def gaussian_sigma_gradient_gpu(
+    input: Tensor, grad: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool
+) -> Tensor:
+    """Σ grad · ∂filter(input)/∂sigma, (spatial,) in float64 on the input's device; nothing is read by the host."""
+    module, device, stream = _gpu(input)
+    if input.dtype in (torch.bfloat16, torch.float16):
+        input = input.float()  # the filtered input is summed up, and must not be rounded before
+    g = grad.to(input.dtype).contiguous()
+    result = input.new_zeros(input.dim() - 2, dtype=torch.float64)
+    if input.numel() == 0:
+        return result
+    partial = input.new_empty(module.dot_blocks, dtype=torch.float64)
+    for axis in range(input.dim() - 2):
+        slope = gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, False, axis).contiguous()
+        module.dot(
+            slope.data_ptr(), g.data_ptr(), g.numel(), GPU_DTYPES[g.dtype], partial.data_ptr(),
+            result[axis:].data_ptr(), device, stream,
+        )  # fmt: skip
+    return result

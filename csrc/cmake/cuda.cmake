@@ -16,7 +16,7 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # no libcudart to find at run time; imports on a machine without a driver
 enable_language(CUDA)
 
-set(CUDA_SOURCES probe/cuda.cu)
+set(CUDA_SOURCES gaussian/cuda.cu probe/cuda.cu)
 
 # Machine code for each architecture, and PTX of the last, so that later GPUs can compile it themselves.
 set(gpu_code "")
@@ -31,7 +31,7 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS cuda_module.cpp ${CUDA_SOURCES})
 set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${gpu_code}" CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O1 -Wall -Wextra>
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Werror=all-warnings --threads=2>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3 -Werror=all-warnings --threads=4>)
 target_compile_definitions(_cuda PRIVATE
   MEDACCEL_MODULE=_cuda MEDACCEL_CUDA_ARCHS="${arch_list}"
   MEDACCEL_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}")

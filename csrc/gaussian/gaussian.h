@@ -33,16 +33,20 @@ template <class T>
 bool sigma_gradient(const T* in, const T* grad, const Shape& shape, const Shape& in_strides,
                     const Shape& grad_strides, const double* sigma, double* gradient, const Settings& settings);
 
-// The index that position p of the extended axis reads, p in any range; -1 stands for a zero. size > 0.
+// Axes are shorter than this, so that positions, borders included, fit 32 bits: a GPU divides 64-bit integers slowly.
+constexpr int64_t kMaxAxis = int64_t{1} << 29;
+
+// The index that position p of the extended axis reads, p in any range; -1 stands for a zero. 0 < size < kMaxAxis.
 MEDACCEL_HOST_DEVICE inline int64_t border_source(int64_t p, int64_t size, Border border) {
     if (p >= 0 && p < size) return p;
     if (border == Border::constant) return -1;
     if (border == Border::nearest || size == 1) return p < 0 ? 0 : size - 1;
-    const int64_t period = border == Border::wrap ? size : border == Border::reflect ? 2 * size : 2 * size - 2;
-    int64_t q = p % period;
+    const int n = static_cast<int>(size);
+    const int period = border == Border::wrap ? n : border == Border::reflect ? 2 * n : 2 * n - 2;
+    int q = static_cast<int>(p) % period;
     if (q < 0) q += period;
-    if (q < size) return q;
-    return border == Border::reflect ? 2 * size - 1 - q : 2 * size - 2 - q;
+    if (q < n) return q;
+    return border == Border::reflect ? 2 * n - 1 - q : 2 * n - 2 - q;
 }
 
 }  // namespace medaccel::gaussian

@@ -84,8 +84,22 @@ MEDACCEL_HOST_DEVICE inline void scalespace_half(double sigma, int radius, doubl
     for (int k = 0; k <= wanted; ++k) half[k] /= sum;
 }
 
-// taps[0 … 2·radius] and, unless null, derivative[0 … 2·radius]; work holds radius + 2 doubles (scalespace
-// only).
+// work: half[] of scalespace_half, read for that approximation only.
+MEDACCEL_HOST_DEVICE inline double tap_at(Approx approx, int k, double sigma, const double* work) {
+    if (approx == Approx::erf) return erf_tap(k, sigma);
+    if (approx == Approx::sampled) return sampled_tap(k, sigma);
+    return work[k < 0 ? -k : k];
+}
+
+MEDACCEL_HOST_DEVICE inline double derivative_at(Approx approx, int k, double sigma, const double* work) {
+    if (approx == Approx::erf) return erf_tap_derivative(k, sigma);
+    if (approx == Approx::sampled) return sampled_tap_derivative(k, sigma);
+    // d/dt e^{−t} I_k = e^{−t} [½ (I_{k−1} + I_{k+1}) − I_k], and dt/dσ = 2σ
+    const int a = k < 0 ? -k : k;
+    return 2.0 * sigma * (0.5 * (work[a == 0 ? 1 : a - 1] + work[a + 1]) - work[a]);
+}
+
+// taps[0 … 2·radius] and, unless null, derivative[0 … 2·radius]; work holds radius + 2 doubles (scalespace only).
 MEDACCEL_HOST_DEVICE inline void fill_taps(double sigma, int radius, Approx approx, bool normalize, double* taps,
                                            double* derivative, double* work) {
     const int n = 2 * radius + 1;
@@ -95,30 +109,13 @@ MEDACCEL_HOST_DEVICE inline void fill_taps(double sigma, int radius, Approx appr
         return;
     }
     if (approx == Approx::scalespace) scalespace_half(sigma, radius, work);
-    for (int i = 0; i < n; ++i) {
-        const int k = i - radius, a = k < 0 ? -k : k;
-        if (approx == Approx::erf)
-            taps[i] = erf_tap(k, sigma);
-        else if (approx == Approx::sampled)
-            taps[i] = sampled_tap(k, sigma);
-        else
-            taps[i] = work[a];
-        if (!derivative) continue;
-        if (approx == Approx::erf)
-            derivative[i] = erf_tap_derivative(k, sigma);
-        else if (approx == Approx::sampled)
-            derivative[i] = sampled_tap_derivative(k, sigma);
-        else  // d/dt e^{−t} I_k = e^{−t} [½ (I_{k−1} + I_{k+1}) − I_k], and dt/dσ = 2σ
-            derivative[i] = 2.0 * sigma * (0.5 * (work[a == 0 ? 1 : a - 1] + work[a + 1]) - work[a]);
-    }
-    if (!normalize) return;
     double sum = 0.0, slope = 0.0;
     for (int i = 0; i < n; ++i) {
-        sum += taps[i];
-        if (derivative) slope += derivative[i];
+        sum += taps[i] = tap_at(approx, i - radius, sigma, work);
+        if (derivative) slope += derivative[i] = derivative_at(approx, i - radius, sigma, work);
     }
-    // d(t/Σt) = (dt − (t/Σt) Σdt) / Σt. A σ so small that the sampled taps vanish but for the centre leaves
-    // Σt > 0.
+    if (!normalize) return;
+    // d(t/Σt) = (dt − (t/Σt) Σdt) / Σt. A σ so small that the sampled taps vanish but for the centre leaves Σt > 0.
     for (int i = 0; i < n; ++i) {
         taps[i] /= sum;
         if (derivative) derivative[i] = (derivative[i] - taps[i] * slope) / sum;

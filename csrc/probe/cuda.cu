@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "probe.h"
 
-#include <stdexcept>
+#include "../common/cuda_portable.h"
 
 namespace medaccel::probe {
 namespace {
@@ -15,12 +15,6 @@ __global__ void architecture(int* out) {
 #endif
 }
 
-void check(cudaError_t status, const char* doing) {
-    if (status == cudaSuccess) return;
-    throw std::runtime_error(std::string("probe: ") + doing + " failed: " + cudaGetErrorName(status) + ": " +
-                             cudaGetErrorString(status));
-}
-
 }  // namespace
 
 DeviceCount device_count() {
@@ -32,20 +26,18 @@ DeviceCount device_count() {
 }
 
 int running_architecture(int device) {
-    int before = 0;
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
+    const DeviceGuard guard(device);
     int* out = nullptr;
     int result = 0;
-    cudaError_t status = cudaMalloc(&out, sizeof(int));
-    if (status == cudaSuccess) {
-        architecture<<<1, 1>>>(out);
-        status = cudaGetLastError();
-        if (status == cudaSuccess) status = cudaMemcpy(&result, out, sizeof(int), cudaMemcpyDeviceToHost);
+    CUDA_CHECK(cudaMalloc(&out, sizeof(int)));
+    try {
+        LAUNCH(architecture, 1, 1, 0, nullptr, out);
+        CUDA_CHECK(cudaMemcpy(&result, out, sizeof(int), cudaMemcpyDeviceToHost));
+    } catch (...) {
         cudaFree(out);
+        throw;
     }
-    cudaSetDevice(before);
-    check(status, "the kernel");
+    CUDA_CHECK(cudaFree(out));
     return result;
 }
 

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op's suite shares: the implementations, the 2× rule, poisoned memory."""
 
+import functools
 import importlib
+import importlib.util
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
+import pybind11
 import pytest
 import torch
 from torch import Tensor
 
 from medaccel import _native, use_reference
+from tests.cuda_emulation.sanitized import CSRC, build, compiler_is_missing
 
 # The reference itself is in the list: what a kernel must hold, the truth must hold too.
-IMPLEMENTATIONS = ("reference", *(f"cpu-{isa}" for isa in _native.ISAS))
+# "cuda-emulated": the GPU's kernels, executed on the CPU, with σ on the host or on the device.
+EMULATED = ("cuda-emulated", "cuda-emulated-sigma-on-device")
+IMPLEMENTATIONS = ("reference", *(f"cpu-{isa}" for isa in _native.ISAS), *EMULATED)
 
 
 @contextmanager
@@ -21,6 +29,13 @@ def implementation(name: str) -> Iterator[None]:
     if name == "reference":
         with use_reference():
             yield
+        return
+    if name in EMULATED:
+        _native.emulated, _native.emulate_device_sigma = emulated_module(), name == EMULATED[1]
+        try:
+            yield
+        finally:
+            _native.emulated = None
         return
     isa = name.removeprefix("cpu-")
     try:
@@ -35,6 +50,26 @@ def implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _native.cpu = before
+
+
+@functools.cache
+def emulated_module() -> ModuleType:
+    """The GPU kernels' module built by g++ against the emulator; compiled once and kept between runs."""
+    if compiler_is_missing():
+        pytest.skip("g++ is not here to build the emulated kernels")
+    include = sysconfig.get_path("include")
+    flags = (
+        *("-DMEDACCEL_MODULE=_emulated", "-DMEDACCEL_EMULATED", '-DMEDACCEL_CUDA_ARCHS="emulated"'),
+        *('-DMEDACCEL_CUDA_VERSION="none"', f"-isystem{pybind11.get_include()}", f"-isystem{include}"),
+    )
+    sources = (CSRC / "gaussian" / "cuda.cu", CSRC / "probe" / "cuda.cu", CSRC / "cuda_module.cpp")
+    path = build(sources, extra_flags=flags, shared=True)
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

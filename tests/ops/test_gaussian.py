@@ -2,6 +2,7 @@
 """The Gaussian filter: every implementation against the fp64 reference, its gradients, and its properties."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -18,7 +19,14 @@ from torch import Tensor
 from medaccel import use_reference
 from medaccel.ops import gaussian_filter
 from medaccel.ops.gaussian import reference
-from tests.ops.checks import IMPLEMENTATIONS, assert_twice_as_good, implementation, max_error, poisoned_memory
+from tests.ops.checks import (
+    EMULATED,
+    IMPLEMENTATIONS,
+    assert_twice_as_good,
+    implementation,
+    max_error,
+    poisoned_memory,
+)
 from tests.ops.gaussian_cases import APPROX, CASES, MODES, Case
 
 OP = torch.ops.medaccel.gaussian_filter.default
@@ -36,15 +44,21 @@ def with_gradients(x: Tensor, sigma: Tensor, grad: Tensor, options: dict) -> tup
     return y.detach(), *gradients
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+def implementations_and_dtypes() -> list[tuple[str, torch.dtype, str]]:
+    """Every implementation with every dtype and border. An emulated GPU takes a second a case, so where σ lies on the
+    device, which changes nothing but what is launched, one plain and one folding border must do."""
+    everything = itertools.product(IMPLEMENTATIONS, (torch.float32, torch.float64), MODES)
+    few = [(torch.float32, "constant"), (torch.float32, "mirror"), (torch.float64, "wrap")]
+    return [(name, dtype, mode) for name, dtype, mode in everything if name != EMULATED[1] or (dtype, mode) in few]
+
+
+@pytest.mark.parametrize(("name", "dtype", "mode"), implementations_and_dtypes())
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_output_and_gradients_match_the_fp64_reference(name: str, case: Case, mode: str, dtype: torch.dtype):
     x = case.input(dtype)
     sigma = torch.tensor(case.sigma, dtype=torch.float64)
     grad = torch.randn(case.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for approx in APPROX if mode == "constant" else APPROX[:1]:
+    for approx in APPROX if mode == "constant" and name not in EMULATED else APPROX[:1]:
         options = {**case.options, "mode": mode, "approx": approx}
         with use_reference():
             truth = with_gradients(x.double(), sigma, grad, options)
@@ -184,7 +198,7 @@ def test_a_nan_spreads_exactly_as_far_as_the_taps(name: str, shape: tuple[int, .
     assert torch.equal(y.isnan(), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n != "reference"])
+@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n.startswith("cpu")])
 @pytest.mark.parametrize("mode", MODES)
 def test_bits_do_not_depend_on_the_number_of_threads_or_the_run(name: str, mode: str):
     x = torch.randn(1, 2, 40, 50, 70, requires_grad=True)

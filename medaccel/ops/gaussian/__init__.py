@@ -17,10 +17,12 @@ MAX_RADIUS = 1 << 20
 
 def unsupported(input: Tensor) -> str | None:
     """None where a kernel serves `input`; else why not, in a sentence."""
-    device = input.device.type
-    if device != "cpu":
-        return f"gaussian_filter has no kernel for device {device!r}"
-    return _native.cpu_problem
+    device = input.device
+    if device.type == "cpu":
+        return _native.cpu_problem
+    if device.type == "cuda":
+        return _native.gpu_problem(device.index)
+    return f"gaussian_filter has no kernel for device {device.type!r}"
 
 
 def gaussian_filter(
@@ -55,7 +57,10 @@ def gaussian_filter(
         TypeError: `input` is not a floating-point tensor.
         ValueError: a shape, σ, option or device that makes no sense.
 
-    The CPU kernel fuses the three passes; see ``csrc/gaussian/march.h``. Sources: MONAI 1.6
+    On a GPU nothing waits for the device: radius and taps of a σ that lies there are made there, so a negative, NaN
+    or very large one (more than 2048 voxels' reach) can't be refused and gives NaN instead.
+
+    Both kernels fuse the three passes; see ``csrc/gaussian/march.h`` and ``cuda.cu``. Sources: MONAI 1.6
     (``monai.networks.layers.gaussian_1d``) for the taps, Lindeberg, "Scale-space for discrete signals", IEEE TPAMI
     12(3), 1990, for "scalespace".
 
@@ -80,7 +85,8 @@ def gaussian_filter(
     native = not _dispatch.reference_forced and unsupported(input) is None
     if not isinstance(sigma, Tensor):
         values = _sigma_values(sigma, spatial, truncated)
-        if native and input.dtype in _native.DTYPES and _dispatch.plain_eager(input):
+        direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
+        if direct and _dispatch.plain_eager(input):
             return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
         sigmas = torch.tensor(values, dtype=torch.float64)
     else:

@@ -31,15 +31,18 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-# --- CPU -----------------------------------------------------------------------------------------------------
-def _forward_cpu(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
-    values = check_sigma_values(sigma.tolist())
+# --- kernels -----------------------------------------------------------------------------------------------------
+def _forward(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
+    if sigma.device.type == "cpu":  # a GPU's σ is not read by the host
+        values = check_sigma_values(sigma.tolist())
+    if _native.on_gpu_path(input):
+        return _native.gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, adjoint=False)
     x = input.to(_compute_dtype(input))
     y = _native.gaussian_filter(x, values, truncated, approx, mode, normalize, adjoint=False)
     return y.to(input.dtype)
 
 
-def _backward_cpu(
+def _backward_op(
     grad: Tensor,
     input: Tensor | None,
     sigma: Tensor,
@@ -50,22 +53,31 @@ def _backward_cpu(
     need_input: bool,
     need_sigma: bool,
 ) -> tuple[Tensor, Tensor]:
+    settings = (truncated, approx, mode, normalize)
+    grad_input, grad_sigma = grad.new_empty(0), sigma.new_empty(0)
+    if _native.on_gpu_path(grad):
+        if need_input:
+            grad_input = _native.gaussian_filter_gpu(grad, sigma, *settings, adjoint=True)
+        if need_sigma:
+            assert input is not None
+            grad_sigma = _native.gaussian_sigma_gradient_gpu(input, grad, sigma, *settings).to(sigma)
+        return grad_input, grad_sigma
     values = sigma.tolist()
     g = grad.to(_compute_dtype(grad))
-    grad_input, grad_sigma = grad.new_empty(0), sigma.new_empty(0)
     if need_input:
-        grad_input = _native.gaussian_filter(g, values, truncated, approx, mode, normalize, adjoint=True)
+        grad_input = _native.gaussian_filter(g, values, *settings, adjoint=True)
         grad_input = grad_input.to(grad.dtype)
     if need_sigma:
         assert input is not None
         x = input.to(g.dtype)
-        gradient = _native.gaussian_sigma_gradient(x, g, values, truncated, approx, mode, normalize)
+        gradient = _native.gaussian_sigma_gradient(x, g, values, *settings)
         grad_sigma = torch.tensor(gradient, dtype=sigma.dtype)
     return grad_input, grad_sigma
 
 
-_lib.impl("gaussian_filter", _forward_cpu, "CPU")
-_lib.impl("gaussian_filter_backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("gaussian_filter", _forward, _device)
+    _lib.impl("gaussian_filter_backward", _backward_op, _device)
 
 
 # --- shapes without data -------------------------------------------------------------------------------------

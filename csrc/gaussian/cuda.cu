@@ -1,0 +1,445 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Gaussian filter's GPU kernels.
+//
+//   make_taps   radius and taps of each axis, from σ on the device or from the host
+//   march       all three axes in one pass over the volume, for radii up to R
+//   one_axis    one axis a pass, any radius; also the adjoint of folding borders
+//   dot         the inner product that the gradient to σ ends in
+//
+// Bytes: three plain passes request 3 reads and 3 writes of the volume. `march` reads a tile of 64 × 32 columns with
+// its halo, once a plane, and writes the output once: at radius 8 and chunks of 64 planes it requests
+// (80·48)/(64·32) · (64 + 16)/64 + 1 = 3.34 volumes; halos that a neighbouring block has just read come from the
+// second-level cache, so that the DRAM sees little more than 2.
+#include <type_traits>
+
+#include "../common/cuda_portable.h"
+#include "cuda.h"
+
+namespace medaccel::gaussian {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kTileX = 64, kTileY = 32, kChunk = 64;
+constexpr int kColumns = kTileX * kTileY / kThreads;  // that a thread carries along z
+
+// What the kernels know of the volume.
+struct Volume {
+    int64_t channels, in_stride[2], out_stride[2];
+    int64_t size[3];
+};
+
+template <class C>
+struct Taps {
+    const int* radius;  // [3]
+    const C* taps;      // [3][2][2 · max_radius + 1]: taps, derivative
+    int max_radius;
+    int derivative_axis;
+
+    __device__ const C* of(int axis) const {
+        return taps + (2 * axis + (axis == derivative_axis)) * static_cast<int64_t>(2 * max_radius + 1);
+    }
+    __device__ int reach() const { return max(max(radius[0], radius[1]), radius[2]); }
+};
+
+__device__ inline float to_compute(float v) { return v; }
+__device__ inline double to_compute(double v) { return v; }
+__device__ inline float to_compute(__half v) { return __half2float(v); }
+__device__ inline float to_compute(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <class T>
+__device__ T to_storage(float v);
+template <>
+__device__ inline float to_storage<float>(float v) {
+    return v;
+}
+template <>
+__device__ inline __half to_storage<__half>(float v) {
+    return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 to_storage<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
+template <class T>
+__device__ inline T to_storage(double v) {
+    return static_cast<T>(v);
+}
+
+// Four neighbours, moved in one instruction where the address allows.
+template <class T>
+struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) Quad {
+    T v[4];
+};
+
+// --- taps
+// ------------------------------------------------------------------------------------------------------------
+struct HostSigma {
+    double value[3];
+};
+
+// One block an axis.
+template <class C>
+__global__ void __launch_bounds__(128, 1)
+    make_taps(const double* device_sigma, HostSigma host_sigma, double truncated, Approx approx, bool normalize,
+              int max_radius, double* work, int* radius, C* taps) {
+    SHARED(double, sums, [2]);
+    const int axis = blockIdx.x;
+    const double sigma = device_sigma ? device_sigma[axis] : host_sigma.value[axis];
+    C* t = taps + 2 * axis * static_cast<int64_t>(2 * max_radius + 1);
+    C* d = t + 2 * max_radius + 1;
+    double* half = work + axis * static_cast<int64_t>(max_radius + 2);
+    const bool valid = sigma >= 0 && truncated * sigma < max_radius + 0.5;
+    const int r = valid ? radius_of(sigma, truncated) : 0;
+    if (threadIdx.x == 0) radius[axis] = r;
+    if (r == 0) {  // the identity; or a σ that no kernel can follow: NaN everywhere
+        if (threadIdx.x == 0) {
+            t[0] = valid ? C(1) : C(NAN);
+            d[0] = valid ? C(0) : C(NAN);
+        }
+        return;
+    }
+    if (approx == Approx::scalespace) {
+        if (threadIdx.x == 0) scalespace_half(sigma, r, half);
+        __syncthreads();
+    }
+    // Separate sweeps, each with one call in flight: together they would spill registers around the calls.
+    if (threadIdx.x == 0) {
+        double sum = 0.0;
+#pragma unroll 1
+        for (int k = -r; normalize && k <= r; ++k) sum += tap_at(approx, k, sigma, half);
+        sums[0] = normalize ? sum : 1.0;
+    }
+    if (threadIdx.x == 32) {
+        double slope = 0.0;
+#pragma unroll 1
+        for (int k = -r; normalize && k <= r; ++k) slope += derivative_at(approx, k, sigma, half);
+        sums[1] = slope;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i <= 2 * r; i += blockDim.x)
+        t[i] = static_cast<C>(tap_at(approx, i - r, sigma, half) / sums[0]);
+#pragma unroll 1
+    for (int i = threadIdx.x; i <= 2 * r; i += blockDim.x) {
+        double slope = derivative_at(approx, i - r, sigma, half);
+        if (normalize) slope -= static_cast<double>(t[i]) * sums[1];
+        d[i] = static_cast<C>(slope / sums[0]);
+    }
+}
+
+// --- the fused march ---------------------------------------------------------------------------------------------
+// A block owns 64 × 32 columns of up to kChunk planes. Each plane, with its halo, goes through shared memory for x
+// and y; along z a thread carries the partial sums of its columns' next 2R + 1 outputs in registers and shifts them
+// by one a plane (the transposed form of the filter), so no plane is kept.
+// Runs where smallest < reach <= R, else returns at once: the host may not know the radius.
+template <class T, int R>
+__global__ void __launch_bounds__(kThreads)
+    march(const T* __restrict__ in, T* __restrict__ out, Volume v, Taps<float> taps, Border border, int smallest) {
+    constexpr int kRows = kTileY + 2 * R, kPitch = kTileX + 2 * R, kTaps = 2 * R + 1;
+    SHARED(Quad<float>, tile, [kRows * kPitch / 4]);
+    SHARED(Quad<float>, lines, [kRows * kTileX / 4]);
+    SHARED(float, t, [3][kTaps]);
+    const int reach = taps.reach();
+    if (reach <= smallest || reach > R) return;
+    const int rz = taps.radius[0], ry = taps.radius[1], rx = taps.radius[2];
+    for (int i = threadIdx.x; i < 3 * kTaps; i += kThreads) {
+        const int axis = i / kTaps, k = i % kTaps - R, r = taps.radius[axis];
+        if (k >= -r && k <= r) t[axis][k + R] = taps.of(axis)[k + r];
+    }
+    __syncthreads();
+
+    const int64_t tiles_x = (v.size[2] + kTileX - 1) / kTileX, tiles_y = (v.size[1] + kTileY - 1) / kTileY;
+    const int64_t chunks = (v.size[0] + kChunk - 1) / kChunk;
+    int64_t block = blockIdx.x;
+    const int64_t x0 = block % tiles_x * kTileX;
+    block /= tiles_x;
+    const int64_t y0 = block % tiles_y * kTileY;
+    block /= tiles_y;
+    const int64_t z0 = block % chunks * kChunk, z1 = min(z0 + kChunk, v.size[0]);
+    const int64_t batch = block / chunks / v.channels, channel = block / chunks % v.channels;
+    in += batch * v.in_stride[0] + channel * v.in_stride[1];
+    out += batch * v.out_stride[0] + channel * v.out_stride[1];
+    const bool aligned = (reinterpret_cast<std::uintptr_t>(in) % sizeof(Quad<T>) == 0) && v.size[2] % 4 == 0;
+
+    const int column = threadIdx.x % kTileX, first_row = threadIdx.x / kTileX * kColumns;
+    float sums[kColumns][kTaps];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int s = 0; s < kTaps; ++s) sums[c][s] = 0.f;
+
+    for (int64_t plane = z0 - R; plane < z1 + R; ++plane) {
+        const bool needed = plane >= z0 - rz && plane < z1 + rz;
+        const int64_t source = needed ? border_source(plane, v.size[0], border) : -1;
+        float filtered[kColumns] = {};
+        if (source >= 0) {  // the same for the whole block
+            const T* from = in + source * v.size[1] * v.size[2];
+            for (int i = threadIdx.x; i < kRows * kPitch / 4; i += kThreads) {
+                const int row = i / (kPitch / 4), quad = i % (kPitch / 4);
+                if (row < R - ry || row >= kTileY + R + ry) continue;  // never read
+                const int64_t y = border_source(y0 - R + row, v.size[1], border), x = x0 - R + 4 * quad;
+                Quad<float> q = {};
+                if (y >= 0) {
+                    if (aligned && x >= 0 && x + 4 <= v.size[2]) {
+                        const Quad<T> raw = *reinterpret_cast<const Quad<T>*>(from + y * v.size[2] + x);
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) q.v[j] = to_compute(raw.v[j]);
+                    } else {
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            const int64_t sx = border_source(x + j, v.size[2], border);
+                            if (sx >= 0) q.v[j] = to_compute(from[y * v.size[2] + sx]);
+                        }
+                    }
+                }
+                tile[i] = q;
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < kRows * kTileX / 4; i += kThreads) {
+                const int row = i / (kTileX / 4), quad = i % (kTileX / 4);
+                if (row < R - ry || row >= kTileY + R + ry) continue;
+                float window[4 + 2 * R];
+#pragma unroll
+                for (int j = 0; j < 1 + R / 2; ++j) {
+                    const Quad<float> q = tile[row * (kPitch / 4) + quad + j];
+#pragma unroll
+                    for (int l = 0; l < 4; ++l) window[4 * j + l] = q.v[l];
+                }
+                Quad<float> sum = {};
+#pragma unroll
+                for (int k = 0; k < kTaps; ++k) {
+                    if (k < R - rx || k > R + rx) continue;  // skipped, not multiplied by 0: 0 · NaN is NaN
+                    const float tap = t[2][k];
+#pragma unroll
+                    for (int l = 0; l < 4; ++l) sum.v[l] = fmaf(tap, window[l + k], sum.v[l]);
+                }
+                lines[i] = sum;
+            }
+            __syncthreads();
+            const float* line = &lines[0].v[0];
+#pragma unroll
+            for (int j = 0; j < kColumns + 2 * R; ++j) {
+                if (j < R - ry || j > kColumns - 1 + R + ry) continue;
+                const float value = line[(first_row + j) * kTileX + column];
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) {
+                    const int k = j - c;
+                    if (k >= 0 && k < kTaps && k >= R - ry && k <= R + ry)
+                        filtered[c] = fmaf(t[1][k], value, filtered[c]);
+                }
+            }
+        }
+        // sums[s] belongs to output plane − R + s, which reads this plane with tap R − s.
+#pragma unroll
+        for (int s = 0; s < kTaps; ++s) {
+            const bool reads = source >= 0 && 2 * R - s >= R - rz && 2 * R - s <= R + rz;
+            const float tap = reads ? t[0][2 * R - s] : 0.f;
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                const float before = s + 1 < kTaps ? sums[c][s + 1] : 0.f;
+                sums[c][s] = reads ? fmaf(tap, filtered[c], before) : before;
+            }
+        }
+        const int64_t done = plane - R;
+        if (done >= z0 && done < z1) {
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                const int64_t y = y0 + first_row + c, x = x0 + column;
+                if (y < v.size[1] && x < v.size[2])
+                    out[(done * v.size[1] + y) * v.size[2] + x] = to_storage<T>(sums[c][0]);
+            }
+        }
+    }
+}
+
+// --- one axis a pass ---------------------------------------------------------------------------------------------
+// An element is (outer, slow, fast): the fast index runs along memory; `slow` counts what is left of a channel's
+// volume. The filtered axis is the fast one (x) or slow's last part.
+struct Pass {
+    int64_t channels, in_stride[2], out_stride[2];
+    int64_t outer, slow, fast;
+    int64_t size, step;  // of the axis: length, distance of neighbours
+    int axis;
+};
+
+template <class In, class Out, class C>
+__global__ void __launch_bounds__(256, 2) one_axis(const In* __restrict__ in, Out* __restrict__ out, Pass p,
+                                                   Taps<C> taps, Border border, bool adjoint, int smallest) {
+    if (taps.reach() <= smallest) return;
+    const int r = taps.radius[p.axis], channels = static_cast<int>(p.channels), size = static_cast<int>(p.size);
+    const C* t = taps.of(p.axis);
+    for (int outer = blockIdx.z; outer < p.outer; outer += gridDim.z) {
+        const int batch = outer / channels, channel = outer - batch * channels;
+        for (int slow = blockIdx.y; slow < p.slow; slow += gridDim.y)
+            for (int64_t fast = blockIdx.x * 256 + threadIdx.x; fast < p.fast; fast += 256 * gridDim.x) {
+                const int64_t within = slow * p.fast + fast;
+                const int64_t at = p.axis == 2 ? fast : slow % size;
+                const In* line = in + batch * p.in_stride[0] + channel * p.in_stride[1] + within - at * p.step;
+                C sum = 0;
+                for (int k = -r; k <= r; ++k) {
+                    const int64_t source = border_source(at + k, size, adjoint ? Border::constant : border);
+                    if (source >= 0) sum = fma(t[k + r], static_cast<C>(to_compute(line[source * p.step])), sum);
+                }
+                if (adjoint && border != Border::constant) {
+                    // What the positions beyond an end would have read goes to `at`.
+                    for (int d = -r; d < r; ++d) {
+                        const int64_t beyond = d < 0 ? d : size + d;
+                        if (border_source(beyond, size, border) != at) continue;
+                        C part = 0;  // summed apart: one long chain of roundings would lose digits
+                        for (int k = -r; k <= r; ++k)
+                            if (beyond + k >= 0 && beyond + k < size)
+                                part = fma(t[k + r], static_cast<C>(to_compute(line[(beyond + k) * p.step])), part);
+                        sum += part;
+                    }
+                }
+                out[batch * p.out_stride[0] + channel * p.out_stride[1] + within] = to_storage<Out>(sum);
+            }
+    }
+}
+
+// --- dot product -------------------------------------------------------------------------------------------------
+constexpr int kDotThreads = 256;
+
+__device__ inline double block_sum(double value) {
+    SHARED(double, sums, [kDotThreads]);
+    sums[threadIdx.x] = value;
+    for (int half = kDotThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    __syncthreads();
+    return sums[0];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kDotThreads)
+    dot_parts(const T* __restrict__ a, const T* __restrict__ b, int64_t n, double* partial) {
+    double sum = 0;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step)
+        sum = fma(static_cast<double>(to_compute(a[i])), static_cast<double>(to_compute(b[i])), sum);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kDotThreads) dot_total(const double* partial, double* result) {
+    const double sum = block_sum(partial[threadIdx.x]);
+    if (threadIdx.x == 0) *result = sum;
+}
+
+// --- launches ----------------------------------------------------------------------------------------------------
+int64_t elements(const GpuCall& c) { return c.batch * c.channels * c.size[0] * c.size[1] * c.size[2]; }
+
+bool folds(const GpuCall& c) { return c.adjoint && c.border != Border::constant; }
+
+template <class T, int R>
+void launch_march(const GpuCall& c, const Volume& v, const Taps<float>& taps, int smallest) {
+    const int64_t blocks = c.batch * c.channels * ceil_div(c.size[0], kChunk) * ceil_div(c.size[1], kTileY) *
+                           ceil_div(c.size[2], kTileX);
+    LAUNCH((march<T, R>), static_cast<unsigned>(blocks), kThreads, 0, c.stream, static_cast<const T*>(c.in),
+           static_cast<T*>(c.out), v, taps, c.border, smallest);
+}
+
+template <class In, class Out, class C>
+void launch_pass(const GpuCall& c, const void* in, void* out, const int64_t* in_stride, const int64_t* out_stride,
+                 int axis, const Taps<C>& taps, int smallest) {
+    const int64_t plane = c.size[1] * c.size[2];
+    Pass p{c.channels,
+           {in_stride[0], in_stride[1]},
+           {out_stride[0], out_stride[1]},
+           c.batch * c.channels,
+           0,
+           0,
+           c.size[axis],
+           0,
+           axis};
+    p.fast = axis == 0 ? plane : c.size[2];
+    p.slow = axis == 0 ? c.size[0] : c.size[0] * c.size[1];
+    p.step = axis == 0 ? plane : axis == 1 ? c.size[2] : 1;
+    const auto at_most = [](int64_t n, int64_t limit) { return static_cast<unsigned>(n < limit ? n : limit); };
+    const dim3 grid(at_most(ceil_div(p.fast, 256), 1024), at_most(p.slow, 4096), at_most(p.outer, 1024));
+    LAUNCH((one_axis<In, Out, C>), grid, 256, 0, c.stream, static_cast<const In*>(in), static_cast<Out*>(out), p,
+           taps, c.border, c.adjoint, smallest);
+}
+
+template <class T, class C>
+void filter_as(const GpuCall& c) {
+    if (elements(c) == 0) return;
+    const DeviceGuard guard(c.device);
+    auto* work = static_cast<double*>(c.workspace);
+    auto* radius = reinterpret_cast<int*>(work + 3 * (static_cast<int64_t>(c.max_radius) + 2));
+    auto* values = reinterpret_cast<C*>(radius + 4);
+    const HostSigma host{{c.host_sigma[0], c.host_sigma[1], c.host_sigma[2]}};
+    LAUNCH(make_taps<C>, 3, 128, 0, c.stream, c.device_sigma, host, c.truncated, c.approx, c.normalize, c.max_radius,
+           work, radius, values);
+    const Taps<C> taps{radius, values, c.max_radius, c.derivative_axis};
+    const bool known = c.device_sigma == nullptr;
+    int smallest = -1;  // reach that the plain passes leave to the fused kernels
+    if constexpr (sizeof(C) == 4) {
+        if (!folds(c)) {
+            const Volume v{c.channels,
+                           {c.in_stride[0], c.in_stride[1]},
+                           {c.out_stride[0], c.out_stride[1]},
+                           {c.size[0], c.size[1], c.size[2]}};
+            // A smaller halo for small radii, in fp32 only: each instance costs seconds of every build, and
+            // half-sized elements have little to gain.
+            int served = -1;
+            if constexpr (std::is_same_v<T, float>) {
+                if (!known || c.max_radius <= 4) launch_march<T, 4>(c, v, taps, -1);
+                served = 4;
+            }
+            if (!known || (c.max_radius > served && c.max_radius <= kFusedReach))
+                launch_march<T, 8>(c, v, taps, served);
+            if (known && c.max_radius <= kFusedReach) return;
+            smallest = kFusedReach;
+        }
+    }
+    const int64_t volume = c.size[0] * c.size[1] * c.size[2];
+    const int64_t dense[2] = {c.channels * volume, volume};
+    launch_pass<T, C, C>(c, c.in, c.temporary[0], c.in_stride, dense, 2, taps, smallest);
+    launch_pass<C, C, C>(c, c.temporary[0], c.temporary[1], dense, dense, 1, taps, smallest);
+    launch_pass<C, T, C>(c, c.temporary[1], c.out, dense, c.out_stride, 0, taps, smallest);
+}
+
+template <class T>
+void dot_as(const void* a, const void* b, int64_t n, double* partial, double* result, int device, void* stream) {
+    const DeviceGuard guard(device);
+    LAUNCH(dot_parts<T>, kDotBlocks, kDotThreads, 0, stream, static_cast<const T*>(a), static_cast<const T*>(b), n,
+           partial);
+    LAUNCH(dot_total, 1, kDotThreads, 0, stream, partial, result);
+}
+
+}  // namespace
+
+std::size_t workspace_bytes(int max_radius) {
+    const std::size_t m = static_cast<std::size_t>(max_radius);
+    return sizeof(double) * (3 * (m + 2) + 2 + 6 * (2 * m + 1));
+}
+
+void filter_gpu(const GpuCall& c) {
+    switch (c.storage) {
+        case Storage::float32:
+            return filter_as<float, float>(c);
+        case Storage::float64:
+            return filter_as<double, double>(c);
+        case Storage::bfloat16:
+            return filter_as<__nv_bfloat16, float>(c);
+        case Storage::float16:
+            return filter_as<__half, float>(c);
+    }
+}
+
+void dot_gpu(const void* a, const void* b, int64_t n, Storage storage, double* partial, double* result, int device,
+             void* stream) {
+    switch (storage) {
+        case Storage::float32:
+            return dot_as<float>(a, b, n, partial, result, device, stream);
+        case Storage::float64:
+            return dot_as<double>(a, b, n, partial, result, device, stream);
+        case Storage::bfloat16:
+            return dot_as<__nv_bfloat16>(a, b, n, partial, result, device, stream);
+        case Storage::float16:
+            return dot_as<__half>(a, b, n, partial, result, device, stream);
+    }
+}
+
+}  // namespace medaccel::gaussian

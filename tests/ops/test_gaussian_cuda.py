@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gaussian's GPU kernels beyond numbers: approximations, streams, devices, errors, orders, resources."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medaccel import _native, use_reference
+from medaccel.ops import gaussian_filter
+from tests.cuda_emulation.sanitized import ADDRESS, CSRC, ORDERS, THREAD, build, compiler_is_missing, run
+from tests.gpu_report import march_traffic
+from tests.gpu_resources import compile_for_gpu, nvcc_is_missing
+from tests.ops.checks import EMULATED, emulated_module, implementation, max_error
+from tests.ops.gaussian_cases import APPROX, MODES
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = (CSRC / "gaussian" / "cuda.cu", ROOT / "tests" / "native" / "gaussian_cuda_driver.cpp")
+
+
+@pytest.mark.parametrize("approx", APPROX)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_taps_and_their_slopes_are_made_on_the_device(approx: str, normalize: bool):
+    x = torch.randn(1, 1, 40, dtype=torch.float64, requires_grad=True)
+    sigma = torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
+    results = []
+    for name in ("reference", *EMULATED):
+        with implementation(name):
+            y = gaussian_filter(x, sigma, approx=approx, normalize=normalize)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, sigma))))
+    for emulated in results[1:]:
+        for ours, truth in zip(emulated, results[0], strict=True):
+            assert max_error(ours, truth) < 1e-12 * max(1.0, float(truth.abs().max()))
+
+
+def test_several_tiles_chunks_and_channels_meet_without_a_seam():
+    x = torch.randn(1, 2, 70, 35, 70)
+    with use_reference():
+        truth = gaussian_filter(x.double(), 2.0, mode="reflect")
+    with implementation(EMULATED[0]):
+        assert max_error(gaussian_filter(x, 2.0, mode="reflect"), truth) < 2e-6
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), 1000.0])
+def test_a_sigma_that_the_host_cannot_see_gives_nan_where_it_makes_no_sense(bad: float):
+    module = emulated_module()
+    x, sigma = torch.randn(1, 1, 6, 7, 8), torch.tensor([1.0, bad, 1.0], dtype=torch.float64)
+    with implementation(EMULATED[1]):
+        y = _native.gaussian_filter_gpu(x, sigma, 4.0, "erf", "constant", False, False)
+    assert y.isnan().all()
+    assert module.synchronizations() == 0
+
+
+def test_nothing_waits_for_the_device_and_only_what_may_serve_is_launched():
+    module = emulated_module()
+    x = torch.randn(1, 1, 6, 7, 8)
+    launched = {}
+    for name in EMULATED:
+        for sigma in (1.0, 2.0, 4.0):
+            module.reset()
+            with implementation(name):
+                gaussian_filter(x, torch.full((3,), sigma))
+            kernels = [kernel for kernel, *_ in module.launches()]
+            launched[name, sigma] = [kernel.strip("()").split("<")[0] for kernel in kernels]
+            assert module.synchronizations() == 0
+    passes = ["one_axis"] * 3
+    assert launched[EMULATED[0], 1.0] == launched[EMULATED[0], 2.0] == ["make_taps", "march"]
+    assert launched[EMULATED[0], 4.0] == ["make_taps", *passes]
+    # The host does not know the radius: everything is launched, and what isn't meant returns at once.
+    assert all(launched[EMULATED[1], s] == ["make_taps", "march", "march", *passes] for s in (1.0, 2.0, 4.0))
+
+
+def test_an_earlier_kernels_error_is_reported_as_such():
+    module = emulated_module()
+    module.reset()
+    module.inject_earlier_error()
+    with implementation(EMULATED[0]), pytest.raises(RuntimeError, match="earlier"):
+        gaussian_filter(torch.randn(1, 1, 9), 1.0)
+    module.reset()
+
+
+def test_a_launch_that_fails_names_the_kernel_and_the_line():
+    module = emulated_module()
+    module.reset()
+    module.fail_next_launch()
+    with (
+        implementation(EMULATED[0]),
+        pytest.raises(RuntimeError, match=r"gaussian/cuda\.cu:\d+: launch of .*make_taps"),
+    ):
+        gaussian_filter(torch.randn(1, 1, 9), 1.0)
+    module.reset()
+
+
+def call(x: torch.Tensor, y: torch.Tensor, device: int = 0, stream: int = 0) -> None:
+    """The binding itself, for what the wrappers never do."""
+    module = emulated_module()
+    work = torch.empty(module.gaussian_workspace_bytes(4), dtype=torch.uint8)
+    size = list(x.shape[2:])
+    module.gaussian_filter(
+        x.data_ptr(), y.data_ptr(), 0, x.shape[:2], size, x.stride()[:2], y.stride()[:2], 0, [1.0] * 3, 4.0, 0, 0,
+        False, False, -1, work.data_ptr(), 4, [0, 0], device, stream,
+    )  # fmt: skip
+
+
+def test_kernels_run_on_the_tensors_device_and_give_the_current_one_back():
+    module = emulated_module()
+    module.reset()
+    module.set_device_count(2)
+    x, y = torch.randn(1, 1, 4, 5, 6), torch.empty(1, 1, 4, 5, 6)
+    call(x, y, device=1)
+    assert {device for _, device, _ in module.launches()} == {1}
+    call(x, y, device=0)
+    assert {device for _, device, _ in module.launches()} == {0}
+    module.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_half_storage_has_fp32_arithmetic_and_gradients(dtype: torch.dtype, mode: str):
+    x = torch.randn(1, 2, 9, 10, 11).to(dtype).requires_grad_()
+    sigma = torch.tensor([1.0, 1.5, 0.7], requires_grad=True)
+    results = []
+    for name in ("reference", EMULATED[0]):
+        with implementation(name):
+            y = gaussian_filter(x, sigma, mode=mode)
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, sigma))))
+    for ours, truth, bound in zip(results[1], results[0], (8e-3, 8e-3, 2e-2), strict=True):
+        assert max_error(ours, truth) <= bound * float(truth.abs().max())
+
+
+# --- the driver without Python ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
+def test_kernels_are_clean_under_sanitizers(sanitizer: str):
+    if compiler_is_missing():
+        pytest.skip("g++ is not here")
+    program = build(DRIVER, sanitizer)
+    for order in ("fwd", "rand1"):
+        result = run(program, order=order)
+        assert result.finding is None, result.output
+        assert "all held" in result.output
+
+
+def test_every_order_of_threads_and_blocks_gives_the_same_bits():
+    if compiler_is_missing():
+        pytest.skip("g++ is not here")
+    program = build(DRIVER)
+    outputs = {order: run(program, order=order).output for order in ORDERS}
+    assert "all held" in outputs["fwd"]
+    assert len(set(outputs.values())) == 1  # the output holds a checksum of every result
+
+
+# --- compiled for the GPUs ----------------------------------------------------------------------------------------
+def test_no_kernel_spills_on_any_architecture():
+    if nvcc_is_missing():
+        pytest.skip("nvcc is not here")
+    resources = compile_for_gpu(CSRC / "gaussian" / "cuda.cu")
+    assert {r.arch for r in resources} == {80, 90, 100}
+    marches = [r for r in resources if "::march<" in r.kernel]
+    assert len(marches) == 3 * 4  # architectures × (fp32 with two radii, bf16, fp16)
+    for r in resources:
+        assert r.spill_store_bytes == r.spill_load_bytes == 0, r
+    for r in marches:
+        assert r.registers <= 128, r
+        assert r.occupancy(512).blocks >= 1
+
+
+def test_the_fused_pass_requests_few_bytes():
+    requested, cached = march_traffic(256, reach=8, radius=8)
+    assert requested <= 3.4
+    assert 2 < cached < requested
+
+
+def test_the_module_is_built_without_a_driver_and_doctor_says_so():
+    if _native.cuda is None:
+        pytest.skip("the CUDA kernels are not built here")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    code = "import medaccel; print(medaccel.doctor())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert "built for sm_80, sm_90, sm_100 + PTX" in result.stdout, result.stderr

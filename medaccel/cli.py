@@ -18,6 +18,11 @@ SMOOTH_EXAMPLES = """examples:
   medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
 """
 
+VERIFY_EXAMPLES = """examples:
+  medaccel verify
+  medaccel verify --devices [cuda:0] --json verify.json
+"""
+
 RUN_EXAMPLES = """examples:
   medaccel restoration run
   medaccel restoration run --dicom path/to/pet_series --output runs/patient
@@ -49,6 +54,14 @@ def _parser(description: str, examples: str | None = None) -> ArgumentParser:
 
 def _doctor() -> ArgumentParser:
     return _parser("Says what is installed, what is built, and which kernel serves each op on each device.")
+
+
+def _verify() -> ArgumentParser:
+    parser = _parser("Checks every kernel against its reference on this machine, and times it.", VERIFY_EXAMPLES)
+    parser.add_argument("--devices", type=list[str], help="such as [cpu] or [cuda:0]; by default all that torch sees")
+    parser.add_argument("--json", type=Path, help="write the outcome to this file, for a bug report")
+    parser.add_argument("--speed", type=bool, default=True, help="time the kernels too")
+    return parser
 
 
 def _smooth() -> ArgumentParser:
@@ -89,6 +102,7 @@ def build_parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("doctor", _doctor(), help="what is installed and which kernels serve")
+    commands.add_subcommand("verify", _verify(), help="check and time every kernel on this machine")
     commands.add_subcommand("smooth", _smooth(), help="Gaussian smoothing of a NIfTI file or DICOM series")
     restoration = _parser("PET restoration: short exposures made to look like long ones.")
     commands.add_subcommand("restoration", restoration, help="PET restoration")
@@ -103,12 +117,21 @@ def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in ("config", *skip)}
 
 
-def _call(arguments: Namespace) -> None:
+def _call(arguments: Namespace) -> int:
     command = arguments.command
     if command == "doctor":
         from medaccel import doctor
 
         print(doctor())
+    elif command == "verify":
+        from medaccel.data.files import write_text
+        from medaccel.verify import verify
+
+        outcome = verify(devices=arguments.verify.devices, speed=arguments.verify.speed)
+        print(outcome)
+        if arguments.verify.json is not None:
+            write_text(arguments.verify.json, outcome.json(), force=True)
+        return 0 if outcome.passed else 1
     elif command == "smooth":
         from medaccel.smooth import smooth
 
@@ -128,6 +151,7 @@ def _call(arguments: Namespace) -> None:
         from medaccel.restoration.pipeline import run
 
         run(dataclasses.replace(DEMO, output=arguments.demo.output), force=arguments.demo.force)
+    return 0
 
 
 def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:
@@ -139,14 +163,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     warnings.showwarning = _warning_line
     try:
-        _call(arguments)
+        return _call(arguments)
     except (ValueError, OSError) as error:
         print(f"medaccel: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("medaccel: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

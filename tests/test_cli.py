@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: help with examples, configuration files, exit codes."""
 
+import json
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
+from medaccel import _native
 from medaccel.cli import main
 
 
@@ -30,6 +32,21 @@ def test_help_has_examples_one_a_line(command: list[str], capsys: pytest.Capture
 def test_doctor_prints_the_table(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor"]) == 0
     assert "gaussian_filter" in capsys.readouterr().out
+
+
+def test_verify_checks_the_kernels_and_writes_its_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    target = tmp_path / "verify.json"
+    assert main(["verify", "--devices", "[cpu]", "--speed", "false", "--json", str(target)]) == 0
+    outcome = json.loads(target.read_text())
+    assert outcome["passed"] is True
+    assert len(outcome["checks"]) == 4 * 7 * 5
+    assert "all held" in capsys.readouterr().out
+
+
+def test_verify_fails_where_a_kernel_gives_wrong_numbers(monkeypatch: pytest.MonkeyPatch):
+    kernel = _native.gaussian_filter
+    monkeypatch.setattr(_native, "gaussian_filter", lambda *a, **k: kernel(*a, **k) * 1.001)
+    assert main(["verify", "--devices", "[cpu]", "--speed", "false"]) == 1
 
 
 def test_smooth_takes_flags_and_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

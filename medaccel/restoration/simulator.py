@@ -65,7 +65,7 @@ class SimulatorConfig:
         scatter_fwhm: width of the blur that makes scatter of trues, mm, radial and axial.
         randoms_fraction: randoms / trues at the reference dose, over the whole volume.
         sensitivity: true coincidences per second that 1 mL of SUV 1 gives at the reference dose without
-            attenuation. With 5 MBq/kg and an hour of decay, SUV 1 is about 3.4 kBq/mL, so the default is 19
+            attenuation. With 5 MBq/kg and an hour of decay, SUV 1 is about 3.4 kBq/mL, so the default is 17
             cps/kBq within the field of view, the order of a clinical 3-D scanner.
         dose_fraction: injected dose / reference dose; trues and scatter go with it, randoms with its square.
         n_angles, bin_width: projections over 180 degrees, and their radial bins in mm.
@@ -80,13 +80,13 @@ class SimulatorConfig:
     scatter_fraction: float = 0.35
     scatter_fwhm: float = 200.0
     randoms_fraction: float = 0.5
-    sensitivity: float = 65.0
+    sensitivity: float = 58.0
     dose_fraction: float = 1.0
     n_angles: int = 96
     bin_width: float = 4.0
     iterations: int = 2
     n_subsets: int = 12
-    postfilter_fwhm: float = 6.0
+    postfilter_fwhm: float = 6.5
     postfilter_axial_fwhm: float = 4.5
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter against its peers: `python -m benchmarks.bench_gaussian [--quick] [--output FILE.csv]`.
+"""The Gaussian filter against its peers: `python -m benchmarks.bench_gaussian [--quick] [--allocator warm]`.
 
 fp32, one volume, the threads that torch has. Each row is a ratio within one run: peer's median time / ours.
 """
@@ -111,9 +111,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="128³ only, one second a row")
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
+    parser.add_argument(
+        "--allocator",
+        choices=("default", "warm"),
+        default="default",
+        help="the C library's as it is (a large output's pages are faulted in at each call), or keeping freed memory",
+    )
     arguments = parser.parse_args()
     seconds = 1.0 if arguments.quick else 4.0
-    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"warm allocator {warm_allocator()}", sep=", ")
+    if arguments.allocator == "warm" and not warm_allocator():
+        raise SystemExit("this C library's allocator can't be told to keep memory; use --allocator default")
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("time: median; ×: that time over medaccel's; memory: peak above the start, in outputs, the output included")
     rows: list[dict[str, object]] = []
     for size in (128,) if arguments.quick else (128, 256):

@@ -2,6 +2,7 @@
 """The Gaussian's GPU kernels beyond numbers: approximations, streams, devices, errors, orders, resources."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,33 @@ def test_the_module_is_built_without_a_driver_and_doctor_says_so():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
     )
     assert "built for sm_80, sm_90, sm_100 + PTX" in result.stdout, result.stderr
+
+
+# --- GPUs that can't be served ------------------------------------------------------------------------------------
+class _Module:
+    architectures = "80,90,100"
+
+    @staticmethod
+    def running_architecture(index: int) -> int:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+
+@pytest.mark.parametrize(
+    ("module", "capability", "sentence"),
+    [
+        (None, (9, 0), "the CUDA kernels are not built"),
+        (_Module, (7, 5), "cuda:0 is sm_75; the CUDA kernels need sm_80 or newer"),
+        (_Module, (8, 7), "no code for cuda:0, sm_87 .* rebuild with MEDACCEL_CUDA_ARCHS=87"),
+    ],
+)
+def test_a_gpu_without_kernels_is_told_why(
+    monkeypatch: pytest.MonkeyPatch, module: object, capability: tuple[int, int], sentence: str
+):
+    monkeypatch.setattr(_native, "cuda", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _native.gpu_problem.cache_clear()
+    try:
+        reason = _native.gpu_problem(0)
+    finally:
+        _native.gpu_problem.cache_clear()
+    assert re.search(sentence, reason)

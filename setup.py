@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hands csrc/ to CMake (Ninja generator). Metadata is in pyproject.toml.
 
-Environment: MEDACCEL_CUDA=auto|0|1 (build the CUDA kernels where nvcc is found, never, or fail without it),
+Environment: MEDACCEL_CUDA=auto|0|1 (build the CUDA kernels where nvcc is found, never, or fail without it; it is
+looked for in CUDACXX, PATH, /usr/local/cuda and NVIDIA's PyPI packages),
 MEDACCEL_CUDA_ARCHS (default "80;90;100").
 """
 
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,6 +28,20 @@ def setting(name: str, default: str, pattern: str, expected: str) -> str:
     return value
 
 
+def find_nvcc() -> str | None:
+    """nvcc of the environment (CUDACXX, PATH, /usr/local/cuda), else of NVIDIA's PyPI packages in this Python."""
+    chosen = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if chosen:
+        return chosen
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        return "/usr/local/cuda/bin/nvcc"
+    # Build isolation hides the packages from sys.path, not the folder that they lie in.
+    for folder in dict.fromkeys([sysconfig.get_path("purelib"), *sys.path]):
+        for found in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"), reverse=True):
+            return str(found)
+    return None
+
+
 class CMakeBuild(build_ext):
     """Builds every native module in one CMake run."""
 
@@ -39,6 +55,19 @@ class CMakeBuild(build_ext):
 
         cuda = setting("MEDACCEL_CUDA", "auto", "auto|0|1", "auto, 0 or 1")
         archs = setting("MEDACCEL_CUDA_ARCHS", "80;90;100", r"\d+[af]?([; ,]\d+[af]?)*", "numbers such as 80;90;100")
+        nvcc = find_nvcc() if cuda != "0" else None
+        if cuda == "1" and nvcc is None:
+            sys.exit(
+                "medaccel: MEDACCEL_CUDA=1 asks for the CUDA kernels, but no nvcc was found. Install the toolkit "
+                "or, from PyPI: pip install nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime "
+                "nvidia-cuda-cccl. Or build without the kernels: MEDACCEL_CUDA=0."
+            )
+        environment = dict(os.environ)
+        if nvcc and (libraries := Path(nvcc).resolve().parents[1] / "lib").is_dir():
+            # NVIDIA's PyPI packages have lib where nvcc looks for lib64; the linker reads this variable.
+            environment["LIBRARY_PATH"] = os.pathsep.join(
+                filter(None, [str(libraries), os.environ.get("LIBRARY_PATH")])
+            )
         build = Path(self.build_temp).resolve() / "cmake"
         install = ROOT if self.inplace else Path(self.build_lib).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -49,10 +78,11 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={install}",
             f"-DMEDACCEL_CUDA={cuda}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             f"-DMEDACCEL_CUDA_ARCHS={re.sub('[ ,]', ';', archs)}",
         ]  # fmt: skip
         for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
-            if subprocess.run(command).returncode != 0:
+            if subprocess.run(command, env=environment).returncode != 0:
                 sys.exit(f"medaccel: `{' '.join(command[:4])} …` failed; the reason is in the lines above.")
 
     def get_outputs(self) -> list[str]:

@@ -68,6 +68,7 @@ PYBIND11_MODULE(MEDACCEL_MODULE, m) {
         return py::make_tuple(found.count, found.problem);
     });
     m.def("running_architecture", &medaccel::probe::running_architecture);
+    m.def("gaussian_radius", &medaccel::gaussian::radius_of);
     m.def("gaussian_workspace_bytes", &medaccel::gaussian::workspace_bytes);
     m.def("gaussian_filter", &gaussian_filter);
     m.def("dot", [](std::uintptr_t a, std::uintptr_t b, int64_t n, int storage, std::uintptr_t partial,

@@ -123,8 +123,7 @@ emulate_device_sigma = False
 
 
 @functools.cache
-def gpu_problem(index: int) -> str | None:
-    """None where the CUDA kernels run on this GPU; else why not, in a sentence."""
+def _probe_gpu(index: int) -> str | None:
     if cuda is None:
         return f"the CUDA kernels are not built: {cuda_problem}"
     major, minor = torch.cuda.get_device_capability(index)
@@ -141,6 +140,16 @@ def gpu_problem(index: int) -> str | None:
             f"rebuild with MEDACCEL_CUDA_ARCHS={major}{minor}): {error}"
         )
     return None
+
+
+def gpu_problem(index: int) -> str | None:
+    """None where the CUDA kernels run on this GPU; else why not, in a sentence."""
+    return _probe_gpu(index)
+
+
+# torch.compile asks once, while it compiles, instead of tracing into the probe. This is what
+# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with medaccel.
+gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def on_gpu_path(tensor: Tensor) -> bool:
@@ -194,8 +203,7 @@ def gaussian_filter_gpu(
     max_radius = module.max_device_radius
     if on_host:
         values = [0.0] * (3 - spatial) + sigma.tolist()
-        reaches = [max(truncated * s, 0.5) + 0.5 if s > 0 else 0.0 for s in values]
-        max_radius = int(max(reaches))
+        max_radius = max(module.gaussian_radius(s, truncated) for s in values)
     else:
         on_device = torch.zeros(3, dtype=torch.float64, device=sigma.device)
         on_device[3 - spatial :] = sigma

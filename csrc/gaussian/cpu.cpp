@@ -180,6 +180,7 @@ template <class T>
 bool filter(const T* in, T* out, const Shape& shape, const Shape& in_strides, const Shape& out_strides,
             const double* sigma, bool adjoint, const Settings& settings) {
     if (element_count(shape) == 0) return true;
+    for (size_t a = 2; a < shape.size(); ++a) check_axis(shape[a]);
     Layout layout;
     if (!make_layout(shape, in_strides, out_strides, layout)) return false;
     const Plan<T> plan = make_plan<T>(layout, sigma, adjoint, false, settings);
@@ -200,6 +201,7 @@ bool sigma_gradient(const T* in, const T* grad, const Shape& shape, const Shape&
                     const Shape& grad_strides, const double* sigma, double* gradient, const Settings& settings) {
     for (size_t a = 2; a < shape.size(); ++a) gradient[a - 2] = 0;
     if (element_count(shape) == 0) return true;
+    for (size_t a = 2; a < shape.size(); ++a) check_axis(shape[a]);
     Layout layout;
     if (!make_layout(shape, in_strides, grad_strides, layout)) return false;
     Plan<T> plan = make_plan<T>(layout, sigma, false, true, settings);

@@ -70,8 +70,7 @@ struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) Quad {
     T v[4];
 };
 
-// --- taps
-// ------------------------------------------------------------------------------------------------------------
+// --- taps --------------------------------------------------------------------------------------------------------
 struct HostSigma {
     double value[3];
 };
@@ -364,6 +363,7 @@ void launch_pass(const GpuCall& c, const void* in, void* out, const int64_t* in_
 template <class T, class C>
 void filter_as(const GpuCall& c) {
     if (elements(c) == 0) return;
+    for (int64_t size : c.size) check_axis(size);
     const DeviceGuard guard(c.device);
     auto* work = static_cast<double*>(c.workspace);
     auto* radius = reinterpret_cast<int*>(work + 3 * (static_cast<int64_t>(c.max_radius) + 2));

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "../common/shapes.h"
 #include "taps.h"
@@ -35,6 +37,12 @@ bool sigma_gradient(const T* in, const T* grad, const Shape& shape, const Shape&
 
 // Axes are shorter than this, so that positions, borders included, fit 32 bits: a GPU divides 64-bit integers slowly.
 constexpr int64_t kMaxAxis = int64_t{1} << 29;
+
+inline void check_axis(int64_t size) {
+    if (size < kMaxAxis) return;
+    throw std::invalid_argument("gaussian_filter: an axis has " + std::to_string(size) +
+                                " elements; expected fewer than " + std::to_string(kMaxAxis));
+}
 
 // The index that position p of the extended axis reads, p in any range; -1 stands for a zero. 0 < size < kMaxAxis.
 MEDACCEL_HOST_DEVICE inline int64_t border_source(int64_t p, int64_t size, Border border) {

@@ -207,9 +207,37 @@ def test_a_gpu_without_kernels_is_told_why(
 ):
     monkeypatch.setattr(_native, "cuda", module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    _native.gpu_problem.cache_clear()
+    _native._probe_gpu.cache_clear()
     try:
         reason = _native.gpu_problem(0)
     finally:
-        _native.gpu_problem.cache_clear()
+        _native._probe_gpu.cache_clear()
     assert re.search(sentence, reason)
+
+
+class _Served(_Module):
+    @staticmethod
+    def running_architecture(index: int) -> int:
+        return emulated_module().running_architecture(index)  # compiled code, which Dynamo can't trace
+
+
+def test_choosing_the_gpu_kernel_does_not_break_a_compiled_graph(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_native, "cuda", _Served)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    _native._probe_gpu.cache_clear()
+    try:
+        chosen = torch.compile(lambda x: x + (_native.gpu_problem(0) is None), fullgraph=True, backend="eager")
+        assert chosen(torch.zeros(2)).tolist() == [1, 1]
+    finally:
+        _native._probe_gpu.cache_clear()
+
+
+def test_an_axis_beyond_32_bit_positions_is_refused():
+    module = emulated_module()
+    size = [1, 1, 1 << 29]
+    with pytest.raises(ValueError, match="an axis has 536870912 elements; expected fewer than"):
+        module.gaussian_filter(
+            0, 0, 0, [1, 1], size, [0, 0], [0, 0], 0, [1.0] * 3, 4.0, 0, 0, False, False, -1, 0, 4, [0, 0], 0, 0
+        )
+    with pytest.raises(ValueError, match="an axis has 536870912 elements"):
+        _native.cpu.gaussian_filter(0, 0, 0, size, [1, 1, 1], [1, 1, 1], [1.0], 4.0, 0, 0, False, False, 1)

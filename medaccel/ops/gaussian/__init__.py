@@ -11,9 +11,6 @@ from medaccel.ops import _dispatch
 from medaccel.ops.gaussian import reference
 from medaccel.ops.gaussian.op import check_sigma_values
 
-# Beyond this the taps alone would be larger than any volume that one smooths.
-MAX_RADIUS = 1 << 20
-
 
 def unsupported(input: Tensor) -> str | None:
     """None where a kernel serves `input`; else why not, in a sentence."""
@@ -92,7 +89,7 @@ def gaussian_filter(
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
         if not native and sigmas.device.type == "cpu":
-            check_sigma_values(sigmas.tolist())
+            check_sigma_values(sigmas.tolist(), truncated)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
     return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
@@ -102,12 +99,7 @@ def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float
     values = [float(sigma)] * spatial if isinstance(sigma, float | int) else [float(s) for s in sigma]
     if len(values) != spatial:
         raise ValueError(f"gaussian_filter: sigma has {len(values)} values; expected 1 or {spatial}")
-    check_sigma_values(values)
-    if max(values) * truncated > MAX_RADIUS:
-        raise ValueError(
-            f"gaussian_filter: sigma {max(values)} with truncated {truncated} reaches more than {MAX_RADIUS} voxels"
-        )
-    return values
+    return check_sigma_values(values, truncated)
 
 
 def _sigma_tensor(sigma: Tensor, spatial: int, device: torch.device) -> Tensor:

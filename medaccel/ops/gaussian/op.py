@@ -19,11 +19,20 @@ _lib.define(
 )
 
 
-def check_sigma_values(sigma: list[float]) -> list[float]:
+# Beyond this the taps alone would be larger than any volume that one smooths.
+MAX_RADIUS = 1 << 20
+
+
+def check_sigma_values(sigma: list[float], truncated: float) -> list[float]:
     """The standard deviations, or a ValueError where one makes no sense."""
     for axis, value in enumerate(sigma):
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"gaussian_filter: sigma[{axis}] is {value}; expected a finite number of voxels >= 0")
+        if value * truncated > MAX_RADIUS:
+            raise ValueError(
+                f"gaussian_filter: sigma[{axis}] is {value}; with truncated {truncated} it reaches more than "
+                f"{MAX_RADIUS} voxels"
+            )
     return sigma
 
 
@@ -34,7 +43,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 # --- kernels -----------------------------------------------------------------------------------------------------
 def _forward(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
     if sigma.device.type == "cpu":  # a GPU's σ is not read by the host
-        values = check_sigma_values(sigma.tolist())
+        values = check_sigma_values(sigma.tolist(), truncated)
     if _native.on_gpu_path(input):
         return _native.gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, adjoint=False)
     x = input.to(_compute_dtype(input))

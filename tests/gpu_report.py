@@ -5,6 +5,7 @@ Registers, spills and shared memory come from ptxas, occupancy from the architec
 *prediction*, bytes over an H100's bandwidth, to be held against a real run one day; nothing here ran on a GPU.
 """
 
+import re
 import shutil
 import sys
 
@@ -12,7 +13,10 @@ from tests.cuda_emulation.sanitized import CSRC
 from tests.gpu_resources import compile_for_gpu
 
 H100_BYTES_PER_SECOND = 3.35e12
-TILE_X, TILE_Y, CHUNK = 64, 32, 64  # of csrc/gaussian/cuda.cu's march
+_TILE = r"kTileX = (\d+), kTileY = (\d+), kChunk = (\d+);"
+_FOUND = re.search(_TILE, (CSRC / "gaussian" / "cuda.cu").read_text(encoding="utf-8"))
+assert _FOUND is not None, f"csrc/gaussian/cuda.cu has no line {_TILE}"
+TILE_X, TILE_Y, CHUNK = map(int, _FOUND.groups())
 THREADS = {"march": 512, "one_axis": 256, "make_taps": 128, "dot_parts": 256, "dot_total": 256, "architecture": 1}
 
 

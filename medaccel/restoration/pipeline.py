@@ -16,7 +16,8 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from medaccel.restoration.generate import simulate_study, write_studies
 from medaccel.restoration.noise import NoiseAnalysis, analyse_noise
 from medaccel.restoration.report import FittedMethod, RestorationResults, build_page
 from medaccel.restoration.report_figures import Example
-from medaccel.restoration.simulator import SimulatorConfig
+from medaccel.restoration.simulator import Progress, SimulatorConfig
 from medaccel.restoration.statistics import Statistic, within_patient
 from medaccel.restoration.study import Study, find_studies, is_complete, load_study, save_study
 
@@ -173,13 +174,20 @@ def _simulator(config: RunConfig) -> SimulatorConfig:
     return simulator
 
 
-def _phantoms(config: RunConfig, role: str, count: int, generator: str, first_seed: int) -> list[Path]:
-    with tqdm(total=100, desc=f"{role} phantoms", unit="%", bar_format="{desc}: {bar} {n:.0f} % {postfix}") as bar:
+@contextmanager
+def _percent(description: str) -> Iterator[Progress]:
+    """A bar for work that reports its share done and a word about itself."""
+    with tqdm(total=100, desc=description, unit="%", bar_format="{desc}: {bar} {n:.0f} % {postfix}") as bar:
 
         def report(share: float, message: str) -> None:
             bar.n = 100 * share
             bar.set_postfix_str(message)
 
+        yield report
+
+
+def _phantoms(config: RunConfig, role: str, count: int, generator: str, first_seed: int) -> list[Path]:
+    with _percent(f"{role} phantoms") as report:
         seeds = range(first_seed, first_seed + count)
         folder = config.output / "studies" / role
         return write_studies(folder, seeds, generator, config=_simulator(config), progress=report)
@@ -219,12 +227,7 @@ def _real_patient(config: RunConfig, dicom: Path, say: Callable[[str], None]) ->
             continue
         if image is None:
             image = read_pet_series(dicom, progress=True)
-        with tqdm(total=100, desc=path.name, unit="%", bar_format="{desc}: {bar} {n:.0f} % {postfix}") as bar:
-
-            def report(share: float, message: str, bar: tqdm = bar) -> None:
-                bar.n = 100 * share
-                bar.set_postfix_str(message)
-
+        with _percent(path.name) as report:
             study = simulate_study(
                 path.name,
                 np.maximum(np.asarray(image.dataobj, dtype=np.float32), 0),
@@ -381,18 +384,14 @@ def _write_figures(folder: Path, page: Page) -> None:
 
 
 def _printed(table: Sequence[SummaryRow]) -> str:
-    lines = [
-        f"{'method':<14}{'MSE score %':>14}{'1-SSIM score %':>16}{'share of limit %':>18}{'truth MSE score %':>19}"
-    ]
+    columns = (  # title, width, metric, factor
+        ("MSE score %", 14, "score_mse", 1),
+        ("1-SSIM score %", 16, "score_ssim", 1),
+        ("share of limit %", 18, "share_of_limit", 100),
+        ("truth MSE score %", 19, "truth_score_mse", 1),
+    )
+    lines = [f"{'method':<14}" + "".join(f"{title:>{width}}" for title, width, _, _ in columns)]
     for row in table:
-        m = row.metrics
-        values = (
-            m["score_mse"].mean,
-            m["score_ssim"].mean,
-            100 * m["share_of_limit"].mean,
-            m["truth_score_mse"].mean,
-        )
-        lines.append(
-            f"{row.method:<14}" + "".join(f"{v:>{w}.1f}" for v, w in zip(values, (14, 16, 18, 19), strict=True))
-        )
+        cells = (f"{factor * row.metrics[key].mean:>{width}.1f}" for _, width, key, factor in columns)
+        lines.append(f"{row.method:<14}" + "".join(cells))
     return "\n".join(lines)

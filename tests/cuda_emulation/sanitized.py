@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -159,6 +161,16 @@ def build(
     key = hashlib.sha256("\0".join((*flags, str(shared), *(o.name for o in objects))).encode()).hexdigest()[:24]
     link = ["g++", *_FLAGS[sanitizer], *map(str, objects), "-pthread", *(["-shared"] if shared else [])]
     return _produce(_cache_folder() / f"{sources[-1].stem}-{key}{'.so' if shared else ''}", link)
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """Import a Python module that `build` made with ``shared=True``; `name` is what its sources call it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(program: Path, args: Sequence[str] = (), *, order: str = "fwd", timeout_s: float = 240.0) -> Result:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sysconfig
 import threading
@@ -13,7 +12,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tests.cuda_emulation.sanitized import ADDRESS, CSRC, ORDERS, THREAD, build, build_and_run, compiler_is_missing
+from tests.cuda_emulation.sanitized import (
+    ADDRESS,
+    CSRC,
+    ORDERS,
+    THREAD,
+    build,
+    build_and_run,
+    compiler_is_missing,
+    load_module,
+)
 
 pytestmark = pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing()))
 
@@ -81,13 +89,7 @@ def module() -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
     sources = (FOLDER / "kernels.cu", FOLDER / "emulator_module.cpp")
-    path = build(sources, extra_flags=(*include, "-O1"), shared=True)
-    spec = importlib.util.spec_from_file_location("emulator_module", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return load_module("emulator_module", build(sources, extra_flags=(*include, "-O1"), shared=True))
 
 
 def address(array: np.ndarray) -> int:

@@ -3,7 +3,6 @@
 
 import functools
 import importlib
-import importlib.util
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native, use_reference
-from tests.cuda_emulation.sanitized import CSRC, build, compiler_is_missing
+from tests.cuda_emulation.sanitized import CSRC, build, compiler_is_missing, load_module
 
 # The reference itself is in the list: what a kernel must hold, the truth must hold too.
 # "cuda-emulated": the GPU's kernels, executed on the CPU, with σ on the host or on the device.
@@ -63,13 +62,7 @@ def emulated_module() -> ModuleType:
         *('-DMEDACCEL_CUDA_VERSION="none"', f"-isystem{pybind11.get_include()}", f"-isystem{include}"),
     )
     sources = (CSRC / "gaussian" / "cuda.cu", CSRC / "probe" / "cuda.cu", CSRC / "cuda_module.cpp")
-    path = build(sources, extra_flags=flags, shared=True)
-    spec = importlib.util.spec_from_file_location("_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("_emulated", build(sources, extra_flags=flags, shared=True))
 
 
 @contextmanager

@@ -360,7 +360,12 @@ BAD = {
     "integer sigma": ((X, torch.ones(3, dtype=torch.int64)), {}, ValueError, "sigma has dtype torch.int64"),
     "other device": ((X, torch.ones(3, device="meta")), {}, ValueError, "sigma is on meta and input on cpu"),
     "far too large": ((X, 1e9), {}, ValueError, "reaches more than"),
-    "far too large tensor": ((X, torch.tensor([1.0, 1e9, 1.0])), {}, ValueError, r"sigma\[1\] is 1000000000.0; .* reaches"),
+    "far too large tensor": (
+        (X, torch.tensor([1.0, 1e9, 1.0])),
+        {},
+        ValueError,
+        r"sigma\[1\] is 1000000000.0; .* reaches",
+    ),
     "mode": ((X, 1.0), {"mode": "zeros"}, ValueError, "mode is 'zeros'; expected one of"),
     "approx": ((X, 1.0), {"approx": "box"}, ValueError, "approx is 'box'; expected one of"),
     "truncated": ((X, 1.0), {"truncated": 0.0}, ValueError, "truncated is 0.0"),

@@ -8,7 +8,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from medaccel.restoration import gaussian
+from medaccel.restoration import config, gaussian
 from medaccel.restoration.gaussian import GaussianCascade, GaussianMix, fit, restore
 from medaccel.restoration.study import Study
 
@@ -34,6 +34,10 @@ def studies() -> list[Study]:
 @pytest.fixture(scope="module")
 def fits(studies: list[Study]) -> dict:
     return {name: fit(name, studies, 60, 90, epochs=8, progress=False) for name in gaussian.METHODS}
+
+
+def test_the_options_name_the_methods_that_there_are():
+    assert tuple(gaussian.METHODS) == config.METHODS  # a copy: options are read without importing Lightning
 
 
 def test_a_cascade_is_the_one_gaussian_whose_variance_is_the_sum():

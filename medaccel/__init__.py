@@ -11,7 +11,7 @@ from typing import Any
 
 from medaccel import ops
 from medaccel._accelerate import AccelerationReport, accelerate, revert
-from medaccel._doctor import doctor
+from medaccel._doctor import doctor, explain
 from medaccel.ops import use_reference
 
 try:
@@ -20,7 +20,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = ("data", "layers", "report", "restoration")
-__all__ = ["AccelerationReport", "accelerate", "doctor", "ops", "revert", "use_reference", *_LAZY]
+__all__ = ["AccelerationReport", "accelerate", "doctor", "explain", "ops", "revert", "use_reference", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel doctor`: what is installed, what is built, and which kernel serves each op on each device."""
+"""`medaccel doctor` and `explain`: what is installed and built, and which kernel serves an op where, or why none.
+
+Both read the table `OPS`, and each op's own `unsupported`, by which the op itself chooses.
+"""
 
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import gaussian
+from medaccel.ops import _dispatch, gaussian
 
-# op -> what says why no kernel serves a tensor
-OPS = {"gaussian_filter": gaussian.unsupported}
+
+@dataclass(frozen=True)
+class Op:
+    """What is known of an op before it is called."""
+
+    unsupported: Callable[[Tensor], str | None]  # of the op's first tensor: why no kernel serves it; None: one does
+    gpu_kernel: str  # "CUDA C++" or "Triton"
+
+
+OPS = {"gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++")}
 
 
 @dataclass
@@ -78,9 +91,55 @@ def _driver_version() -> str | None:
 
 def _devices() -> list[torch.device]:
     devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:  # one without kernels (Apple's, Intel's) is listed too, with the reason
+        devices += [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
     return devices
+
+
+def _serving(name: str, tensor: Tensor) -> tuple[str | None, str]:
+    """Which kernel of an op serves `tensor`, and on what: ("C++", "avx2"); or (None, why plain PyTorch does)."""
+    if _dispatch.reference_forced:
+        return None, "use_reference() is in force"
+    op, device = OPS[name], tensor.device
+    reason = op.unsupported(tensor)
+    if reason is not None:
+        return None, reason
+    if device.type == "cpu":
+        assert _native.cpu is not None
+        return "C++", _native.cpu.isa
+    if op.gpu_kernel == "Triton":  # compiled at its first call, for the GPU that it finds
+        major, minor = torch.cuda.get_device_capability(device)
+        return op.gpu_kernel, f"sm_{major}{minor}"
+    assert _native.cuda is not None
+    return op.gpu_kernel, f"code for sm_{_native.cuda.running_architecture(device.index)}"
+
+
+def explain(op: str | Callable[..., object], input: Tensor) -> str:
+    """Which kernel serves an op on a tensor, or why plain PyTorch does: one sentence, nothing is computed.
+
+    Args:
+        op: a function of `medaccel.ops`, or its name.
+        input: the op's first tensor (`input`, `qkv`); its device and dtype decide.
+
+    Raises:
+        ValueError: an op that there is not; the known ones are named.
+        TypeError: `input` is not a floating-point tensor: the op refuses it too.
+
+    >>> import torch, medaccel
+    >>> medaccel.explain("gaussian_filter", torch.zeros(1, 1, 9, device="meta"))
+    "gaussian_filter on meta, float32: plain PyTorch, since gaussian_filter has no kernel for device 'meta'"
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in OPS:
+        raise ValueError(f"explain: op is {name!r}; expected one of {sorted(OPS)}")
+    if not isinstance(input, Tensor) or not input.is_floating_point():
+        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"explain: input is {kind}; {name} takes a floating-point tensor")
+    dtype = str(input.dtype).removeprefix("torch.")
+    kernel, detail = _serving(name, input)
+    served = f"plain PyTorch, since {detail}" if kernel is None else f"its {kernel} kernel ({detail})"
+    return f"{name} on {input.device}, {dtype}: {served}"
 
 
 def doctor() -> Diagnosis:
@@ -97,13 +156,13 @@ def doctor() -> Diagnosis:
         ("devices", ", ".join(_device_name(d) for d in _devices())),
     ]
     kernels = []
-    for op, unsupported in OPS.items():
+    for name in OPS:
         for device in _devices():
-            reason = unsupported(torch.empty(1, 1, 1, device=device))
-            native = f"C++, {_native.cpu.isa}" if _native.cpu else ""
-            kernels.append((op, str(device), native if reason is None else f"plain PyTorch, since {reason}"))
+            kernel, detail = _serving(name, torch.empty(1, 1, 1, device=device))
+            served = f"plain PyTorch, since {detail}" if kernel is None else f"{kernel}, {detail}"
+            kernels.append((name, str(device), served))
     return Diagnosis(facts, kernels)
 
 
 def _device_name(device: torch.device) -> str:
-    return str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel verify`: every kernel against its reference on the devices of this machine, errors and speed.
 
-What CI can't do for a GPU, it does on the user's: numbers on the hardware, then speed against plain PyTorch and the
-share of a copy's bandwidth. It needs torch, numpy and the built modules, nothing else: ``python -m medaccel.verify``
-runs in a bare container (tools/build_in_place builds there). Its JSON belongs into a bug report.
+What CI can't do for a GPU, it does on the user's: numbers on the hardware, then speed against plain PyTorch (and
+MONAI, where it is installed) and the share of a copy's bandwidth. It needs torch, numpy and the built modules,
+nothing else: ``python -m medaccel.verify`` runs in a bare container (tools/build_in_place builds there). Its JSON
+belongs into a bug report.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -51,14 +53,22 @@ class Check:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians in ms; `bandwidth_share`: 2 × the volume over the time, against a plain copy's."""
+    """Medians in ms, MONAI's where it is installed; `bandwidth_share`: 2 × the volume over the time, as a copy's."""
 
     op: str
     device: str
     case: str
     kernel_ms: float
     pytorch_ms: float
+    monai_ms: float | None
     bandwidth_share: float
+
+
+def _peer(milliseconds: float | None, kernel_ms: float) -> str:
+    """A peer's time, and how many times the kernel's that is."""
+    if milliseconds is None:
+        return f"{'not here':>19}"
+    return f"{milliseconds:>8.2f} ms{milliseconds / kernel_ms:>7.1f}×"
 
 
 @dataclass
@@ -96,12 +106,13 @@ class Verification:
         lines += [f"FAILED {c.op} {c.device} {c.dtype} {c.case}: {c.share:.3g}" for c in self.checks if not c.passed]
         lines += [
             "",
-            f"{'op':<17}{'device':<8}{'case':<24}{'kernel':>11}{'PyTorch':>11}{'ratio':>8}{'of copy bandwidth':>19}",
+            f"{'op':<17}{'device':<8}{'case':<24}{'kernel':>11}{'PyTorch':>11}{'ratio':>8}{'MONAI':>11}{'ratio':>8}"
+            f"{'of copy bandwidth':>19}",
         ]
         for s in self.speeds:
             lines.append(
-                f"{s.op:<17}{s.device:<8}{s.case:<24}{s.kernel_ms:>8.2f} ms{s.pytorch_ms:>8.2f} ms"
-                f"{s.pytorch_ms / s.kernel_ms:>7.1f}×{100 * s.bandwidth_share:>18.0f}%"
+                f"{s.op:<17}{s.device:<8}{s.case:<24}{s.kernel_ms:>8.2f} ms{_peer(s.pytorch_ms, s.kernel_ms)}"
+                f"{_peer(s.monai_ms, s.kernel_ms)}{100 * s.bandwidth_share:>18.0f}%"
             )
         lines += ["", "all held" if self.passed else "SOME KERNELS GIVE WRONG NUMBERS HERE: please report the JSON"]
         return "\n".join(lines)
@@ -173,7 +184,7 @@ def _time_gaussian(device: torch.device, sigma: float) -> Speed:
     taps = reference.taps(torch.tensor(sigma), 4.0, "erf", False).to(x)
     radius = len(taps) // 2
 
-    def convolutions() -> Tensor:  # what MONAI does: a grouped convolution an axis
+    def convolutions() -> Tensor:  # a convolution an axis
         y = x
         for axis in range(3):
             kernel = taps.reshape([1, 1, *(-1 if a == axis else 1 for a in range(3))])
@@ -183,9 +194,21 @@ def _time_gaussian(device: torch.device, sigma: float) -> Speed:
     with torch.no_grad():
         ours = _median_ms(lambda: gaussian_filter(x, sigma), device)
         plain = _median_ms(convolutions, device)
+        layer = _monai_gaussian(sigma)
+        monai = None if layer is None else _median_ms(functools.partial(layer.to(device), x), device)
         target = torch.empty_like(x)
         copy = _median_ms(lambda: target.copy_(x), device)
-    return Speed("gaussian_filter", str(device), f"{size}³, σ = {sigma:g}, fp32", ours, plain, copy / ours)
+    return Speed("gaussian_filter", str(device), f"{size}³, σ = {sigma:g}, fp32", ours, plain, monai, copy / ours)
+
+
+def _monai_gaussian(sigma: float) -> torch.nn.Module | None:
+    """MONAI's layer, or None where MONAI isn't installed."""
+    try:
+        from monai.networks.layers import GaussianFilter
+    except ImportError:
+        return None
+    layer: torch.nn.Module = GaussianFilter(3, sigma)
+    return layer
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ inline void serial_after_fork() {
 
 // Runs job(i, scratch) for i = 0 … n-1. `make_scratch()` is called once in each thread. The first exception
 // (in practice std::bad_alloc) is carried out of the parallel region and thrown in the calling thread.
+//
+// The threads share a counter rather than an `omp for`: a thread whose scratch can't be allocated would never reach
+// that loop, and the others would wait for it at the loop's end for ever.
 template <class MakeScratch, class Job>
 void parallel_for(int64_t n, int threads, const MakeScratch& make_scratch, const Job& job) {
     if (threads > n) threads = static_cast<int>(n);
@@ -37,13 +40,16 @@ void parallel_for(int64_t n, int threads, const MakeScratch& make_scratch, const
     }
     std::exception_ptr error;
     std::atomic<bool> failed{false};
+    std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
     {
         try {
             auto scratch = make_scratch();
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < n; ++i)
-                if (!failed.load(std::memory_order_relaxed)) job(i, scratch);
+            while (!failed.load(std::memory_order_relaxed)) {
+                const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+                if (i >= n) break;
+                job(i, scratch);
+            }
         } catch (...) {
             if (!failed.exchange(true)) error = std::current_exception();
         }

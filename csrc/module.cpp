@@ -10,6 +10,7 @@
 
 #include "common/parallel.h"
 #include "gaussian/gaussian.h"
+#include "window_attention/window_attention.h"
 
 namespace py = pybind11;
 using medaccel::Shape;
@@ -62,6 +63,60 @@ std::vector<double> gaussian_sigma_gradient(std::uintptr_t in, std::uintptr_t gr
     return served ? gradient : std::vector<double>{};
 }
 
+medaccel::window_attention::Problem window_problem(const Shape& size, int64_t heads, int64_t table_rows,
+                                                   const Shape& window, const Shape& shift, double scale,
+                                                   double dropout_p, uint32_t dropout_threshold,
+                                                   std::uintptr_t dropout_seed, int threads) {
+    medaccel::window_attention::Problem p{};
+    p.batch = size[0];
+    for (int axis = 0; axis < 3; ++axis)
+        p.sizes[axis] = size[1 + axis], p.window[axis] = window[axis], p.shift[axis] = shift[axis];
+    p.heads = heads;
+    p.head_dim = size[4] / (3 * heads);
+    p.table_rows = table_rows;
+    p.scale = scale;
+    p.dropout_p = dropout_p;
+    p.dropout_threshold = dropout_threshold;
+    if (dropout_seed) p.dropout_seed = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(dropout_seed));
+    p.threads = threads;
+    return p;
+}
+
+// size: (B, z, y, x, 3·C); dropout_seed: the address of an int64, or 0. Other addresses may be 0 where
+// window_attention.h allows null.
+void window_attention_forward(std::uintptr_t qkv, std::uintptr_t table, std::uintptr_t index, std::uintptr_t pad,
+                              std::uintptr_t out, std::uintptr_t lse, int dtype, const Shape& size, int64_t heads,
+                              int64_t table_rows, const Shape& window, const Shape& shift, double scale,
+                              double dropout_p, uint32_t dropout_threshold, std::uintptr_t dropout_seed,
+                              int threads) {
+    const auto p = window_problem(size, heads, table_rows, window, shift, scale, dropout_p, dropout_threshold,
+                                  dropout_seed, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::window_attention::forward(reinterpret_cast<const T*>(qkv), reinterpret_cast<const T*>(table),
+                                            reinterpret_cast<const int32_t*>(index), reinterpret_cast<const T*>(pad),
+                                            reinterpret_cast<T*>(out), reinterpret_cast<T*>(lse), p);
+    });
+}
+
+void window_attention_backward(std::uintptr_t grad, std::uintptr_t qkv, std::uintptr_t table, std::uintptr_t index,
+                               std::uintptr_t pad, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t grad_qkv,
+                               std::uintptr_t grad_table, std::uintptr_t grad_pad, int dtype, const Shape& size,
+                               int64_t heads, int64_t table_rows, const Shape& window, const Shape& shift,
+                               double scale, double dropout_p, uint32_t dropout_threshold,
+                               std::uintptr_t dropout_seed, int threads) {
+    const auto p = window_problem(size, heads, table_rows, window, shift, scale, dropout_p, dropout_threshold,
+                                  dropout_seed, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::window_attention::backward(
+            reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(qkv), reinterpret_cast<const T*>(table),
+            reinterpret_cast<const int32_t*>(index), reinterpret_cast<const T*>(pad), reinterpret_cast<const T*>(out),
+            reinterpret_cast<const T*>(lse), reinterpret_cast<T*>(grad_qkv), reinterpret_cast<T*>(grad_table),
+            reinterpret_cast<T*>(grad_pad), p);
+    });
+}
+
 // What this processor and its operating system can run, slowest first. This file is compiled without any -m
 // flag, so asking is safe on every processor.
 std::vector<std::string> supported_isas() {
@@ -87,4 +142,6 @@ PYBIND11_MODULE(_cpu, m) {
     using Release = py::call_guard<py::gil_scoped_release>;
     m.def("gaussian_filter", &gaussian_filter, Release());
     m.def("gaussian_sigma_gradient", &gaussian_sigma_gradient, Release());
+    m.def("window_attention_forward", &window_attention_forward, Release());
+    m.def("window_attention_backward", &window_attention_backward, Release());
 }

@@ -8,8 +8,9 @@ Parameters, buffers, hooks, the optimizer's references and the state_dict stay t
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -20,27 +21,35 @@ SUPPORTED_MONAI = "1.6"
 class _Entry:
     monai: str  # module:Class
     ours: str
-    # None where the module can be served, else the sentence for the report
-    unsupported: Callable[[nn.Module], str | None] = lambda module: None
-
-
-def _gaussian_unsupported(module: nn.Module) -> str | None:
-    approx = str(getattr(module, "approx", ""))
-    if approx.lower() not in ("erf", "sampled", "scalespace"):
-        return f"its approx is {approx!r}, which medaccel does not know"
-    return None
+    # module:function that gives None where a module can be served, else the sentence for the report
+    unsupported: str
 
 
 _REGISTRY = (
     _Entry(
         "monai.networks.layers.simplelayers:GaussianFilter",
         "medaccel.layers.gaussian:GaussianFilter",
-        _gaussian_unsupported,
+        "medaccel.layers.gaussian:filter_unsupported",
+    ),
+    _Entry(
+        "monai.networks.nets.swin_unetr:WindowAttention",
+        "medaccel.layers.swin:WindowAttention",
+        "medaccel.layers.swin:attention_unsupported",
+    ),
+    _Entry(
+        "monai.networks.nets.swin_unetr:SwinTransformerBlock",
+        "medaccel.layers.swin:SwinTransformerBlock",
+        "medaccel.layers.swin:block_unsupported",
+    ),
+    _Entry(
+        "monai.networks.nets.swin_unetr:BasicLayer",
+        "medaccel.layers.swin:BasicLayer",
+        "medaccel.layers.swin:layer_unsupported",
     ),
 )
 
 
-def _resolve(path: str) -> type[nn.Module]:
+def _resolve(path: str) -> Any:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -109,7 +118,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
         elif "forward" in module.__dict__:
             reason = "its forward has been replaced on the instance"
         else:
-            reason = entry.unsupported(module)
+            reason = _resolve(entry.unsupported)(module)
         if reason is None:
             swaps.append((module, ours))
             report.changed.append((name, f"{ours.__module__}.{ours.__qualname__}"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch, gaussian
+from medaccel.ops import _dispatch, gaussian, window_attention
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,10 @@ class Op:
     gpu_kernel: str  # "CUDA C++" or "Triton"
 
 
-OPS = {"gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++")}
+OPS = {
+    "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
+    "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
+}
 
 
 @dataclass

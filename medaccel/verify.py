@@ -2,9 +2,9 @@
 """`medaccel verify`: every kernel against its reference on the devices of this machine, errors and speed.
 
 What CI can't do for a GPU, it does on the user's: numbers on the hardware, then speed against plain PyTorch (and
-MONAI, where it is installed) and the share of a copy's bandwidth. It needs torch, numpy and the built modules,
-nothing else: ``python -m medaccel.verify`` runs in a bare container (tools/build_in_place builds there). Its JSON
-belongs into a bug report.
+MONAI, where it is installed) and the share of the machine's ceiling: a copy's bandwidth, or a matrix product's rate.
+It needs torch, numpy and the built modules, nothing else: ``python -m medaccel.verify`` runs in a bare container
+(tools/build_in_place builds there). Its JSON belongs into a bug report.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from medaccel._doctor import doctor
-from medaccel.ops import gaussian_filter, use_reference
-from medaccel.ops.gaussian import reference, unsupported
+from medaccel.ops import gaussian, gaussian_filter, shifted_window_attention, use_reference, window_attention
 
 # Allowed beyond twice plain PyTorch's error, relative to the size of what is summed up.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -36,6 +37,28 @@ _SHAPES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "empty": ((0, 1, 4, 5, 6), (1.0, 1.0, 1.0)),
 }
 _MODES = ("constant", "reflect", "nearest", "mirror", "wrap")
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """One call of the attention on a batch of 2."""
+
+    sizes: tuple[int, ...]
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+    heads: int
+    head_dim: int
+    dropout_p: float = 0.0
+
+
+_WINDOWS = {
+    "Swin UNETR's window": _Windows((9, 14, 8), (7, 7, 7), (3, 3, 3), 3, 8),
+    "not shifted": _Windows((8, 8, 8), (4, 4, 4), (0, 0, 0), 2, 16),
+    "padding fills a region": _Windows((5, 9, 6), (4, 4, 4), (2, 2, 2), 2, 32),
+    "image": _Windows((16, 20), (7, 7), (3, 3), 1, 64),
+    "odd head dimension": _Windows((6, 7, 5), (3, 3, 3), (1, 1, 1), 2, 5),
+    "dropout": _Windows((6, 7, 5), (4, 4, 4), (2, 2, 2), 2, 8, 0.3),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians in ms, MONAI's where it is installed; `bandwidth_share`: 2 × the volume over the time, as a copy's."""
+    """Medians in ms, MONAI's where it is installed.
+
+    `ceiling_share`: how much of the device's measured ceiling the kernel reaches: of a copy's bandwidth, counting the
+    input and the output once, or of a matrix product's rate, counting all pairs of a window
+    (the kernel leaves out those that the shift keeps apart: more than 100 % is possible).
+    """
 
     op: str
     device: str
@@ -61,7 +89,8 @@ class Speed:
     kernel_ms: float
     pytorch_ms: float
     monai_ms: float | None
-    bandwidth_share: float
+    ceiling: str
+    ceiling_share: float
 
 
 def _peer(milliseconds: float | None, kernel_ms: float) -> str:
@@ -95,24 +124,24 @@ class Verification:
     def __str__(self) -> str:
         lines = [f"{name}: {value}" for name, value in self.machine] + [""]
         lines.append(
-            f"{'op':<17}{'device':<8}{'dtype':<10}{'cases':>6}{'failed':>8}{'worst error / allowed':>23}  served by"
+            f"{'op':<26}{'device':<8}{'dtype':<10}{'cases':>6}{'failed':>8}{'worst error / allowed':>23}  served by"
         )
         key = lambda c: (c.op, c.device, c.dtype, c.kernel)  # noqa: E731
         for (op, device, dtype, kernel), group in itertools.groupby(sorted(self.checks, key=key), key):
             checks = list(group)
             failed = sum(not c.passed for c in checks)
             worst = max(c.share for c in checks)
-            lines.append(f"{op:<17}{device:<8}{dtype:<10}{len(checks):>6}{failed:>8}{worst:>23.2f}  {kernel}")
+            lines.append(f"{op:<26}{device:<8}{dtype:<10}{len(checks):>6}{failed:>8}{worst:>23.2f}  {kernel}")
         lines += [f"FAILED {c.op} {c.device} {c.dtype} {c.case}: {c.share:.3g}" for c in self.checks if not c.passed]
         lines += [
             "",
-            f"{'op':<17}{'device':<8}{'case':<24}{'kernel':>11}{'PyTorch':>11}{'ratio':>8}{'MONAI':>11}{'ratio':>8}"
-            f"{'of copy bandwidth':>19}",
+            f"{'op':<26}{'device':<8}{'case':<36}{'kernel':>11}{'PyTorch':>11}{'ratio':>8}{'MONAI':>11}{'ratio':>8}"
+            f"{'of ceiling':>18}",
         ]
         for s in self.speeds:
             lines.append(
-                f"{s.op:<17}{s.device:<8}{s.case:<24}{s.kernel_ms:>8.2f} ms{_peer(s.pytorch_ms, s.kernel_ms)}"
-                f"{_peer(s.monai_ms, s.kernel_ms)}{100 * s.bandwidth_share:>18.0f}%"
+                f"{s.op:<26}{s.device:<8}{s.case:<36}{s.kernel_ms:>8.2f} ms{_peer(s.pytorch_ms, s.kernel_ms)}"
+                f"{_peer(s.monai_ms, s.kernel_ms)}{100 * s.ceiling_share:>5.0f}% of {s.ceiling}"
             )
         lines += ["", "all held" if self.passed else "SOME KERNELS GIVE WRONG NUMBERS HERE: please report the JSON"]
         return "\n".join(lines)
@@ -126,8 +155,11 @@ def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verificat
         device = torch.device(name)
         for dtype, case, mode in itertools.product(_FLOOR, _SHAPES, _MODES):
             outcome.checks.append(_check_gaussian(device, dtype, case, mode))
+        for dtype, case in itertools.product(_FLOOR, _WINDOWS):
+            outcome.checks.append(_check_attention(device, dtype, case))
         if speed:
             outcome.speeds += [_time_gaussian(device, sigma) for sigma in (1.0, 2.0, 4.0)]
+            outcome.speeds += [_time_attention(device, head_dim, training) for head_dim, training in _TIMED_HEADS]
     return outcome
 
 
@@ -148,18 +180,66 @@ def _check_gaussian(device: torch.device, dtype: torch.dtype, case: str, mode: s
         plain = _gradients(x, sigma, grad, mode)
     ours = _gradients(x, sigma, grad, mode)
     sizes = (1.0, 1.0, float(grad.double().norm() * x.double().norm()))
+    return _judge("gaussian_filter", x, f"{case}, {mode}", gaussian.unsupported(x), (ours, plain, truth), sizes)
+
+
+def _judge(
+    op: str,
+    x: Tensor,
+    case: str,
+    reason: str | None,
+    results: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]],
+    sizes: Sequence[float],
+) -> Check:
+    """The 2× rule on (ours, plain PyTorch in the same precision, fp64 reference); sizes: of what is summed up."""
     share = 0.0
-    for actual, same, exact, size in zip(ours, plain, truth, sizes, strict=True):
+    for actual, same, exact, size in zip(*results, sizes, strict=True):
         if exact.numel() == 0:
             continue
         error = float((actual.cpu().double() - exact).abs().max())
         largest = float(exact.abs().max())
-        allowed = 2 * float((same.cpu().double() - exact).abs().max()) + _FLOOR[dtype] * max(largest, size)
+        allowed = 2 * float((same.cpu().double() - exact).abs().max()) + _FLOOR[x.dtype] * max(largest, size)
         if error != 0:  # NaN included
             share = max(share, error / allowed if error == error and allowed > 0 else float("inf"))
-    name = str(dtype).removeprefix("torch.")
-    served = "its kernel" if unsupported(x) is None else f"plain PyTorch: {unsupported(x)}"
-    return Check("gaussian_filter", str(device), name, f"{case}, {mode}", served, share, share <= 1)
+    served = "its kernel" if reason is None else f"plain PyTorch: {reason}"
+    name = str(x.dtype).removeprefix("torch.")
+    return Check(op, str(x.device), name, case, served, share, share <= 1)
+
+
+def _attention_inputs(c: _Windows, device: torch.device, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+    """qkv, bias_table, pad_qkv and the output's gradient."""
+    channels, rows = c.heads * c.head_dim, math.prod(2 * w - 1 for w in c.window)
+    shapes = ((batch, *c.sizes, 3 * channels), (rows, c.heads), (3 * channels,), (batch, *c.sizes, channels))
+    generator = torch.Generator().manual_seed(0)
+    tensors = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return [t.to(device, dtype) for t in tensors]
+
+
+def _attention_gradients(c: _Windows, tensors: Sequence[Tensor]) -> list[Tensor]:
+    qkv, table, pad = (t.detach().requires_grad_() for t in tensors[:3])
+    tokens, rows = math.prod(c.window), len(table)
+    index = torch.arange(tokens, device=qkv.device)
+    index = (index[:, None] * 7 + index * 3) % rows  # any will do
+    seed = torch.tensor(20211011, device=qkv.device)
+    options: dict[str, Any] = {"window_size": c.window, "shift_size": c.shift, "dropout_p": c.dropout_p}
+    y = shifted_window_attention(qkv, table, index, pad_qkv=pad, dropout_seed=seed, **options)
+    wanted = (qkv, table, pad)
+    return [y.detach(), *torch.autograd.grad(y, wanted, tensors[3].to(y), materialize_grads=True, allow_unused=True)]
+
+
+def _check_attention(device: torch.device, dtype: torch.dtype, case: str) -> Check:
+    c = _WINDOWS[case]
+    tensors = _attention_inputs(c, device, dtype)
+    with use_reference():
+        truth = _attention_gradients(c, [t.cpu().double() for t in tensors])
+        plain = _attention_gradients(c, tensors)
+    ours = _attention_gradients(c, tensors)
+    # Gradients are sums of terms gradient · value · weight that cancel.
+    terms = float(tensors[3].abs().max() * tensors[0].abs().max())
+    reason = window_attention.unsupported(tensors[0])
+    return _judge(
+        "shifted_window_attention", tensors[0], case, reason, (ours, plain, truth), (1.0, terms, terms, terms)
+    )
 
 
 def _median_ms(call: Callable[[], object], device: torch.device) -> float:
@@ -181,7 +261,7 @@ def _median_ms(call: Callable[[], object], device: torch.device) -> float:
 def _time_gaussian(device: torch.device, sigma: float) -> Speed:
     size = 96 if device.type == "cpu" else 256
     x = torch.rand(1, 1, size, size, size, device=device)
-    taps = reference.taps(torch.tensor(sigma), 4.0, "erf", False).to(x)
+    taps = gaussian.reference.taps(torch.tensor(sigma), 4.0, "erf", False).to(x)
     radius = len(taps) // 2
 
     def convolutions() -> Tensor:  # a convolution an axis
@@ -198,7 +278,8 @@ def _time_gaussian(device: torch.device, sigma: float) -> Speed:
         monai = None if layer is None else _median_ms(functools.partial(layer.to(device), x), device)
         target = torch.empty_like(x)
         copy = _median_ms(lambda: target.copy_(x), device)
-    return Speed("gaussian_filter", str(device), f"{size}³, σ = {sigma:g}, fp32", ours, plain, monai, copy / ours)
+    case = f"{size}³, σ = {sigma:g}, fp32"
+    return Speed("gaussian_filter", str(device), case, ours, plain, monai, "copy", copy / ours)
 
 
 def _monai_gaussian(sigma: float) -> torch.nn.Module | None:
@@ -209,6 +290,36 @@ def _monai_gaussian(sigma: float) -> torch.nn.Module | None:
         return None
     layer: torch.nn.Module = GaussianFilter(3, sigma)
     return layer
+
+
+_TIMED_HEADS = ((8, False), (8, True), (16, False), (16, True))
+
+
+def _time_attention(device: torch.device, head_dim: int, training: bool) -> Speed:
+    """The first stage of a Swin UNETR, at 48³ input on the CPU and 96³ on a GPU."""
+    size, dtype = (24, torch.float32) if device.type == "cpu" else (48, torch.bfloat16)
+    c = _Windows((size,) * 3, (7, 7, 7), (3, 3, 3), 3, head_dim)
+    tensors = _attention_inputs(c, device, dtype, batch=1)
+
+    def call() -> object:
+        if training:
+            return _attention_gradients(c, tensors)
+        with torch.no_grad():
+            qkv, table, pad = tensors[:3]
+            index = torch.zeros(343, 343, dtype=torch.int64, device=device)
+            return shifted_window_attention(qkv, table, index, pad_qkv=pad, window_size=c.window, shift_size=c.shift)
+
+    ours = _median_ms(call, device)
+    with use_reference():
+        plain = _median_ms(call, device)
+    windows, products = math.ceil(size / 7) ** 3, 7 if training else 2
+    operations = 2 * products * windows * c.heads * 343**2 * head_dim
+    a = torch.rand(1024, 1024, device=device, dtype=dtype)
+    rate = 2 * 1024**3 / _median_ms(lambda: a @ a, device)
+    what = "forward + backward" if training else "forward"
+    case = f"{size}³, {head_dim}, {what}, {str(dtype).removeprefix('torch.')}"
+    name = "shifted_window_attention"
+    return Speed(name, str(device), case, ours, plain, None, "matmul", operations / ours / rate)
 
 
 if __name__ == "__main__":

@@ -2,5 +2,6 @@
 """Drop-ins for MONAI's layers: same constructors, attributes and state_dict, faster forward and backward."""
 
 from medaccel.layers.gaussian import GaussianFilter
+from medaccel.layers.swin import BasicLayer, SwinTransformerBlock, WindowAttention
 
-__all__ = ["GaussianFilter"]
+__all__ = ["BasicLayer", "GaussianFilter", "SwinTransformerBlock", "WindowAttention"]

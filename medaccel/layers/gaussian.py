@@ -3,9 +3,17 @@
 
 import torch
 from monai.networks.layers import GaussianFilter as MonaiGaussianFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 from medaccel.ops import gaussian_filter
+
+
+def filter_unsupported(module: nn.Module) -> str | None:
+    """None where `GaussianFilter` may take the place of MONAI's; else why not."""
+    approx = str(getattr(module, "approx", ""))
+    if approx.lower() not in ("erf", "sampled", "scalespace"):
+        return f"its approx is {approx!r}, which medaccel does not know"
+    return None
 
 
 class GaussianFilter(MonaiGaussianFilter):

@@ -3,5 +3,6 @@
 
 from medaccel.ops._dispatch import use_reference
 from medaccel.ops.gaussian import gaussian_filter
+from medaccel.ops.window_attention import shifted_window_attention
 
-__all__ = ["gaussian_filter", "use_reference"]
+__all__ = ["gaussian_filter", "shifted_window_attention", "use_reference"]

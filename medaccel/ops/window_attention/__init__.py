@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention within the (shifted) windows of a map: the core of a Swin transformer."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+from medaccel.ops import _dispatch
+from medaccel.ops.window_attention import op, reference
+
+
+def unsupported(qkv: Tensor) -> str | None:
+    """None where a kernel serves `qkv`; else why not, in a sentence."""
+    device = qkv.device
+    if device.type == "cpu":
+        return _native.cpu_problem
+    return f"shifted_window_attention has no kernel for device {device.type!r}"
+
+
+def shifted_window_attention(
+    qkv: Tensor,
+    bias_table: Tensor,
+    bias_index: Tensor,
+    *,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """Attention within windows of a channels-last map that is neither rolled, padded nor partitioned.
+
+    What a Swin block does between its qkv and its output projection: pad the map to whole windows, roll it by
+    −shift, cut it into windows, softmax(scale · q kᵀ + bias + mask) v in each, and all of that backwards. Here it is
+    one pass: where a token lies is index arithmetic, and no score leaves the kernel, in the backward pass neither
+    (it recomputes them from the rows' log-sum-exp).
+
+    Args:
+        qkv: (B, *spatial, 3·C) with 1-3 spatial axes: q, k and v side by side, each heads × head_dim, floating
+            point. fp32 and fp64 are computed in their own precision, bf16 and fp16 in fp32.
+        bias_table: (T, heads), added to the scores: entry ``bias_index[i, j]`` for query i and key j of a window.
+        bias_index: (tokens, tokens) of any integer dtype and strides, with values in [0, T); tokens =
+            prod(window_size), numbered in row-major order. Checked on the CPU, clamped on a GPU.
+        window_size: tokens per axis. These are the effective sizes: where a map is smaller than the window, the
+            caller has shrunk the window (and set the shift to 0), as MONAI does.
+        shift_size: tokens per axis that the windows are shifted by, 0 ≤ shift < window. Tokens that only the cyclic
+            roll brought together get −100 on their score, MONAI's mask.
+        pad_qkv: (3·C,), q, k and v of a token that pads the map to whole windows (in a Swin block: the bias of the
+            qkv projection). Such tokens are attended to. None: zeros.
+        scale: of the products q·k. Default: head_dim ** -0.5.
+        dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones grow by 1 / (1 − dropout_p).
+        dropout_seed: one int64 element on the device of `qkv`, needed where dropout_p > 0: the same seed drops the
+            same weights on every device, forward and backward (see `reference.kept`). It is read on the device, so
+            a replayed CUDA graph may draw it anew.
+
+    Returns:
+        (B, *spatial, C), contiguous, in the dtype of `qkv`. Same bits whatever the number of threads, gradients
+        included. A NaN stays within the window that it is in.
+
+    Raises:
+        TypeError: a dtype that makes no sense.
+        ValueError: a shape, value or device that makes no sense.
+
+    Differentiable by `qkv`, `bias_table` and `pad_qkv`. Source: Liu et al., "Swin Transformer", ICCV 2021, as MONAI
+    1.6 (``monai.networks.nets.swin_unetr``) computes it; the online softmax and its recomputing backward pass are
+    those of Dao et al., "FlashAttention", NeurIPS 2022.
+
+    >>> import torch, medaccel
+    >>> index = torch.randint(0, 27, (8, 8))
+    >>> medaccel.ops.shifted_window_attention(
+    ...     torch.randn(1, 5, 6, 7, 24), torch.randn(27, 2), index, window_size=(2, 2, 2), shift_size=(1, 1, 1)
+    ... ).shape
+    torch.Size([1, 5, 6, 7, 8])
+    """
+    window, shift = _check(qkv, bias_table, bias_index, window_size, shift_size, pad_qkv)
+    _check_dropout(qkv, dropout_p, dropout_seed)
+    head_dim = qkv.shape[-1] // (3 * bias_table.shape[1])
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    seed = dropout_seed if dropout_p > 0 else None
+    tensors = (qkv, bias_table, bias_index, pad_qkv, seed)
+    if not _dispatch.reference_forced and unsupported(qkv) is None:
+        return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, float(dropout_p))[0]
+    op.check_index(bias_index, bias_table.shape[0])
+    return reference.shifted_window_attention(*tensors, window, shift, factor, float(dropout_p))
+
+
+def _check(
+    qkv: Tensor,
+    bias_table: Tensor,
+    bias_index: Tensor,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    pad_qkv: Tensor | None,
+) -> tuple[list[int], list[int]]:
+    """The sizes as lists, or an error in a sentence. Nothing here waits for a device."""
+    name = "shifted_window_attention"
+    for argument, tensor in (("qkv", qkv), ("bias_table", bias_table), ("pad_qkv", pad_qkv)):
+        if tensor is None and argument == "pad_qkv":
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: {argument} is {kind}; expected a floating-point tensor")
+    if bias_index.is_floating_point() or bias_index.is_complex() or bias_index.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: bias_index is {bias_index.dtype}; expected an integer tensor (indices have no gradient)"
+        )
+    spatial = qkv.dim() - 2
+    if not 1 <= spatial <= 3:
+        raise ValueError(
+            f"{name}: qkv has shape {tuple(qkv.shape)}; expected (B, *spatial, 3·C) with 1-3 spatial axes"
+        )
+    window, shift = [int(w) for w in window_size], [int(s) for s in shift_size]
+    if len(window) != spatial or min(window) < 1:
+        raise ValueError(f"{name}: window_size is {tuple(window)}; expected {spatial} sizes >= 1, one per axis")
+    if len(shift) != spatial or any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(
+            f"{name}: shift_size is {tuple(shift)}; expected {spatial} values >= 0, each smaller than the window, "
+            f"{tuple(window)}"
+        )
+    if bias_table.dim() != 2 or bias_table.shape[1] < 1:
+        raise ValueError(f"{name}: bias_table has shape {tuple(bias_table.shape)}; expected (T, heads)")
+    heads = bias_table.shape[1]
+    if qkv.shape[-1] % (3 * heads) or qkv.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: qkv has {qkv.shape[-1]} channels and bias_table {heads} heads; expected 3 · heads · head_dim "
+            "channels"
+        )
+    tokens = math.prod(window)
+    if tuple(bias_index.shape) != (tokens, tokens):
+        raise ValueError(
+            f"{name}: bias_index has shape {tuple(bias_index.shape)}; expected ({tokens}, {tokens}) for window_size "
+            f"{tuple(window)}"
+        )
+    if pad_qkv is not None and tuple(pad_qkv.shape) != (qkv.shape[-1],):
+        raise ValueError(f"{name}: pad_qkv has shape {tuple(pad_qkv.shape)}; expected ({qkv.shape[-1]},)")
+    for argument, tensor in (("bias_table", bias_table), ("bias_index", bias_index), ("pad_qkv", pad_qkv)):
+        if tensor is not None and tensor.device != qkv.device:
+            raise ValueError(
+                f"{name}: {argument} is on {tensor.device} and qkv on {qkv.device}; expected the same device"
+            )
+    return window, shift
+
+
+def _check_dropout(qkv: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
+    name = "shifted_window_attention"
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    if dropout_p == 0:
+        return
+    if dropout_seed is None:
+        raise ValueError(f"{name}: dropout_seed is None; expected one int64 element where dropout_p > 0")
+    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1 or dropout_seed.device != qkv.device:
+        raise ValueError(
+            f"{name}: dropout_seed is {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)} on "
+            f"{dropout_seed.device}; expected one int64 element on {qkv.device}"
+        )

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention's registration: schema, shapes without data, gradients, autocast, kernels per device."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+
+_INPUTS = "Tensor qkv, Tensor bias_table, Tensor bias_index, Tensor? pad_qkv, Tensor? dropout_seed"
+_SETTINGS = "int[] window_size, int[] shift_size, float scale, float dropout_p"
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+# The second output is the rows' log-sum-exp, (B, windows, heads, tokens), what the backward pass needs of the scores;
+# in base 2, like the kernels' exponentials: a conversion would round large scores twice more.
+_lib.define(f"shifted_window_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
+_lib.define(
+    f"shifted_window_attention_backward(Tensor grad, {_INPUTS}, Tensor output, Tensor lse, {_SETTINGS}, "
+    "bool need_qkv, bool need_table, bool need_pad) -> (Tensor, Tensor, Tensor)"
+)
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compute_dtype(qkv: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic, and of the log-sum-exp."""
+    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
+
+
+def window_count(sizes: Sequence[int], window_size: Sequence[int]) -> int:
+    """The windows of one sample of a map with these spatial sizes, padding included."""
+    return math.prod((size + w - 1) // w for size, w in zip(sizes, window_size, strict=True))
+
+
+def check_index(bias_index: Tensor, rows: int) -> None:
+    """A ValueError where an index on the CPU points outside the table; on other devices nothing is read."""
+    if bias_index.device.type != "cpu" or bias_index.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(bias_index))
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"shifted_window_attention: bias_index has values from {low} to {high}; expected [0, {rows}), the rows "
+            "of bias_table"
+        )
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+def _forward_cpu(
+    qkv: Tensor,
+    bias_table: Tensor,
+    bias_index: Tensor,
+    pad_qkv: Tensor | None,
+    dropout_seed: Tensor | None,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    check_index(bias_index, bias_table.shape[0])
+    dtype = compute_dtype(qkv)
+    output, lse = _native.window_attention_forward(
+        qkv.to(dtype),
+        bias_table.to(dtype),
+        bias_index,
+        None if pad_qkv is None else pad_qkv.to(dtype),
+        dropout_seed,
+        window_size,
+        shift_size,
+        scale,
+        dropout_p,
+    )
+    return output.to(qkv.dtype), lse
+
+
+def _backward_cpu(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    bias_index: Tensor,
+    pad_qkv: Tensor | None,
+    dropout_seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float,
+    dropout_p: float,
+    need_qkv: bool,
+    need_table: bool,
+    need_pad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(qkv)
+    grad_qkv, grad_table, grad_pad = _native.window_attention_backward(
+        grad.to(dtype),
+        qkv.to(dtype),
+        bias_table.to(dtype),
+        bias_index,
+        None if pad_qkv is None else pad_qkv.to(dtype),
+        dropout_seed,
+        output.to(dtype),
+        lse,
+        window_size,
+        shift_size,
+        scale,
+        dropout_p,
+        need_table,
+        need_pad,
+    )
+    return (
+        grad_qkv.to(qkv.dtype) if need_qkv else qkv.new_empty(0),
+        bias_table.new_empty(0) if grad_table is None else grad_table.to(bias_table.dtype),
+        qkv.new_empty(0) if grad_pad is None else grad_pad.to(_pad_like(pad_qkv, qkv).dtype),
+    )
+
+
+def _pad_like(pad_qkv: Tensor | None, qkv: Tensor) -> Tensor:
+    return qkv if pad_qkv is None else pad_qkv
+
+
+_lib.impl("shifted_window_attention", _forward_cpu, "CPU")
+_lib.impl("shifted_window_attention_backward", _backward_cpu, "CPU")
+
+
+# --- shapes without data -------------------------------------------------------------------------------------
+@torch.library.register_fake("medaccel::shifted_window_attention", lib=_lib)
+def _(
+    qkv: Tensor,
+    bias_table: Tensor,
+    bias_index: Tensor,
+    pad_qkv: Tensor | None,
+    dropout_seed: Tensor | None,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    batch, *sizes, channels = qkv.shape
+    windows = window_count(sizes, window_size)
+    rows = (batch, windows, bias_table.shape[1], math.prod(window_size))
+    return qkv.new_empty((batch, *sizes, channels // 3)), qkv.new_empty(rows, dtype=compute_dtype(qkv))
+
+
+@torch.library.register_fake("medaccel::shifted_window_attention_backward", lib=_lib)
+def _(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    bias_index: Tensor,
+    pad_qkv: Tensor | None,
+    dropout_seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    window_size: list[int],
+    shift_size: list[int],
+    scale: float,
+    dropout_p: float,
+    need_qkv: bool,
+    need_table: bool,
+    need_pad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        qkv.new_empty(qkv.shape if need_qkv else (0,)),
+        bias_table.new_empty(bias_table.shape if need_table else (0,)),
+        _pad_like(pad_qkv, qkv).new_empty(qkv.shape[-1:]) if need_pad else qkv.new_empty(0),
+    )
+
+
+# --- gradients -----------------------------------------------------------------------------------------------
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window_size, ctx.shift_size, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_qkv, need_table, _, need_pad, *_ = ctx.needs_input_grad
+    if grad is None:
+        return (None,) * 9
+    settings = (ctx.window_size, ctx.shift_size, ctx.scale, ctx.dropout_p)
+    grads = torch.ops.medaccel.shifted_window_attention_backward(
+        grad, *ctx.saved_tensors, *settings, need_qkv, need_table, need_pad
+    )
+    grad_qkv, grad_table, grad_pad = (
+        g if need else None for g, need in zip(grads, (need_qkv, need_table, need_pad), strict=True)
+    )
+    return grad_qkv, grad_table, None, grad_pad, None, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "shifted_window_attention: its gradient has no gradient (double backward is not written); "
+        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd(
+    "medaccel::shifted_window_attention", _backward, setup_context=_setup_context, lib=_lib
+)
+torch.library.register_autograd(
+    "medaccel::shifted_window_attention_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)
+
+
+# --- autocast: only qkv is cast; the bias table keeps its precision ------------------------------------------
+def _autocast(device_type: str) -> Any:
+    def forward(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        if qkv.dtype != torch.float64:
+            qkv = qkv.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.medaccel.shifted_window_attention(qkv, *others)
+
+    return forward
+
+
+_lib.impl("shifted_window_attention", _autocast("cpu"), "AutocastCPU")
+_lib.impl("shifted_window_attention", _autocast("cuda"), "AutocastCUDA")

@@ -27,7 +27,12 @@ def test_verify_runs_and_times_where_only_torch_and_numpy_are():
     assert "all held" in result.stdout
     times = [line for line in result.stdout.splitlines() if "σ = " in line and " cpu " in line]
     assert len(times) == 3
-    assert all(re.search(r"ms +[\d.]+× +not here +\d+%$", line) for line in times), times
+    assert all(re.search(r"ms +[\d.]+× +not here +\d+% of copy$", line) for line in times), times
+    attention = [
+        line for line in result.stdout.splitlines() if line.startswith("shifted_window_attention") and " ms " in line
+    ]
+    assert len(attention) == 4
+    assert all(re.search(r"ms +[\d.]+× +not here +\d+% of matmul$", line) for line in attention), attention
 
 
 def test_monai_is_a_peer_where_it_is_installed():
@@ -36,7 +41,7 @@ def test_monai_is_a_peer_where_it_is_installed():
     (written,) = json.loads(outcome.json())["speeds"]
     assert written["monai_ms"] == speed.monai_ms > 0
     header, row = (line for line in str(outcome).splitlines() if "MONAI" in line or "σ = " in line)
-    assert header.index("PyTorch") < header.index("MONAI") < header.index("of copy bandwidth")
+    assert header.index("PyTorch") < header.index("MONAI") < header.index("of ceiling")
     assert f"{speed.monai_ms:.2f} ms" in row
     assert f"{speed.monai_ms / speed.kernel_ms:.1f}×" in row
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.triton_interpretation.fixtures import *  # noqa: F403 (hooks and fixtures: pytest looks them up here)
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -12,11 +12,13 @@ from medaccel.ops import _dispatch
 from medaccel.ops.window_attention import op, reference
 
 
-def unsupported(qkv: Tensor) -> str | None:
-    """None where a kernel serves `qkv`; else why not, in a sentence."""
+def unsupported(qkv: Tensor, head_dim: int = 0) -> str | None:
+    """None where a kernel serves `qkv` and (if it is told) the head dimension; else why not, in a sentence."""
     device = qkv.device
     if device.type == "cpu":
         return _native.cpu_problem
+    if device.type == "cuda":
+        return op.triton_problem(device.index, qkv.dtype, head_dim)
     return f"shifted_window_attention has no kernel for device {device.type!r}"
 
 
@@ -82,7 +84,7 @@ def shifted_window_attention(
     factor = head_dim**-0.5 if scale is None else float(scale)
     seed = dropout_seed if dropout_p > 0 else None
     tensors = (qkv, bias_table, bias_index, pad_qkv, seed)
-    if not _dispatch.reference_forced and unsupported(qkv) is None:
+    if not _dispatch.reference_forced and unsupported(qkv, head_dim) is None:
         return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, float(dropout_p))[0]
     op.check_index(bias_index, bias_table.shape[0])
     return reference.shifted_window_attention(*tensors, window, shift, factor, float(dropout_p))

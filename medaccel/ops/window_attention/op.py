@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention's registration: schema, shapes without data, gradients, autocast, kernels per device."""
 
+import functools
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +24,7 @@ _lib.define(
 )
 
 HALF = (torch.bfloat16, torch.float16)
+MAX_TRITON_HEAD_DIM = 64  # wider ones spill registers
 
 
 def compute_dtype(qkv: Tensor) -> torch.dtype:
@@ -44,6 +47,27 @@ def check_index(bias_index: Tensor, rows: int) -> None:
             f"shifted_window_attention: bias_index has values from {low} to {high}; expected [0, {rows}), the rows "
             "of bias_table"
         )
+
+
+@functools.cache
+def triton_problem(index: int, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where the Triton kernel serves this GPU, dtype and head dimension; else why not, in a sentence."""
+    if dtype not in (torch.float32, *HALF):
+        return f"the Triton kernel computes in fp32 and has none for {dtype}"
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        return f"the Triton kernel has head dimensions up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton can't be imported: {error}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"cuda:{index} is sm_{major}{minor}; the Triton kernel needs sm_80 or newer (Ampere)"
+    return None
+
+
+# torch.compile asks once, while it compiles (see _native.gpu_problem).
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- kernels -------------------------------------------------------------------------------------------------
@@ -119,8 +143,22 @@ def _pad_like(pad_qkv: Tensor | None, qkv: Tensor) -> Tensor:
     return qkv if pad_qkv is None else pad_qkv
 
 
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    from medaccel.ops.window_attention import triton  # only here: importing Triton takes a second
+
+    return triton.forward(*args)
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from medaccel.ops.window_attention import triton
+
+    return triton.backward(*args)
+
+
 _lib.impl("shifted_window_attention", _forward_cpu, "CPU")
 _lib.impl("shifted_window_attention_backward", _backward_cpu, "CPU")
+_lib.impl("shifted_window_attention", _forward_cuda, "CUDA")
+_lib.impl("shifted_window_attention_backward", _backward_cuda, "CUDA")
 
 
 # --- shapes without data -------------------------------------------------------------------------------------

@@ -14,7 +14,13 @@ from .delegation import pytest_collection_modifyitems, pytest_configure, pytest_
 if TYPE_CHECKING:
     from .interpret import Interpreter
 
-__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_unconfigure"]
+__all__ = [
+    "interpreter",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_unconfigure",
+    "triton_cache",
+]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import compute_mask
 from torch import Tensor
 
-from benchmarks.harness import Contender, machine, measure, peak_extra_bytes, warm_allocator, write_table
+from benchmarks.harness import Contender, machine, measure, rows_of, warm_allocator, write_table
 from medaccel.ops import shifted_window_attention
 from medaccel.ops.window_attention import reference
 from tests.ops.window_attention_cases import Case
@@ -140,29 +140,6 @@ class Work:
             Contender("MONAI", step(self.monai, [self.windows, self.table], self.window_grad)),
             Contender("SDPA", step(self.sdpa_from_table, [self.windows, self.table], self.window_grad)),
         ]
-
-
-def rows_of(work: str, contenders: list[Contender]) -> list[dict[str, object]]:
-    ours, rows = contenders[0], []
-    for c in contenders:
-        c.extra_bytes = peak_extra_bytes(c.call)
-        rows.append(
-            {
-                "work": work,
-                "contender": c.name,
-                "p20_ms": round(1e3 * c.quantile(0.2), 2),
-                "median_ms": round(1e3 * c.median, 2),
-                "p80_ms": round(1e3 * c.quantile(0.8), 2),
-                "times_medaccel": round(c.median / ours.median, 2),
-                "extra_memory_mib": round(c.extra_bytes / 2**20, 1),
-            }
-        )
-        print(
-            f"{work:<52}{c.name:<18}{1e3 * c.median:>9.1f} ms{c.median / ours.median:>8.2f}×"
-            f"{c.extra_bytes / 2**20:>9.1f} MiB",
-            flush=True,
-        )
-    return rows
 
 
 def main() -> None:

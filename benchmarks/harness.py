@@ -117,3 +117,27 @@ def write_table(path: Path, rows: Sequence[dict[str, object]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     path.with_suffix(".json").write_text(json.dumps(machine(), indent=1) + "\n")
+
+
+def rows_of(work: str, contenders: list[Contender]) -> list[dict[str, object]]:
+    """The contenders' rows of the table, printed too: time, its ratio to the first contender's, extra memory."""
+    ours, rows = contenders[0], []
+    for c in contenders:
+        c.extra_bytes = peak_extra_bytes(c.call)
+        rows.append(
+            {
+                "work": work,
+                "contender": c.name,
+                "p20_ms": round(1e3 * c.quantile(0.2), 2),
+                "median_ms": round(1e3 * c.median, 2),
+                "p80_ms": round(1e3 * c.quantile(0.8), 2),
+                "times_medaccel": round(c.median / ours.median, 2),
+                "extra_memory_mib": round(c.extra_bytes / 2**20, 1),
+            }
+        )
+        print(
+            f"{work:<52}{c.name:<18}{1e3 * c.median:>9.1f} ms{c.median / ours.median:>8.2f}×"
+            f"{c.extra_bytes / 2**20:>9.1f} MiB",
+            flush=True,
+        )
+    return rows

@@ -10,6 +10,7 @@
 
 #include "common/parallel.h"
 #include "gaussian/gaussian.h"
+#include "instance_norm/instance_norm.h"
 #include "window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -117,6 +118,43 @@ void window_attention_backward(std::uintptr_t grad, std::uintptr_t qkv, std::uin
     });
 }
 
+medaccel::instance_norm::Problem norm_problem(int64_t batch, int64_t channels, int64_t voxels, bool channels_last,
+                                              double eps, bool activate, double negative_slope, int threads) {
+    return {batch, channels, voxels, channels_last, eps, activate, negative_slope, threads};
+}
+
+// Addresses may be 0 where instance_norm.h allows null.
+void instance_norm_forward(std::uintptr_t in, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t residual,
+                           std::uintptr_t out, std::uintptr_t mean, std::uintptr_t rstd, int dtype, int64_t batch,
+                           int64_t channels, int64_t voxels, bool channels_last, double eps, bool activate,
+                           double negative_slope, int threads) {
+    const auto p = norm_problem(batch, channels, voxels, channels_last, eps, activate, negative_slope, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::instance_norm::forward(reinterpret_cast<const T*>(in), reinterpret_cast<const T*>(weight),
+                                         reinterpret_cast<const T*>(bias), reinterpret_cast<const T*>(residual),
+                                         reinterpret_cast<T*>(out), reinterpret_cast<T*>(mean),
+                                         reinterpret_cast<T*>(rstd), p);
+    });
+}
+
+void instance_norm_backward(std::uintptr_t grad, std::uintptr_t in, std::uintptr_t weight, std::uintptr_t bias,
+                            std::uintptr_t signs, int sign, std::uintptr_t mean, std::uintptr_t rstd,
+                            std::uintptr_t grad_in, std::uintptr_t grad_weight, std::uintptr_t grad_bias,
+                            std::uintptr_t grad_residual, int dtype, int64_t batch, int64_t channels, int64_t voxels,
+                            bool channels_last, double eps, bool activate, double negative_slope, int threads) {
+    const auto p = norm_problem(batch, channels, voxels, channels_last, eps, activate, negative_slope, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::instance_norm::backward(
+            reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(in), reinterpret_cast<const T*>(weight),
+            reinterpret_cast<const T*>(bias), reinterpret_cast<const T*>(signs),
+            static_cast<medaccel::instance_norm::Sign>(sign), reinterpret_cast<const T*>(mean),
+            reinterpret_cast<const T*>(rstd), reinterpret_cast<T*>(grad_in), reinterpret_cast<T*>(grad_weight),
+            reinterpret_cast<T*>(grad_bias), reinterpret_cast<T*>(grad_residual), p);
+    });
+}
+
 // What this processor and its operating system can run, slowest first. This file is compiled without any -m
 // flag, so asking is safe on every processor.
 std::vector<std::string> supported_isas() {
@@ -142,6 +180,8 @@ PYBIND11_MODULE(_cpu, m) {
     using Release = py::call_guard<py::gil_scoped_release>;
     m.def("gaussian_filter", &gaussian_filter, Release());
     m.def("gaussian_sigma_gradient", &gaussian_sigma_gradient, Release());
+    m.def("instance_norm_forward", &instance_norm_forward, Release());
+    m.def("instance_norm_backward", &instance_norm_backward, Release());
     m.def("window_attention_forward", &window_attention_forward, Release());
     m.def("window_attention_backward", &window_attention_backward, Release());
 }

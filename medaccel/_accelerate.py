@@ -46,6 +46,16 @@ _REGISTRY = (
         "medaccel.layers.swin:BasicLayer",
         "medaccel.layers.swin:layer_unsupported",
     ),
+    _Entry(
+        "monai.networks.blocks.dynunet_block:UnetResBlock",
+        "medaccel.layers.unet_blocks:UnetResBlock",
+        "medaccel.layers.unet_blocks:block_unsupported",
+    ),
+    _Entry(
+        "monai.networks.blocks.dynunet_block:UnetBasicBlock",
+        "medaccel.layers.unet_blocks:UnetBasicBlock",
+        "medaccel.layers.unet_blocks:block_unsupported",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch, gaussian, window_attention
+from medaccel.ops import _dispatch, gaussian, instance_norm, window_attention
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Op:
     """What is known of an op before it is called."""
 
     unsupported: Callable[[Tensor], str | None]  # of the op's first tensor: why no kernel serves it; None: one does
-    gpu_kernel: str  # "CUDA C++" or "Triton"
+    gpu_kernel: str | None  # "CUDA C++", "Triton" or none
 
 
 OPS = {
     "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
+    "instance_norm_act": Op(instance_norm.unsupported, gpu_kernel=None),
     "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
 }
 

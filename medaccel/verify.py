@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from medaccel._doctor import doctor
-from medaccel.ops import gaussian, gaussian_filter, shifted_window_attention, use_reference, window_attention
+from medaccel.ops import (
+    gaussian,
+    gaussian_filter,
+    instance_norm,
+    instance_norm_act,
+    shifted_window_attention,
+    use_reference,
+    window_attention,
+)
 
 # Allowed beyond twice plain PyTorch's error, relative to the size of what is summed up.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -37,6 +45,14 @@ _SHAPES: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {
     "empty": ((0, 1, 4, 5, 6), (1.0, 1.0, 1.0)),
 }
 _MODES = ("constant", "reflect", "nearest", "mirror", "wrap")
+
+
+# Shape, channels last, slope.
+_NORMS = {
+    "volume": ((2, 5, 9, 10, 11), False, 0.01),
+    "channels last": ((2, 12, 9, 10, 11), True, 0.01),
+    "negative slope": ((1, 3, 17, 18), True, -0.5),
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +173,8 @@ def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verificat
             outcome.checks.append(_check_gaussian(device, dtype, case, mode))
         for dtype, case in itertools.product(_FLOOR, _WINDOWS):
             outcome.checks.append(_check_attention(device, dtype, case))
+        for dtype, case in itertools.product(_FLOOR, _NORMS):
+            outcome.checks.append(_check_norm(device, dtype, case))
         if speed:
             outcome.speeds += [_time_gaussian(device, sigma) for sigma in (1.0, 2.0, 4.0)]
             outcome.speeds += [_time_attention(device, head_dim, training) for head_dim, training in _TIMED_HEADS]
@@ -240,6 +258,24 @@ def _check_attention(device: torch.device, dtype: torch.dtype, case: str) -> Che
     return _judge(
         "shifted_window_attention", tensors[0], case, reason, (ours, plain, truth), (1.0, terms, terms, terms)
     )
+
+
+def _check_norm(device: torch.device, dtype: torch.dtype, case: str) -> Check:
+    shape, channels_last, slope = _NORMS[case]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3)]
+    if channels_last:
+        tensors = [t.movedim(1, -1).contiguous().movedim(-1, 1) for t in tensors]
+
+    def gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+        x, residual = (t.detach().requires_grad_() for t in tensors[:2])
+        y = instance_norm_act(x, residual=residual, negative_slope=slope)
+        return [y.detach(), *torch.autograd.grad(y, (x, residual), tensors[2].to(y))]
+
+    with use_reference():
+        truth, plain = gradients([t.cpu().double() for t in tensors]), gradients(tensors)
+    reason = instance_norm.unsupported(tensors[0])
+    return _judge("instance_norm_act", tensors[0], case, reason, (gradients(tensors), plain, truth), (1.0,) * 3)
 
 
 def _median_ms(call: Callable[[], object], device: torch.device) -> float:

@@ -3,5 +3,13 @@
 
 from medaccel.layers.gaussian import GaussianFilter
 from medaccel.layers.swin import BasicLayer, SwinTransformerBlock, WindowAttention
+from medaccel.layers.unet_blocks import UnetBasicBlock, UnetResBlock
 
-__all__ = ["BasicLayer", "GaussianFilter", "SwinTransformerBlock", "WindowAttention"]
+__all__ = [
+    "BasicLayer",
+    "GaussianFilter",
+    "SwinTransformerBlock",
+    "UnetBasicBlock",
+    "UnetResBlock",
+    "WindowAttention",
+]

@@ -12,6 +12,7 @@ from monai.networks.nets.swin_unetr import WindowAttention as MonaiWindowAttenti
 from monai.networks.nets.swin_unetr import get_window_size
 from torch import Tensor, nn
 
+from medaccel.layers._hooks import bypass_problem
 from medaccel.ops import shifted_window_attention
 
 
@@ -19,18 +20,6 @@ def _dropout(attention: Any, device: torch.device) -> tuple[float, Tensor | None
     """The attention's dropout as the op takes it: probability and a seed that torch's generator draws on `device`."""
     p = float(attention.attn_drop.p) if attention.attn_drop.training else 0.0
     return p, torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) if p > 0 else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether someone listens to calls of this very module."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
 
 
 class WindowAttention(MonaiWindowAttention):
@@ -131,10 +120,8 @@ def block_unsupported(module: Any) -> str | None:
     attention = module.attn
     if type(attention) not in (MonaiWindowAttention, WindowAttention):
         return f"its attention is a {type(attention).__qualname__}, not MONAI's WindowAttention"
-    if _hooked(attention):
-        return "its attention has hooks, which the block would no longer call"
-    if "forward" in attention.__dict__:
-        return "its attention's forward has been replaced on the instance"
+    if problem := bypass_problem(attention, "attention"):
+        return problem
     if "forward_part1" in module.__dict__:
         return "its forward_part1 has been replaced on the instance"
     return attention_unsupported(attention)

@@ -3,6 +3,7 @@
 
 from medaccel.ops._dispatch import use_reference
 from medaccel.ops.gaussian import gaussian_filter
+from medaccel.ops.instance_norm import instance_norm_act
 from medaccel.ops.window_attention import shifted_window_attention
 
-__all__ = ["gaussian_filter", "shifted_window_attention", "use_reference"]
+__all__ = ["gaussian_filter", "instance_norm_act", "shifted_window_attention", "use_reference"]

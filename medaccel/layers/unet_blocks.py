@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MONAI's convolution blocks with norm, residual and activation in one pass over memory."""
+
+from typing import Any
+
+from monai.networks.blocks.dynunet_block import UnetBasicBlock as MonaiUnetBasicBlock
+from monai.networks.blocks.dynunet_block import UnetResBlock as MonaiUnetResBlock
+from torch import Tensor, nn
+
+from medaccel.layers._hooks import bypass_problem
+from medaccel.ops import instance_norm
+from medaccel.ops.instance_norm import instance_norm_act
+
+_RANKS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+
+
+def _slope(activation: Any) -> float:
+    return float(activation.negative_slope) if type(activation) is nn.LeakyReLU else 0.0
+
+
+def _normalise(norm: Any, x: Tensor, residual: Tensor | None = None, slope: float | None = None) -> Tensor:
+    return instance_norm_act(x, norm.weight, norm.bias, residual=residual, eps=norm.eps, negative_slope=slope)
+
+
+def _served(block: Any, x: Tensor) -> bool:
+    """Whether this call is the op's: batched, and on a device that it has a kernel for."""
+    return x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
+
+
+class UnetResBlock(MonaiUnetResBlock):
+    """Drop-in for `monai.networks.blocks.dynunet_block.UnetResBlock`, same constructor and state_dict.
+
+    Each normalisation takes the residual and the activation along. Tensors stay in the memory layout that the
+    convolutions give them, channels last too, where torch's instance norm copies to and fro.
+    """
+
+    def forward(self, inp: Tensor) -> Tensor:
+        """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
+        if not _served(self, inp):
+            return super().forward(inp)
+        slope = _slope(self.lrelu)
+        y = _normalise(self.norm1, self.conv1(inp), slope=slope)
+        y = self.conv2(y)
+        residual = _normalise(self.norm3, self.conv3(inp)) if self.downsample else inp
+        return _normalise(self.norm2, y, residual, slope)
+
+
+class UnetBasicBlock(MonaiUnetBasicBlock):
+    """Drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and state_dict."""
+
+    def forward(self, inp: Tensor) -> Tensor:
+        """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
+        if not _served(self, inp):
+            return super().forward(inp)
+        slope = _slope(self.lrelu)
+        y = _normalise(self.norm1, self.conv1(inp), slope=slope)
+        return _normalise(self.norm2, self.conv2(y), slope=slope)
+
+
+def block_unsupported(module: Any) -> str | None:
+    """None where our block may take the place of MONAI's; else why not."""
+    norms = [name for name in ("norm1", "norm2", "norm3") if hasattr(module, name)]
+    for name in norms:
+        norm = getattr(module, name)
+        if type(norm) not in _RANKS:
+            return f"its {name} is a {type(norm).__qualname__}, not an instance norm of torch's"
+        if norm.track_running_stats:
+            return f"its {name} keeps running statistics"
+    if type(module.lrelu) not in (nn.LeakyReLU, nn.ReLU):
+        return f"its activation is a {type(module.lrelu).__qualname__}, not a (leaky) ReLU"
+    problems = (bypass_problem(getattr(module, name), name) for name in (*norms, "lrelu"))
+    return next((problem for problem in problems if problem), None)

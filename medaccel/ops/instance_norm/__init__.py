@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instance normalisation with what follows it in a residual block: the skip connection's sum and a leaky ReLU."""
+
+import math
+
+from torch import Tensor
+
+from medaccel import _native
+from medaccel.ops import _dispatch
+from medaccel.ops.instance_norm import op, reference
+
+
+def unsupported(input: Tensor) -> str | None:
+    """None where a kernel serves `input`; else why not, in a sentence."""
+    if input.device.type == "cpu":
+        return _native.cpu_problem
+    return f"instance_norm_act has a kernel for the CPU only, none for {input.device.type!r}"
+
+
+def instance_norm_act(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    negative_slope: float | None = None,
+) -> Tensor:
+    """leaky_relu(instance_norm(input) · weight + bias + residual), in two reads of the input and one write.
+
+    PyTorch's layers read and write the tensor once for each of the three steps, and keep two of the results for the
+    backward pass. Here that pass needs the input, each instance's mean and 1/σ, and the sign of what was activated:
+    from the input, or, with a residual, from the output, which the next layer keeps anyway.
+
+    Args:
+        input: (B, C, *spatial) with 1-3 spatial axes, floating point. fp32 and fp64 are computed in their own
+            precision, bf16 and fp16 in fp32. Contiguous and channels-last tensors are worked on as they lie.
+        weight, bias: (C,), the affine part; None: 1 and 0.
+        residual: like `input`, added before the activation; None: nothing.
+        eps: added to the variance.
+        negative_slope: of the leaky ReLU, any number; 0 is a ReLU. None: no activation.
+
+    Returns:
+        Like `input` in shape, dtype and strides (`torch.empty_like`). Same bits whatever the number of threads,
+        gradients included. A NaN spreads over its own channel of its own sample.
+
+    Raises:
+        TypeError: `input` is not a floating-point tensor.
+        ValueError: a shape or device that makes no sense; a single spatial element, whose variance is 0 (torch's
+            error).
+
+    Differentiable by `input`, `weight`, `bias` and `residual`. Source: Ulyanov et al., "Instance normalization",
+    arXiv:1607.08022, as ``torch.nn.InstanceNorm3d`` computes it (biased variance, the instance's own statistics).
+
+    >>> import torch, medaccel
+    >>> medaccel.ops.instance_norm_act(torch.randn(1, 8, 16, 16, 16), negative_slope=0.01).shape
+    torch.Size([1, 8, 16, 16, 16])
+    """
+    _check(input, weight, bias, residual)
+    if residual is not None and residual.dtype != input.dtype:
+        residual = residual.to(input.dtype)  # as an in-place sum would
+    slope = None if negative_slope is None else float(negative_slope)
+    tensors = (input, weight, bias, residual)
+    if not _dispatch.reference_forced and unsupported(input) is None:
+        return op.call(*tensors, float(eps), slope)
+    return reference.instance_norm_act(*tensors, float(eps), slope)
+
+
+def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    name = "instance_norm_act"
+    if not isinstance(input, Tensor) or not input.is_floating_point():
+        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"{name}: input is {kind}; expected a floating-point tensor")
+    if not 3 <= input.dim() <= 5:
+        raise ValueError(
+            f"{name}: input has shape {tuple(input.shape)}; expected (B, C, *spatial) with 1-3 spatial axes"
+        )
+    if math.prod(input.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {input.shape}")
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != (input.shape[1],):
+            raise ValueError(f"{name}: {argument} has shape {tuple(tensor.shape)}; expected ({input.shape[1]},)")
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(f"{name}: residual has shape {tuple(residual.shape)}; expected {tuple(input.shape)}")
+    for argument, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{name}: {argument} is on {tensor.device} and input on {input.device}; expected the same device"
+            )

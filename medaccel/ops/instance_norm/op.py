@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instance normalisation's registration: schema, shapes without data, gradients, the CPU's kernel.
+
+Autocast needs no rule: like torch's own instance norm, the op runs in the dtype of its input.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+# The other outputs are each instance's mean and 1/σ, (B, C), for the backward pass.
+_lib.define(
+    "instance_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "float? negative_slope) -> (Tensor, Tensor, Tensor)"
+)
+# signs: the output (slope >= 0) or the residual (slope < 0, where the output's sign is no longer the input's).
+_lib.define(
+    "instance_norm_act_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor? signs, Tensor mean, "
+    "Tensor rstd, float? negative_slope, bool need_affine, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def call(*args: Any) -> Tensor:
+    """The op's first output."""
+    output: Tensor = torch.ops.medaccel.instance_norm_act(*args)[0]
+    return output
+
+
+def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+def _forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    negative_slope: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(input)
+    w, b, r = _cast((weight, bias, residual), dtype)
+    output, mean, rstd = _native.instance_norm_forward(input.to(dtype), w, b, r, eps, negative_slope)
+    return _native.strided_like(output.to(input.dtype), input), mean, rstd
+
+
+def _backward_op(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    negative_slope: float | None,
+    need_affine: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _compute_dtype(input)
+    w, b, s = _cast((weight, bias, signs), dtype)
+    grads = _native.instance_norm_backward(
+        grad.to(dtype), input.to(dtype), w, b, s, mean, rstd, negative_slope, need_affine, need_residual
+    )
+    grad_input, grad_weight, grad_bias, grad_residual = grads
+    empty = input.new_empty(0)
+    return (
+        _native.strided_like(grad_input.to(input.dtype), input),
+        empty if grad_weight is None else grad_weight,
+        empty.clone() if grad_bias is None else grad_bias,
+        empty.clone() if grad_residual is None else _native.strided_like(grad_residual.to(input.dtype), input),
+    )
+
+
+_lib.impl("instance_norm_act", _forward, "CPU")
+_lib.impl("instance_norm_act_backward", _backward_op, "CPU")
+
+
+# --- shapes without data -------------------------------------------------------------------------------------
+@torch.library.register_fake("medaccel::instance_norm_act", lib=_lib)
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    negative_slope: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = input.shape[:2]
+    dtype = _compute_dtype(input)
+    return torch.empty_like(input), input.new_empty(rows, dtype=dtype), input.new_empty(rows, dtype=dtype)
+
+
+@torch.library.register_fake("medaccel::instance_norm_act_backward", lib=_lib)
+def _(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    negative_slope: float | None,
+    need_affine: bool,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = input.new_empty(input.shape[1] if need_affine else 0, dtype=_compute_dtype(input))
+    return (
+        torch.empty_like(input),
+        channels if need_affine else input.new_empty(0),
+        torch.empty_like(channels) if need_affine else input.new_empty(0),
+        torch.empty_like(input) if need_residual else input.new_empty(0),
+    )
+
+
+# --- gradients -----------------------------------------------------------------------------------------------
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, weight, bias, residual, _, ctx.negative_slope = inputs
+    y, mean, rstd = output
+    signs = None
+    if residual is not None and ctx.negative_slope is not None:
+        signs = y if ctx.negative_slope >= 0 else residual
+    ctx.save_for_backward(input, weight, bias, signs, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    input, weight, bias, signs, mean, rstd = ctx.saved_tensors
+    grad_input, grad_weight, grad_bias, grad_residual = torch.ops.medaccel.instance_norm_act_backward(
+        grad, input, weight, bias, signs, mean, rstd, ctx.negative_slope, need_weight or need_bias, need_residual
+    )
+    return (
+        grad_input if ctx.needs_input_grad[0] else None,
+        grad_weight.to(weight.dtype) if need_weight else None,
+        grad_bias.to(bias.dtype) if need_bias else None,
+        grad_residual if need_residual else None,
+        None,
+        None,
+    )
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "instance_norm_act: its gradient has no gradient (double backward is not written); "
+        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd("medaccel::instance_norm_act", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "medaccel::instance_norm_act_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MONAI's convolution blocks with norm, residual and activation in one pass: same weights, same numbers."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from monai.networks.blocks import dynunet_block as monai_blocks
+from monai.networks.nets import DynUNet
+from torch import Tensor, nn
+
+import medaccel
+from medaccel.layers import UnetBasicBlock, UnetResBlock
+
+LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
+PAIRS = {
+    "residual": (monai_blocks.UnetResBlock, UnetResBlock),
+    "basic": (monai_blocks.UnetBasicBlock, UnetBasicBlock),
+}
+
+
+def pair(kind: str, rank: int = 3, channels: tuple[int, int] = (3, 4), **options: Any) -> tuple[Any, Any]:
+    """MONAI's block and the same one, accelerated, in fp64."""
+    torch.manual_seed(0)
+    options = {"kernel_size": 3, "stride": 1, "norm_name": ("instance", {"affine": True})} | options
+    monais = PAIRS[kind][0](rank, *channels, **options).double()
+    for name, parameter in monais.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter)
+    ours = copy.deepcopy(monais)
+    assert medaccel.accelerate(ours)
+    assert type(ours) is PAIRS[kind][1]
+    return monais, ours
+
+
+def outcome(block: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and the gradients to the input and every parameter."""
+    x = x.detach().requires_grad_()
+    y = block(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (3, {}),
+        (3, {"channels": (4, 4)}),
+        (3, {"stride": 2}),
+        (3, {"norm_name": "instance"}),
+        (3, {"act_name": "relu"}),
+        (3, {"act_name": ("leakyrelu", {"negative_slope": -0.2})}),
+        (2, {"kernel_size": (3, 1)}),
+    ],
+    ids=str,
+)
+def test_output_and_every_gradient_are_monais(kind: str, rank: int, options: dict[str, Any]):
+    monais, ours = pair(kind, rank, **options)
+    x = torch.randn(2, options.get("channels", (3, 4))[0], *(9, 6, 7)[:rank], dtype=torch.float64)
+    truth = outcome(monais, x)
+    for layout in (torch.contiguous_format, LAYOUTS[rank]):
+        for a, b in zip(outcome(ours, x.to(memory_format=layout)), truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_tensors_stay_channels_last(kind: str):
+    _, ours = pair(kind, channels=(24, 24))
+    ours = ours.float().to(memory_format=torch.channels_last_3d)
+    x = torch.randn(1, 24, 32, 32, 32).to(memory_format=torch.channels_last_3d)
+    assert ours.conv1(x).is_contiguous(memory_format=torch.channels_last_3d)
+    assert ours(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_revert_gives_monais_bits_and_copies_and_pickles_stay_ours(kind: str):
+    monais, ours = pair(kind)
+    x = torch.randn(1, 3, 6, 6, 6, dtype=torch.float64)
+    expected = ours(x)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is PAIRS[kind][1]
+        assert torch.equal(copied(x), expected)
+    medaccel.revert(ours)
+    assert type(ours) is PAIRS[kind][0]
+    assert torch.equal(ours(x), monais(x))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_an_input_without_batch_is_monais(kind: str):
+    monais, ours = pair(kind)
+    x = torch.randn(3, 6, 6, 6, dtype=torch.float64)
+    assert torch.equal(ours(x), monais(x))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_under_autocast_the_dtype_is_monais(kind: str):
+    monais, ours = (block.float() for block in pair(kind))
+    x = torch.randn(1, 3, 6, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = ours(x), monais(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_single_voxel_raises_torchs_error(kind: str):
+    _, ours = pair(kind)
+    with pytest.raises(ValueError, match="Expected more than 1 spatial element"):
+        ours(torch.randn(1, 3, 1, 1, 1, dtype=torch.float64))
+
+
+def hooked(block: Any) -> None:
+    block.norm2.register_forward_hook(lambda *_: None)
+
+
+def replaced(block: Any) -> None:
+    block.lrelu.forward = torch.tanh
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "words"),
+    [
+        ({"norm_name": "batch"}, None, "its norm1 is a BatchNorm3d, not an instance norm"),
+        ({"norm_name": ("instance", {"track_running_stats": True})}, None, "its norm1 keeps running statistics"),
+        ({"act_name": "gelu"}, None, "its activation is a GELU"),
+        ({}, hooked, "its norm2 has hooks"),
+        ({}, replaced, "its lrelu's forward has been replaced"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_served_stays_monais_with_the_reason(options: dict[str, Any], change: Any, words: str):
+    block = monai_blocks.UnetResBlock(3, 2, 4, **{"kernel_size": 3, "stride": 1, "norm_name": "instance", **options})
+    if change:
+        change(block)
+    report = medaccel.accelerate(block)
+    assert not report
+    assert words in str(report)
+    assert type(block) is monai_blocks.UnetResBlock
+
+
+def test_a_dynunet_is_accelerated_and_keeps_its_numbers():
+    torch.manual_seed(0)
+    net = DynUNet(
+        3,
+        1,
+        2,
+        kernel_size=[3, 3, 3],
+        strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2],
+        filters=[4, 8, 8],
+        res_block=True,
+    ).double()
+    x = torch.randn(2, 1, 16, 8, 8, dtype=torch.float64)
+    expected = outcome(net, x)
+    assert len(medaccel.accelerate(net).changed) >= 5
+    for a, b in zip(outcome(net, x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, float(b.abs().max())))

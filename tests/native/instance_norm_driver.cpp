@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the norm's CPU kernel over odd shapes and both layouts without Python or torch in the process: for the
+// sanitizers, and with registers of any width. Output and gradients are compared with plain loops in double.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/instance_norm/instance_norm.h"
+
+using namespace medaccel::instance_norm;
+
+namespace {
+
+uint64_t state = 88172645463325252ull;
+double random_value() {  // xorshift: the same numbers everywhere
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return static_cast<double>(state >> 11) / 9007199254740992.0 - 0.5;
+}
+
+template <class T>
+struct Buffer {  // exactly as long as the tensor, so that a sanitizer sees the first element too many
+    int64_t n;
+    std::unique_ptr<T[]> data;
+    explicit Buffer(int64_t size, bool random = false) : n(size), data(new T[size]) {
+        for (int64_t i = 0; i < n; ++i)
+            data[i] = random ? static_cast<T>(random_value()) : std::numeric_limits<T>::quiet_NaN();
+    }
+    T* get() const { return data.get(); }
+    T operator[](int64_t i) const { return data[i]; }
+};
+
+template <class T>
+double worst(const Buffer<T>& ours, const std::vector<double>& truth) {
+    double largest = 1, error = 0;
+    for (double t : truth) largest = std::max(largest, std::fabs(t));
+    for (int64_t i = 0; i < ours.n; ++i) {
+        const double e = std::fabs(ours[i] - truth[i]) / largest;
+        if (!(e <= error)) error = e;
+    }
+    return error;
+}
+
+template <class T>
+double check(const Problem& p, bool affine, bool residual) {
+    const int64_t n = p.batch * p.channels * p.voxels, rows = p.batch * p.channels;
+    const Buffer<T> x(n, true), g(n, true), added(n, true), weight(p.channels, true), bias(p.channels, true);
+    Buffer<T> y(n), mean(rows), rstd(rows), gx(n), gw(p.channels), gb(p.channels), gr(n);
+    const T *w = affine ? weight.get() : nullptr, *b = affine ? bias.get() : nullptr;
+    const T* r = residual ? added.get() : nullptr;
+    forward(x.get(), w, b, r, y.get(), mean.get(), rstd.get(), p);
+    const bool positive = p.negative_slope >= 0;
+    const Sign sign = !residual ? Sign::recompute : positive ? Sign::from_output : Sign::with_residual;
+    const T* signs = !residual ? nullptr : positive ? y.get() : r;
+    backward(g.get(), x.get(), w, b, signs, sign, mean.get(), rstd.get(), gx.get(), gw.get(), gb.get(),
+             residual ? gr.get() : nullptr, p);
+
+    std::vector<double> ty(n), tx(n), tr(n), tw(p.channels, 0.0), tb(p.channels, 0.0);
+    const double slope = p.activate ? p.negative_slope : 1;
+    for (int64_t s = 0; s < p.batch; ++s)
+        for (int64_t c = 0; c < p.channels; ++c) {
+            const auto at = [&](int64_t v) {
+                return p.channels_last ? (s * p.voxels + v) * p.channels + c : (s * p.channels + c) * p.voxels + v;
+            };
+            double m = 0, square = 0, sum = 0, product = 0;
+            for (int64_t v = 0; v < p.voxels; ++v) m += x[at(v)] / static_cast<double>(p.voxels);
+            for (int64_t v = 0; v < p.voxels; ++v) square += (x[at(v)] - m) * (x[at(v)] - m) / p.voxels;
+            const double inverse = 1 / std::sqrt(square + p.eps), scale = affine ? weight[c] : 1.0;
+            for (int64_t v = 0; v < p.voxels; ++v) {
+                const double normal = (x[at(v)] - m) * inverse;
+                const double before = normal * scale + (affine ? bias[c] : 0.0) + (residual ? added[at(v)] : 0.0);
+                ty[at(v)] = before > 0 ? before : slope * before;
+                tr[at(v)] = g[at(v)] * (before > 0 ? 1 : slope);
+                sum += tr[at(v)], product += tr[at(v)] * normal;
+            }
+            tb[c] += sum, tw[c] += product;
+            for (int64_t v = 0; v < p.voxels; ++v) {
+                const double normal = (x[at(v)] - m) * inverse;
+                tx[at(v)] = scale * inverse * (tr[at(v)] - sum / p.voxels - normal * product / p.voxels);
+            }
+        }
+    double error = std::max({worst(y, ty), worst(gx, tx), worst(gw, tw), worst(gb, tb)});
+    return residual ? std::max(error, worst(gr, tr)) : error;
+}
+
+}  // namespace
+
+int main() {
+    const int64_t shapes[][3] = {{2, 3, 5},  {1, 1, 2},  {2, 7, 90},   {1, 24, 700},
+                                 {3, 70, 3}, {2, 5, 64}, {1, 2, 9000}, {1, 13, 1001}};
+    int checked = 0, failed = 0;
+    for (const auto& shape : shapes)
+        for (int variant = 0; variant < 32; ++variant) {
+            Problem p{};
+            p.batch = shape[0], p.channels = shape[1], p.voxels = shape[2];
+            p.channels_last = variant & 1, p.eps = 1e-5, p.threads = variant & 2 ? 3 : 1;
+            p.activate = true, p.negative_slope = variant & 4 ? -0.4 : 0.1;
+            const bool affine = variant & 8, residual = variant & 16;
+            const double errors[2] = {check<float>(p, affine, residual), check<double>(p, affine, residual)};
+            for (int kind = 0; kind < 2; ++kind, ++checked) {
+                if (errors[kind] <= (kind == 0 ? 2e-5 : 1e-12)) continue;
+                ++failed;
+                std::printf("FAILED error %g, %ld channels, %ld voxels, variant %d, %s\n", errors[kind],
+                            static_cast<long>(p.channels), static_cast<long>(p.voxels), variant,
+                            kind ? "double" : "float");
+            }
+        }
+    std::printf("%d checked, %d failed\n", checked, failed);
+    return failed != 0;
+}

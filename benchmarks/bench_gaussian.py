@@ -15,7 +15,15 @@ import torch
 from monai.networks.layers import GaussianFilter as MonaiGaussianFilter
 from torch import Tensor
 
-from benchmarks.harness import Contender, machine, measure, peak_extra_bytes, warm_allocator, write_table
+from benchmarks.harness import (
+    Contender,
+    add_allocator,
+    choose_allocator,
+    machine,
+    measure,
+    peak_extra_bytes,
+    write_table,
+)
 from medaccel.layers import GaussianFilter
 from medaccel.ops import gaussian_filter
 
@@ -111,16 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="128³ only, one second a row")
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
-    parser.add_argument(
-        "--allocator",
-        choices=("default", "warm"),
-        default="default",
-        help="the C library's as it is (a large output's pages are faulted in at each call), or keeping freed memory",
-    )
+    add_allocator(parser)
     arguments = parser.parse_args()
     seconds = 1.0 if arguments.quick else 4.0
-    if arguments.allocator == "warm" and not warm_allocator():
-        raise SystemExit("this C library's allocator can't be told to keep memory; use --allocator default")
+    choose_allocator(arguments.allocator)
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("time: median; ×: that time over medaccel's; memory: peak above the start, in outputs, the output included")
     rows: list[dict[str, object]] = []

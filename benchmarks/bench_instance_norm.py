@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance norm + residual + leaky ReLU against torch's: `python -m benchmarks.bench_instance_norm [--quick]`.
+"""Instance norm + residual + leaky ReLU against torch's: `python -m benchmarks.bench_instance_norm [--quick]
+[--allocator warm]`.
 
 fp32, the maps of a Swin UNETR's decoder at 96³ with feature size 24, contiguous and channels last, the threads that
 torch has. Each row is a ratio within one run: peer's median time / ours. "copy" is what reading and writing the map
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Contender, machine, measure, rows_of, warm_allocator, write_table
+from benchmarks.harness import Contender, add_allocator, choose_allocator, machine, measure, rows_of, write_table
 from medaccel.ops import instance_norm_act
 
 SHAPES = [(1, 24, 96, 96, 96), (1, 24, 48, 48, 48), (1, 48, 24, 24, 24), (1, 96, 12, 12, 12), (1, 384, 6, 6, 6)]
@@ -61,10 +62,11 @@ def main() -> None:
     """Measures, prints, and writes the table where it is told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first map only, one second a row")
+    add_allocator(parser)
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
     arguments = parser.parse_args()
-    warm_allocator()
-    print(", ".join(f"{k} {v}" for k, v in machine().items()), "warm allocator", sep=", ")
+    choose_allocator(arguments.allocator)
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("time: median; ×: that time over medaccel's; memory: peak above the start, results included")
     rows: list[dict[str, object]] = []
     for shape in SHAPES[:1] if arguments.quick else SHAPES:

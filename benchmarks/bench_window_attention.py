@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shifted-window attention against its peers: `python -m benchmarks.bench_window_attention [--quick]`.
+"""Shifted-window attention against its peers: `python -m benchmarks.bench_window_attention [--quick]
+[--allocator warm]`.
 
 fp32, one map of each stage of a Swin UNETR at 96³, the threads that torch has. Timed is the core: from qkv to what
 the output projection takes. MONAI's and SDPA's start from windows that are cut already, which leaves their rolling,
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import compute_mask
 from torch import Tensor
 
-from benchmarks.harness import Contender, machine, measure, rows_of, warm_allocator, write_table
+from benchmarks.harness import Contender, add_allocator, choose_allocator, machine, measure, rows_of, write_table
 from medaccel.ops import shifted_window_attention
 from medaccel.ops.window_attention import reference
 from tests.ops.window_attention_cases import Case
@@ -146,11 +147,12 @@ def main() -> None:
     """Measures, prints, and writes the table where it is told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first stage only, one second a row")
+    add_allocator(parser)
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
     arguments = parser.parse_args()
     seconds = 1.0 if arguments.quick else 4.0
-    warm_allocator()
-    print(", ".join(f"{k} {v}" for k, v in machine().items()), "warm allocator", sep=", ")
+    choose_allocator(arguments.allocator)
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("time: median; ×: that time over medaccel's; memory: peak above the start, results included")
     rows: list[dict[str, object]] = []
     for stage in STAGES[:1] if arguments.quick else STAGES:

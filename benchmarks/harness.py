@@ -6,6 +6,7 @@ whether the C library's allocator is left as it is (what a user meets) or told t
 which compares the arithmetic alone), for every contender alike.
 """
 
+import argparse
 import csv
 import ctypes
 import json
@@ -29,6 +30,22 @@ def warm_allocator() -> bool:
         return False
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     return bool(libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def add_allocator(parser: argparse.ArgumentParser) -> None:
+    """The option that `choose_allocator` takes."""
+    parser.add_argument(
+        "--allocator",
+        choices=("default", "warm"),
+        default="default",
+        help="the C library's as it is (a large output's pages are faulted in at each call), or keeping freed memory",
+    )
+
+
+def choose_allocator(name: str) -> None:
+    """Warms the allocator where that was asked for; SystemExit where it can't be."""
+    if name == "warm" and not warm_allocator():
+        raise SystemExit("this C library's allocator can't be told to keep memory; use --allocator default")
 
 
 def _resident() -> int:

@@ -6,6 +6,8 @@
 
 #include <array>
 
+#include "diffusion_step/arguments.h"
+#include "diffusion_step/cuda.h"
 #include "gaussian/cuda.h"
 #include "probe/probe.h"
 #ifdef MEDACCEL_EMULATED
@@ -55,6 +57,42 @@ void gaussian_filter(std::uintptr_t in, std::uintptr_t out, int storage, const P
                                     address<void>(stream)});
 }
 
+// coefficients: [kCoefficients][columns] in double at an address on the device, or 0: `shared` counts, one column.
+medaccel::diffusion_step::GpuProblem diffusion_problem(int64_t batch, int64_t size, std::uintptr_t coefficients,
+                                                       int64_t columns, const std::vector<double>& shared,
+                                                       const medaccel::diffusion_step::Clip& clip, int device,
+                                                       std::uintptr_t stream) {
+    using namespace medaccel::diffusion_step;
+    GpuProblem p{problem_of(batch, size, address<const double>(coefficients), columns, clip, 1),
+                 {},
+                 device,
+                 address<void>(stream)};
+    for (int i = 0; !coefficients && i < kCoefficients; ++i) p.shared[i] = shared.at(i);
+    return p;
+}
+
+// device_noise: seed, offset and sample_offset as int64 on the device, or 0: `noise` counts.
+void diffusion_step_forward(const std::vector<medaccel::diffusion_step::InputNumbers>& in,
+                            const std::vector<medaccel::diffusion_step::OutputNumbers>& out, int64_t batch,
+                            int64_t size, std::uintptr_t coefficients, int64_t columns,
+                            const std::vector<double>& shared, const medaccel::diffusion_step::Clip& clip,
+                            const std::tuple<uint64_t, uint64_t, uint32_t>& noise, std::uintptr_t device_noise,
+                            int device, std::uintptr_t stream) {
+    using namespace medaccel::diffusion_step;
+    forward_gpu(diffusion_problem(batch, size, coefficients, columns, shared, clip, device, stream),
+                forward_of(in, out), noise_of(noise), address<const int64_t>(device_noise));
+}
+
+void diffusion_step_backward(const std::vector<medaccel::diffusion_step::InputNumbers>& in,
+                             const std::vector<medaccel::diffusion_step::OutputNumbers>& out, int64_t batch,
+                             int64_t size, std::uintptr_t coefficients, int64_t columns,
+                             const std::vector<double>& shared, const medaccel::diffusion_step::Clip& clip,
+                             int device, std::uintptr_t stream) {
+    using namespace medaccel::diffusion_step;
+    backward_gpu(diffusion_problem(batch, size, coefficients, columns, shared, clip, device, stream),
+                 backward_of(in, out));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MEDACCEL_MODULE, m) {
@@ -71,6 +109,8 @@ PYBIND11_MODULE(MEDACCEL_MODULE, m) {
     m.def("gaussian_radius", &medaccel::gaussian::radius_of);
     m.def("gaussian_workspace_bytes", &medaccel::gaussian::workspace_bytes);
     m.def("gaussian_filter", &gaussian_filter);
+    m.def("diffusion_step_forward", &diffusion_step_forward);
+    m.def("diffusion_step_backward", &diffusion_step_backward);
     m.def("dot", [](std::uintptr_t a, std::uintptr_t b, int64_t n, int storage, std::uintptr_t partial,
                     std::uintptr_t result, int device, std::uintptr_t stream) {
         medaccel::gaussian::dot_gpu(address<void>(a), address<void>(b), n,

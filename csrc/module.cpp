@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/parallel.h"
+#include "diffusion_step/arguments.h"
 #include "gaussian/gaussian.h"
 #include "instance_norm/instance_norm.h"
 #include "window_attention/window_attention.h"
@@ -155,6 +156,27 @@ void instance_norm_backward(std::uintptr_t grad, std::uintptr_t in, std::uintptr
     });
 }
 
+// coefficients: [kCoefficients][batch or 1].
+void diffusion_step_forward(const std::vector<medaccel::diffusion_step::InputNumbers>& in,
+                            const std::vector<medaccel::diffusion_step::OutputNumbers>& out, int64_t batch,
+                            int64_t size, const std::vector<double>& coefficients,
+                            const medaccel::diffusion_step::Clip& clip,
+                            const std::tuple<uint64_t, uint64_t, uint32_t>& noise, int threads) {
+    using namespace medaccel::diffusion_step;
+    const auto columns = static_cast<int64_t>(coefficients.size()) / kCoefficients;
+    forward(problem_of(batch, size, coefficients.data(), columns, clip, threads), forward_of(in, out),
+            noise_of(noise));
+}
+
+void diffusion_step_backward(const std::vector<medaccel::diffusion_step::InputNumbers>& in,
+                             const std::vector<medaccel::diffusion_step::OutputNumbers>& out, int64_t batch,
+                             int64_t size, const std::vector<double>& coefficients,
+                             const medaccel::diffusion_step::Clip& clip, int threads) {
+    using namespace medaccel::diffusion_step;
+    const auto columns = static_cast<int64_t>(coefficients.size()) / kCoefficients;
+    backward(problem_of(batch, size, coefficients.data(), columns, clip, threads), backward_of(in, out));
+}
+
 // What this processor and its operating system can run, slowest first. This file is compiled without any -m
 // flag, so asking is safe on every processor.
 std::vector<std::string> supported_isas() {
@@ -184,4 +206,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("instance_norm_backward", &instance_norm_backward, Release());
     m.def("window_attention_forward", &window_attention_forward, Release());
     m.def("window_attention_backward", &window_attention_backward, Release());
+    m.def("diffusion_step_forward", &diffusion_step_forward, Release());
+    m.def("diffusion_step_backward", &diffusion_step_backward, Release());
 }

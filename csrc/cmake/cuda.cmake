@@ -16,7 +16,7 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # no libcudart to find at run time; imports on a machine without a driver
 enable_language(CUDA)
 
-set(CUDA_SOURCES gaussian/cuda.cu probe/cuda.cu)
+set(CUDA_SOURCES gaussian/cuda.cu diffusion_step/cuda.cu probe/cuda.cu)
 
 # Machine code for each architecture, and PTX of the last, so that later GPUs can compile it themselves.
 set(gpu_code "")

@@ -117,6 +117,33 @@ inline Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// Rounded as IEEE 754 says, like every processor's.
+inline Vec<float> sqrt(Vec<float> a) {
+#if defined(MEDACCEL_AVX512)
+    return {(Vec<float>::Native)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)a.v)};
+#elif defined(MEDACCEL_AVX2)
+    return {(Vec<float>::Native)_mm256_sqrt_ps((__m256)a.v)};
+#elif defined(MEDACCEL_SSE2)
+    return {(Vec<float>::Native)_mm_sqrt_ps((__m128)a.v)};
+#else
+    for (int i = 0; i < Vec<float>::width; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
+    return a;
+#endif
+}
+
+inline Vec<double> sqrt(Vec<double> a) {
+#if defined(MEDACCEL_AVX512)
+    return {(Vec<double>::Native)_mm512_maskz_sqrt_pd(0xFF, (__m512d)a.v)};
+#elif defined(MEDACCEL_AVX2)
+    return {(Vec<double>::Native)_mm256_sqrt_pd((__m256d)a.v)};
+#elif defined(MEDACCEL_SSE2)
+    return {(Vec<double>::Native)_mm_sqrt_pd((__m128d)a.v)};
+#else
+    for (int i = 0; i < Vec<double>::width; ++i) a.v[i] = __builtin_sqrt(a.v[i]);
+    return a;
+#endif
+}
+
 // The G elements at p, over and over: p[0] … p[G-1] p[0] … G · sizeof(T) is at most 16 bytes.
 template <int G, class T>
 Vec<T> repeat(const T* p) {

@@ -61,7 +61,8 @@ def emulated_module() -> ModuleType:
         *("-DMEDACCEL_MODULE=_emulated", "-DMEDACCEL_EMULATED", '-DMEDACCEL_CUDA_ARCHS="emulated"'),
         *('-DMEDACCEL_CUDA_VERSION="none"', f"-isystem{pybind11.get_include()}", f"-isystem{include}"),
     )
-    sources = (CSRC / "gaussian" / "cuda.cu", CSRC / "probe" / "cuda.cu", CSRC / "cuda_module.cpp")
+    kernels = tuple(CSRC / op / "cuda.cu" for op in ("gaussian", "diffusion_step", "probe"))
+    sources = (*kernels, CSRC / "cuda_module.cpp")
     return load_module("_emulated", build(sources, extra_flags=flags, shared=True))
 
 

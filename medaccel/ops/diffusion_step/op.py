@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diffusion step's registration: schema, shapes without data, gradients, kernels per device.
+
+Autocast has no rule here on purpose: the sampler's state keeps its precision, whatever the network computes in, and
+the kernels take a half-precision `model_output` beside a float `sample` as they come.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+# coefficients: float64 (9, B) or (9, 1), rows a b c d e f s guide_scale guide_std; key: int64 (3,), seed, offset and
+# sample_offset. Tensors both, so that a new value compiles nothing anew; each on either device. Where need_x0 is
+# false the second output is empty.
+_lib.define(
+    "diffusion_step(Tensor sample, Tensor? model_output, Tensor? previous, Tensor? noise, Tensor? guide, "
+    "Tensor? mask, Tensor coefficients, Tensor key, float? low, float? high, bool need_x0) -> (Tensor, Tensor)"
+)
+# sample and model_output are needed, and therefore kept by autograd, only where there is a clip.
+_lib.define(
+    "diffusion_step_backward(Tensor? grad_next, Tensor? grad_x0, Tensor? sample, Tensor? model_output, Tensor? mask, "
+    "Tensor coefficients, float? low, float? high, bool need_sample, bool need_model_output) -> (Tensor, Tensor)"
+)
+
+# Rows of `coefficients`.
+F, S, GUIDE_SCALE, GUIDE_STD = 5, 6, 7, 8
+
+
+def clip_of(low: float | None, high: float | None) -> tuple[float, float] | None:
+    """The limits as the kernels take them."""
+    return None if low is None or high is None else (low, high)
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+def _dense_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _forward(
+    sample: Tensor,
+    model_output: Tensor | None,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    guide: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Tensor,
+    key: Tensor,
+    low: float | None,
+    high: float | None,
+    need_x0: bool,
+) -> tuple[Tensor, Tensor]:
+    x_next = _dense_like(sample)
+    x0 = _dense_like(sample) if need_x0 else None
+    inputs = (sample, model_output, previous, noise, guide, mask)
+    clip = clip_of(low, high)
+    if x_next.numel() > 0:
+        if _native.on_gpu_path(sample):
+            _native.diffusion_step_forward_gpu(inputs, coefficients, clip, key, x_next, x0)
+        else:
+            values = coefficients.flatten().tolist()
+            _native.diffusion_step_forward(inputs, values, clip, key.tolist(), x_next, x0)
+    return x_next, sample.new_empty(0) if x0 is None else x0
+
+
+def _backward_op(
+    grad_next: Tensor | None,
+    grad_x0: Tensor | None,
+    sample: Tensor | None,
+    model_output: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Tensor,
+    low: float | None,
+    high: float | None,
+    need_sample: bool,
+    need_model_output: bool,
+) -> tuple[Tensor, Tensor]:
+    grad = _given(grad_next, grad_x0)
+    grad_sample = _dense_like(grad) if need_sample else None
+    grad_model_output = _dense_like(grad) if need_model_output else None
+    inputs = (grad_next, grad_x0, sample, model_output, mask)
+    clip = clip_of(low, high)
+    if grad.numel() > 0 and (need_sample or need_model_output):
+        if _native.on_gpu_path(grad):
+            _native.diffusion_step_backward_gpu(inputs, coefficients, clip, grad_sample, grad_model_output)
+        else:
+            values = coefficients.flatten().tolist()
+            _native.diffusion_step_backward(inputs, values, clip, grad_sample, grad_model_output)
+    return (
+        grad.new_empty(0) if grad_sample is None else grad_sample,
+        grad.new_empty(0) if grad_model_output is None else grad_model_output,
+    )
+
+
+def _given(grad_next: Tensor | None, grad_x0: Tensor | None) -> Tensor:
+    grad = grad_x0 if grad_next is None else grad_next
+    assert grad is not None
+    return grad
+
+
+for _device in ("CPU", "CUDA"):
+    _lib.impl("diffusion_step", _forward, _device)
+    _lib.impl("diffusion_step_backward", _backward_op, _device)
+
+
+# --- shapes without data -------------------------------------------------------------------------------------
+@torch.library.register_fake("medaccel::diffusion_step", lib=_lib)
+def _(
+    sample: Tensor,
+    model_output: Tensor | None,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    guide: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Tensor,
+    key: Tensor,
+    low: float | None,
+    high: float | None,
+    need_x0: bool,
+) -> tuple[Tensor, Tensor]:
+    return _dense_like(sample), _dense_like(sample) if need_x0 else sample.new_empty(0)
+
+
+@torch.library.register_fake("medaccel::diffusion_step_backward", lib=_lib)
+def _(
+    grad_next: Tensor | None,
+    grad_x0: Tensor | None,
+    sample: Tensor | None,
+    model_output: Tensor | None,
+    mask: Tensor | None,
+    coefficients: Tensor,
+    low: float | None,
+    high: float | None,
+    need_sample: bool,
+    need_model_output: bool,
+) -> tuple[Tensor, Tensor]:
+    grad = _given(grad_next, grad_x0)
+    return (
+        _dense_like(grad) if need_sample else grad.new_empty(0),
+        _dense_like(grad) if need_model_output else grad.new_empty(0),
+    )
+
+
+# --- gradients -----------------------------------------------------------------------------------------------
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    sample, model_output, previous, noise, guide, mask, coefficients, _, ctx.low, ctx.high, _ = inputs
+    clipped = ctx.low is not None and any(ctx.needs_input_grad[:2])
+    ctx.dtypes = [None if t is None else t.dtype for t in (sample, model_output, previous, noise, guide)]
+    ctx.save_for_backward(sample if clipped else None, model_output if clipped else None, mask, coefficients)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tuple[Tensor | None, ...]:
+    sample, model_output, mask, coefficients = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:5]
+    grads: list[Tensor | None] = [None] * 5
+    if grad_next is None and grad_x0 is None:
+        return (*grads, *[None] * 6)
+    if any(wanted[:2]):
+        both = torch.ops.medaccel.diffusion_step_backward(
+            grad_next, grad_x0, sample, model_output, mask, coefficients, ctx.low, ctx.high, *wanted[:2]
+        )
+        grads[:2] = [g.to(dtype) if want else None for g, dtype, want in zip(both, ctx.dtypes, wanted, strict=False)]
+    if grad_next is not None and any(wanted[2:]):
+        # These are factors of x′ alone, and rarely asked for: plain PyTorch does.
+        shape = (-1, *[1] * (grad_next.dim() - 1))
+        generated = grad_next if mask is None else grad_next * mask.bool()
+        for i, row, grad in ((2, F, generated), (3, S, generated), (4, GUIDE_SCALE, grad_next - generated)):
+            if wanted[i]:
+                factor = coefficients[row].to(grad.device, grad.dtype).reshape(shape)
+                grads[i] = (factor * grad).to(ctx.dtypes[i])
+    return (*grads, *[None] * 6)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "diffusion_step: its gradient has no gradient (double backward is not written); "
+        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd("medaccel::diffusion_step", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "medaccel::diffusion_step_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)

@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diffusion step: every implementation against the fp64 reference, its gradients, noise and refusals."""
+
+import contextlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from medaccel import use_reference
+from medaccel.ops import diffusion_step
+from medaccel.ops.diffusion_step import reference
+from tests.ops.checks import (
+    EMULATED,
+    IMPLEMENTATIONS,
+    assert_twice_as_good,
+    implementation,
+    max_error,
+    poisoned_memory,
+)
+from tests.ops.diffusion_step_cases import CASES, DDPM, Case, named
+
+OP = torch.ops.medaccel.diffusion_step.default
+KERNELS = IMPLEMENTATIONS[1:]
+CPU = [name for name in KERNELS if name not in EMULATED]
+FLOOR = {torch.float64: 2e-15, torch.float32: 1e-6}
+
+
+def run(case: Case, tensors: dict[str, Tensor], **changes: Any) -> tuple[Tensor, Tensor]:
+    return diffusion_step(**tensors, **{**case.options(), **changes})
+
+
+def with_gradients(case: Case, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """x′, x0 and the gradients to every tensor that has one."""
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    wanted = [t.requires_grad_() for name, t in tensors.items() if name != "mask"]
+    outputs = run(case, tensors)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, wanted, grads))
+
+
+def in_double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients_match_the_fp64_reference(case: Case, name: str, dtype: torch.dtype):
+    tensors = case.tensors(dtype)
+    with use_reference():
+        truth = with_gradients(case, in_double(tensors))
+        plain = with_gradients(case, tensors)
+    with implementation(name), poisoned_memory():
+        ours = with_gradients(case, tensors)
+    for actual, same_precision, exact in zip(ours, plain, truth, strict=True):
+        assert actual.dtype == dtype
+        assert_twice_as_good(actual, same_precision, exact, FLOOR[dtype], 1.0)
+    assert all(y.is_contiguous() for y in ours[:2])
+
+
+@pytest.mark.parametrize("name", ["ddpm_clipped", "multistep", "everything", "masked"])
+def test_gradients_pass_gradcheck(name: str):
+    case = named(name)
+    tensors = {k: t[..., :2] for k, t in case.tensors(torch.float64).items()}
+    wanted = {k: t.requires_grad_() for k, t in tensors.items() if k != "mask"}
+
+    def call(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return run(case, {**tensors, **dict(zip(wanted, values, strict=True))})
+
+    assert torch.autograd.gradcheck(call, tuple(wanted.values()))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["ddpm_clipped", "everything", "empty_batch", "sliced"])
+def test_registration_passes_opcheck(name: str, requires_grad: bool):
+    case = named(name)
+    tensors = case.tensors()
+    if requires_grad:
+        tensors = {k: t.requires_grad_() if t.is_floating_point() else t for k, t in tensors.items()}
+    ordered = [tensors.get(k) for k in ("sample", "model_output", "previous", "noise", "guide", "mask")]
+    coefficients = torch.rand(9, 1, dtype=torch.float64)
+    key = torch.tensor([5, 7, 0])
+    for need_x0 in (True, False):
+        torch.library.opcheck(OP, (*ordered, coefficients, key, -1.0, 1.0, need_x0))
+
+
+def test_only_the_wanted_gradients_are_computed_and_nothing_is_kept_without_a_clip():
+    case = named("ddpm")
+    everything = with_gradients(case, case.tensors())
+    tensors = case.tensors()
+    tensors["sample"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        outputs = run(case, tensors)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    torch.autograd.backward(outputs, grads)
+    assert torch.equal(tensors["sample"].grad, everything[2])
+    assert tensors["model_output"].grad is None
+    assert sum(kept) <= 9  # the coefficients
+
+
+def test_coefficients_have_a_gradient_by_the_reference():
+    case = named("ddpm")
+    tensors = case.tensors(torch.float64)
+    s = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    call = lambda s: run(case, tensors, s=s)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(call, s)
+
+
+def test_double_backward_raises_a_sentence():
+    case = named("ddpm_clipped")
+    tensors = case.tensors()
+    tensors["sample"].requires_grad_()
+    (g,) = torch.autograd.grad(run(case, tensors)[0].square().sum(), tensors["sample"], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        g.sum().backward()
+
+
+def test_zero_stride_gradients_are_taken():
+    case = named("ddpm_clipped")
+    grads = []
+    for context in (contextlib.nullcontext(), use_reference()):
+        tensors = case.tensors()
+        tensors["sample"].requires_grad_()
+        with context:
+            grads.append(torch.autograd.grad(run(case, tensors)[0].sum(), tensors["sample"])[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_half_precision_is_computed_in_fp32_and_rounded_once(name: str, dtype: torch.dtype):
+    for case in (named("everything"), named("several_blocks")):
+        tensors = case.tensors(dtype)
+        tensors["sample"].view(-1)[:4] = torch.tensor([torch.nan, torch.inf, 1e-7, 6e4], dtype=dtype)
+        with implementation(name):
+            outputs = run(case, tensors)
+            exact = run(case, {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()})
+        for y, z in zip(outputs, exact, strict=True):
+            assert y.dtype == dtype
+            assert torch.equal(y.nan_to_num(7), z.to(dtype).nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_half_number_survives_storage(name: str, dtype: torch.dtype):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, -1)
+    with implementation(name):
+        y, x0 = diffusion_step(x, 0 * x.nan_to_num(0, 0, 0), a=1, b=0, c=1, d=0, e=0, s=0)
+    for result in (y.nan_to_num(7), x0.nan_to_num(7)):
+        assert torch.equal(result[~x.isinf()], x.nan_to_num(7)[~x.isinf()])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rounding_to_half_precision_is_torchs(name: str):
+    x = torch.randn(1, 4096) * torch.logspace(-9, 6, 4096)
+    with implementation(name):
+        for dtype in (torch.bfloat16, torch.float16):
+            half = torch.zeros(1, 4096, dtype=dtype)
+            exact = diffusion_step(half, half, noise=x.to(dtype), a=0, b=0, c=0, d=0, e=0, s=0.7)[0]
+            expected = (x.to(dtype).float() * torch.tensor(0.7)).to(dtype)
+            assert torch.equal(exact, expected)
+
+
+def test_a_half_precision_output_of_the_network_goes_with_a_float_sample():
+    case = named("ddpm")
+    for name in KERNELS:
+        for dtype in (torch.bfloat16, torch.float16):
+            tensors = case.tensors()
+            mixed = {**tensors, "model_output": tensors["model_output"].to(dtype).requires_grad_()}
+            rounded = {**tensors, "model_output": mixed["model_output"].detach().float()}
+            with implementation(name):
+                y, x0 = run(case, mixed)
+                assert torch.equal(y, run(case, rounded)[0])
+            assert y.dtype == x0.dtype == torch.float32
+            (grad,) = torch.autograd.grad(x0.sum(), mixed["model_output"])
+            assert grad.dtype == dtype
+
+
+# --- the noise -----------------------------------------------------------------------------------------------
+def noise(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **place: Any) -> Tensor:
+    x = torch.zeros(shape, dtype=dtype)
+    return diffusion_step(x, x, a=0, b=0, c=0, d=0, e=0, s=1, **place)[0]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_normals_come_from_the_published_words(name: str):
+    """Random123's known answer for counter 0, key 0, through Box–Muller by hand."""
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    u = [(w + 0.5) / 2**32 for w in words]
+    expected = []
+    for i in (0, 2):
+        radius = math.sqrt(-2 * math.log(u[i]))
+        expected += [radius * math.cos(2 * math.pi * u[i + 1]), radius * math.sin(2 * math.pi * u[i + 1])]
+    with implementation(name):
+        for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+            got = noise((1, 4), dtype, seed=0)
+            assert max_error(got, torch.tensor([expected], dtype=torch.float64)) < bound
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_normals_have_the_stated_error(name: str):
+    shape = (2, 3, 40, 41) if name in EMULATED else (4, 64, 64, 64)
+    key = torch.tensor([99, 4, 0])
+    truth = reference.normals(shape, key)
+    with implementation(name):
+        for dtype, digits, bound in ((torch.float32, 24, 5.0), (torch.float64, 53, 10.0)):
+            z = noise(shape, dtype, seed=99, offset=4).double()
+            pairs = [
+                t.reshape(shape[0], -1)[:, : math.prod(shape[1:]) // 2 * 2].unflatten(1, (-1, 2)) for t in (z, truth)
+            ]
+            radius = pairs[1].norm(dim=-1, keepdim=True)
+            # In double the reference itself errs by as much.
+            assert float(((pairs[0] - pairs[1]) / radius).abs().max()) <= bound * 2.0**-digits
+
+
+def test_every_implementation_makes_the_same_normals():
+    for dtype, ulps in ((torch.float32, 2), (torch.float64, 2)):
+        results = []
+        for name in KERNELS:
+            with implementation(name):
+                results.append(noise((2, 1, 11, 12, 13), dtype, seed=-7, offset=2**40, sample_offset=5))
+        eps = torch.finfo(dtype).eps
+        for other in results[1:]:
+            assert max_error(other, results[0]) <= ulps * 4 * eps  # normals below 4
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_a_batch_may_be_split_and_a_seed_wraps(name: str):
+    with implementation(name):
+        whole = noise((5, 3, 7), seed=-3, offset=9)
+        parts = [noise((n, 3, 7), seed=-3, offset=9, sample_offset=at) for at, n in ((0, 2), (2, 3))]
+        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(noise((5, 3, 7), seed=2**64 - 3, offset=9), whole)
+        assert torch.equal(noise((5, 3, 7), seed=torch.tensor([-3]), offset=9), whole)
+        assert torch.equal(noise((5, 21), seed=-3, offset=9).reshape(5, 3, 7), whole)
+
+
+@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("case_name", ["several_blocks", "everything", "per_sample"])
+def test_bits_do_not_depend_on_the_number_of_threads(name: str, case_name: str):
+    case = named(case_name)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with implementation(name):
+                results.append(with_gradients(case, case.tensors()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_normals_are_standard_normal():
+    scipy = pytest.importorskip("scipy.stats")
+    z = noise((16, 65536), torch.float64, seed=2024).flatten()
+    n = z.numel()
+    # Standard errors of the first four moments of n standard normals.
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(float(z.pow(power).mean()) - expected) < 4 * math.sqrt(variance / n)
+    assert scipy.kstest(z.numpy(), "norm").pvalue > 1e-3
+    # Nothing is lost beyond 4 sigma: 63 of 2^20 are expected there.
+    assert 35 < int((z.abs() > 4).sum()) < 100
+
+
+def test_neighbours_steps_samples_and_guide_are_uncorrelated():
+    n = 1 << 18
+    z = noise((2, n), torch.float64, seed=5, offset=1)
+    other_step = noise((1, n), torch.float64, seed=5, offset=2)[0]
+    other_seed = noise((1, n), torch.float64, seed=6, offset=1)[0]
+    far_step = noise((1, n), torch.float64, seed=5, offset=1 + 2**32)[0]
+    zeros = torch.zeros(1, n, dtype=torch.float64)
+    keep = torch.zeros(1, n, dtype=torch.bool)
+    options = {"a": 0, "b": 0, "c": 0, "d": 0, "e": 0, "s": 0, "guide_scale": 0, "guide_std": 1}
+    of_guide = diffusion_step(zeros, zeros, mask=keep, guide=zeros, seed=5, offset=1, **options)[0][0]
+    key = torch.tensor([5, 1, 0])
+    assert max_error(of_guide[:100], reference.normals((1, 100), key, of_guide=True)[0]) < 1e-14
+    pairs = {f"lag {k}": (z[0, :-k], z[0, k:]) for k in (1, 2, 3, 4, 5, 128)}
+    pairs |= {"samples": (z[0], z[1]), "steps": (z[0], other_step), "seeds": (z[0], other_seed)}
+    pairs |= {"offset's high half": (z[0], far_step), "guide": (z[0], of_guide)}
+    pairs["squares"] = (z[0, :-1].square() - 1, (z[0, 1:].square() - 1) / 2)
+    for what, (a, b) in pairs.items():
+        assert abs(float((a * b).mean())) < 4.5 / math.sqrt(len(a)), what
+
+
+def test_without_a_seed_torchs_generator_decides_and_is_not_asked_in_vain():
+    torch.manual_seed(3)
+    first = noise((1, 40))
+    assert not torch.equal(first, noise((1, 40)))
+    torch.manual_seed(3)
+    assert torch.equal(first, noise((1, 40)))
+    state = torch.get_rng_state()
+    x = torch.ones(1, 4)
+    diffusion_step(x, x, a=1, b=0, c=1, d=0, e=0, s=0)
+    diffusion_step(x, x, a=1, b=0, c=1, d=0, e=0, s=1, noise=x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- mask and guide ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_kept_voxel_is_noised_to_the_new_level_and_ends_as_the_guide(name: str):
+    shape = (1, 1, 7, 8, 9)
+    x, m, guide = torch.randn(shape), torch.full(shape, torch.nan), torch.randn(shape)
+    keep = torch.zeros(shape, dtype=torch.bool)
+    high, low = 0.6, 0.85  # ᾱ of this level and the next
+    a, b = 1 / math.sqrt(high), -math.sqrt((1 - high) / high)
+    s = 0.2
+    options = {"a": a, "b": b, "c": math.sqrt(low), "d": 0, "e": math.sqrt(1 - low - s * s), "s": s}
+    key = torch.tensor([4, 11, 0])
+    expected = math.sqrt(low) * guide.double() + math.sqrt(1 - low) * reference.normals(shape, key, of_guide=True)
+    with implementation(name):
+        y, x0 = diffusion_step(x, m, mask=keep, guide=guide, seed=4, offset=11, **options)
+        assert max_error(y, expected) < 2e-6
+        assert x0.isnan().all()
+        last = {"a": a, "b": b, "c": 1, "d": 0, "e": 0, "s": 0}
+        assert torch.equal(diffusion_step(x, m, mask=keep, guide=guide, **last)[0], guide)
+
+
+def test_a_mask_of_any_type_generates_where_it_is_not_zero():
+    case = named("one_mask_for_all")
+    tensors = case.tensors()
+    expected = run(case, tensors)[0]
+    for dtype in (torch.uint8, torch.int64, torch.float32):
+        assert torch.equal(run(case, {**tensors, "mask": 3 * tensors["mask"].to(dtype)})[0], expected)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_nan_stays_where_it_is_and_clipping_keeps_it(name: str):
+    case = named("ddpm_clipped")
+    tensors = case.tensors()
+    tensors["model_output"][0, 1, 2, 3, 4] = torch.nan
+    with implementation(name):
+        for y in run(case, tensors):
+            assert y.isnan().nonzero().tolist() == [[0, 1, 2, 3, 4]]
+
+
+# --- in place ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case_name", ["ddpm_clipped", "several_blocks", "everything", "sliced", "empty_batch"])
+def test_in_place_gives_the_same_bits(name: str, case_name: str):
+    case = named(case_name)
+    with implementation(name):
+        expected = run(case, case.tensors())
+        for target in ("sample and model_output", "sample", "guide and previous", "other"):
+            tensors = case.tensors()
+            out: Any = tuple(torch.empty(case.shape) for _ in range(2))
+            if target == "sample and model_output":
+                out = (tensors["sample"], tensors["model_output"])
+            elif target == "sample":
+                out = tensors["sample"]
+            elif target == "guide and previous" and case.previous:
+                out = (tensors["guide"], tensors["previous"])
+            results = run(case, tensors, out=out)
+            assert results[0] is (out[0] if isinstance(out, tuple) else out)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        tensors = case.tensors()
+        y, x0 = run(case, tensors, out=(tensors["sample"], None))
+        assert x0 is None
+        assert torch.equal(y, expected[0])
+
+
+MEMORY = """
+import resource, torch
+from medaccel.ops import diffusion_step
+
+x, m = torch.randn(1, 1, 192, 192, 192), torch.randn(1, 1, 192, 192, 192)
+options = dict(a=1.1, b=-0.4, c=0.9, d=0.1, e=0.0, s=0.3, clip=(-1, 1))
+small = torch.zeros(1, 8)
+diffusion_step(small, small, **options)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+diffusion_step(x, m, out=(x, m), **options)
+middle = peak()
+y = diffusion_step(x, m, **options)
+print(middle - before, peak() - middle)
+"""
+
+
+def test_a_step_takes_its_outputs_and_in_place_nothing():
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    in_place, outputs = (float(v) for v in result.stdout.split())  # MiB
+    assert in_place <= 2
+    assert outputs <= 2 * 27 + 2
+
+
+# --- torch's machinery ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph_and_not_anew_for_each_step(backend: str):
+    case = named("ddpm_clipped")
+    options = {k: v for k, v in case.options().items() if k not in ("s", "offset")}
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def call(x: Tensor, m: Tensor, s: Tensor, offset: int) -> Tensor:
+        y, x0 = diffusion_step(2 * x, m, s=s, offset=offset, **options)
+        return (y + x0).square()
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for step in range(4):
+        wanted = [t.requires_grad_() for t in case.tensors().values()]
+        s = torch.tensor(0.1 + 0.1 * step)
+        ours = torch.autograd.grad(compiled(*wanted, s, step + 2).sum(), wanted)
+        for a, b in zip(ours, torch.autograd.grad(call(*wanted, s, step + 2).sum(), wanted), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 2  # the second makes the offset dynamic
+
+
+def test_autocast_leaves_the_samplers_state_alone():
+    case = named("ddpm")
+    tensors = case.tensors()
+    tensors["model_output"] = tensors["model_output"].bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, x0 = run(case, tensors)
+    assert y.dtype == x0.dtype == torch.float32
+    assert torch.equal(y, run(case, tensors)[0])
+
+
+def test_checkpointing_draws_the_same_noise_again():
+    x, m = torch.randn(1, 500, requires_grad=True), torch.randn(1, 500)
+    call = lambda x: diffusion_step(x, m, **DDPM)[0].sin()  # noqa: E731
+    torch.manual_seed(1)
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False).sum(), x)
+    torch.manual_seed(1)
+    (once,) = torch.autograd.grad(call(x).sum(), x)
+    assert torch.equal(again, once)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    values=st.lists(st.floats(-2, 2), min_size=7, max_size=7),
+    clip=st.sampled_from([None, (-1.0, 1.0), (0.5, 0.5)]),
+    masked=st.booleans(),
+    place=st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**31)),
+)
+def test_random_calls_match_the_reference(shape: list, values: list, clip: Any, masked: bool, place: tuple):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        k: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for k in ("sample", "model_output", "previous")
+    }
+    if masked:
+        tensors["mask"] = torch.rand(shape, generator=generator) < 0.5
+        tensors["guide"] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    options = {**dict(zip("abcdefs", values, strict=True)), "clip": clip, "guide_scale": 0.8, "guide_std": 0.6}
+    options |= dict(zip(("seed", "offset", "sample_offset"), place, strict=True))
+    ours = diffusion_step(**tensors, **options)
+    with use_reference():
+        truth = diffusion_step(**tensors, **options)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------
+X = torch.zeros(2, 1, 4, 4, 4)
+GOOD: dict[str, Any] = {"sample": X, "model_output": X, **DDPM}
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "integers": ({"sample": X.int()}, TypeError, "sample is torch.int32; expected a floating-point tensor"),
+    "integer output": ({"model_output": X.int()}, TypeError, "model_output is torch.int32"),
+    "scalar": ({"sample": torch.tensor(1.0)}, ValueError, r"sample has shape \(\); expected \(B, …\)"),
+    "other shape": (
+        {"model_output": X[:1]},
+        ValueError,
+        r"model_output has shape \(1, 1, 4, 4, 4\); expected the sample's, \(2, 1, 4, 4, 4\)",
+    ),
+    "other noise": ({"noise": X[..., :2]}, ValueError, r"noise has shape \(2, 1, 4, 4, 2\)"),
+    "double output": (
+        {"model_output": X.double()},
+        ValueError,
+        "model_output is torch.float64 and sample torch.float32",
+    ),
+    "half in double": (
+        {"sample": X.double(), "model_output": X.half()},
+        ValueError,
+        "model_output is torch.float16 and sample torch.float64",
+    ),
+    "other device": (
+        {"previous": X.to("meta")},
+        ValueError,
+        "previous is on meta and sample on cpu; expected the same",
+    ),
+    "coefficients": (
+        {"a": torch.ones(3)},
+        ValueError,
+        r"a has shape \(3,\); expected a number or \(2,\), one a sample",
+    ),
+    "coefficient matrix": ({"s": torch.ones(2, 1)}, ValueError, r"s has shape \(2, 1\)"),
+    "clip": ({"clip": (1.0, -1.0)}, ValueError, r"clip is \(1.0, -1.0\); expected \(min, max\) with min <= max"),
+    "clip of NaN": ({"clip": (float("nan"), 1.0)}, ValueError, "clip is"),
+    "seed": ({"seed": 2**64}, ValueError, "seed is 18446744073709551616; expected one of 64 bits"),
+    "negative seed": ({"seed": -(2**63) - 1}, ValueError, "seed is -9223372036854775809"),
+    "float seed": ({"seed": 1.5}, TypeError, "seed is 1.5; expected an integer, an int64 tensor or None"),
+    "seed tensor": (
+        {"seed": torch.zeros(2)},
+        ValueError,
+        r"seed is torch.float32 of shape \(2,\) on cpu; expected one",
+    ),
+    "offset": ({"offset": -1}, ValueError, r"offset is -1; expected 0 to 2\^63 - 1"),
+    "guide's offset": ({"offset": 2**63}, ValueError, "offset is 9223372036854775808"),
+    "sample_offset": (
+        {"sample_offset": 2**32 - 1},
+        ValueError,
+        "sample_offset is 4294967295 for 2 samples; expected 0",
+    ),
+    "mask alone": ({"mask": X.bool()}, ValueError, "mask is given and guide is None; expected both or neither"),
+    "guide alone": ({"guide": X}, ValueError, "guide is given and mask is None"),
+    "mask shape": (
+        {"mask": X[:, :, :2].bool(), "guide": X},
+        ValueError,
+        r"mask has shape \(2, 1, 2, 4, 4\); expected one",
+    ),
+    "unknown level": (
+        {"mask": X.bool(), "guide": X, "a": 0.0},
+        ValueError,
+        "guide_scale or guide_std is None and a is 0",
+    ),
+    "out's shape": (
+        {"out": X[:1].clone()},
+        ValueError,
+        r"out\[0\] is torch.float32 \(1, 1, 4, 4, 4\) on cpu; expected",
+    ),
+    "overlap": (
+        {"sample": (line := torch.zeros(3, 8))[:2], "model_output": torch.zeros(2, 8), "out": line[1:]},
+        ValueError,
+        r"out\[0\] shares memory with sample but lies differently there",
+    ),
+    "one out twice": ({"out": (X2 := X.clone(), X2)}, ValueError, r"out\[0\] and out\[1\] share memory"),
+    "out with gradient": (
+        {"sample": X.clone().requires_grad_(), "out": X.clone()},
+        ValueError,
+        "out is given and an input requires a gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("forced", [False, True], ids=["native", "reference"])
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_in_a_sentence(what: str, forced: bool):
+    changes, error, match = BAD[what]
+    with use_reference() if forced else contextlib.nullcontext(), pytest.raises(error, match=match):
+        diffusion_step(**{**GOOD, **changes})
+
+
+def test_one_sample_may_not_have_more_elements_than_the_counter_counts():
+    from medaccel import _native
+
+    none, size = (0, 0, 0), 2**34 + 1
+    with pytest.raises(ValueError, match=f"a sample has {size} elements; expected at most {2**34}"):
+        _native.cpu.diffusion_step_forward([none] * 6, [(0, 0)] * 2, 1, size, [0.0] * 9, None, (0, 0, 0), 1)
+
+
+def test_samples_of_a_batch_share_mask_and_guide():
+    x, guide = torch.randn(3, 2, 5, 5), torch.randn(1, 2, 5, 5)
+    mask = torch.rand(1, 2, 5, 5) < 0.5
+    together = diffusion_step(x, x, mask=mask, guide=guide, seed=1, **DDPM)[0]
+    alone = [
+        diffusion_step(x[i : i + 1], x[i : i + 1], mask=mask, guide=guide, seed=1, sample_offset=i, **DDPM)[0]
+        for i in range(3)
+    ]
+    assert torch.equal(together, torch.cat(alone))

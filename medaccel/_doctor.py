@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch, gaussian, instance_norm, window_attention
+from medaccel.ops.diffusion_step import unsupported as diffusion_step_unsupported  # the op has its folder's name
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ OPS = {
     "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
     "instance_norm_act": Op(instance_norm.unsupported, gpu_kernel=None),
     "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
+    "diffusion_step": Op(diffusion_step_unsupported, gpu_kernel="CUDA C++"),
 }
 
 
@@ -124,7 +126,7 @@ def explain(op: str | Callable[..., object], input: Tensor) -> str:
 
     Args:
         op: a function of `medaccel.ops`, or its name.
-        input: the op's first tensor (`input`, `qkv`); its device and dtype decide.
+        input: the op's first tensor (`input`, `qkv`, `sample`); its device and dtype decide.
 
     Raises:
         ValueError: an op that there is not; the known ones are named.

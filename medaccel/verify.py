@@ -24,6 +24,7 @@ from torch import Tensor
 
 from medaccel._doctor import doctor
 from medaccel.ops import (
+    diffusion_step,
     gaussian,
     gaussian_filter,
     instance_norm,
@@ -32,6 +33,7 @@ from medaccel.ops import (
     use_reference,
     window_attention,
 )
+from medaccel.ops.diffusion_step import unsupported as diffusion_step_unsupported
 
 # Allowed beyond twice plain PyTorch's error, relative to the size of what is summed up.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -74,6 +76,17 @@ _WINDOWS = {
     "image": _Windows((16, 20), (7, 7), (3, 3), 1, 64),
     "odd head dimension": _Windows((6, 7, 5), (3, 3, 3), (1, 1, 1), 2, 5),
     "dropout": _Windows((6, 7, 5), (4, 4, 4), (2, 2, 2), 2, 8, 0.3),
+}
+
+
+_STEP = {"a": 1.25, "b": -0.75, "c": 0.3, "d": 0.65, "e": 0.1, "s": 0.4, "seed": 20200619, "offset": 2**33 + 5}
+_STEPS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "noise": ((2, 1, 9, 10, 11), {}),
+    "clipped": ((1, 2, 17, 16, 19), {"clip": (-1.0, 1.0)}),
+    "no noise": ((1, 1, 16, 16, 16), {"s": 0.0}),
+    "multistep": ((2, 1, 5, 6, 7), {"f": -0.2, "s": 0.0}),
+    "mask and guide": ((3, 1, 8, 7, 9), {"mask": True, "clip": (-1.0, 1.0)}),
+    "empty": ((0, 1, 4, 5, 6), {}),
 }
 
 
@@ -175,9 +188,12 @@ def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verificat
             outcome.checks.append(_check_attention(device, dtype, case))
         for dtype, case in itertools.product(_FLOOR, _NORMS):
             outcome.checks.append(_check_norm(device, dtype, case))
+        for dtype, case in itertools.product(_FLOOR, _STEPS):
+            outcome.checks.append(_check_step(device, dtype, case))
         if speed:
             outcome.speeds += [_time_gaussian(device, sigma) for sigma in (1.0, 2.0, 4.0)]
             outcome.speeds += [_time_attention(device, head_dim, training) for head_dim, training in _TIMED_HEADS]
+            outcome.speeds += [_time_step(device, s) for s in (0.0, 0.4)]
     return outcome
 
 
@@ -278,6 +294,33 @@ def _check_norm(device: torch.device, dtype: torch.dtype, case: str) -> Check:
     return _judge("instance_norm_act", tensors[0], case, reason, (gradients(tensors), plain, truth), (1.0,) * 3)
 
 
+def _step_gradients(tensors: Sequence[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """tensors: sample, model_output, previous, guide, gradients of x′ and x0."""
+    x, m, previous, guide = (t.detach().requires_grad_() for t in tensors[:4])
+    o = {"f": 0.0, **options}
+    masked = o.pop("mask", False)
+    if masked:
+        o["guide"] = guide
+        o["mask"] = torch.arange(x.numel(), device=x.device).reshape(x.shape) % 3 != 0
+    y = diffusion_step(x, m, previous=previous, **o)
+    wanted = (x, m, previous, guide)
+    grads = torch.autograd.grad(y, wanted, [g.to(x) for g in tensors[4:]], materialize_grads=True, allow_unused=True)
+    return [*(t.detach() for t in y), *grads]
+
+
+def _check_step(device: torch.device, dtype: torch.dtype, case: str) -> Check:
+    shape, changes = _STEPS[case]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(6)]
+    options = {**_STEP, **changes}
+    with use_reference():
+        truth = _step_gradients([t.cpu().double() for t in tensors], options)
+        plain = _step_gradients(tensors, options)
+    ours = _step_gradients(tensors, options)
+    reason = diffusion_step_unsupported(tensors[0])
+    return _judge("diffusion_step", tensors[0], case, reason, (ours, plain, truth), (1.0,) * 6)
+
+
 def _median_ms(call: Callable[[], object], device: torch.device) -> float:
     def finish() -> None:
         if device.type == "cuda":
@@ -356,6 +399,38 @@ def _time_attention(device: torch.device, head_dim: int, training: bool) -> Spee
     case = f"{size}³, {head_dim}, {what}, {str(dtype).removeprefix('torch.')}"
     name = "shifted_window_attention"
     return Speed(name, str(device), case, ours, plain, None, "matmul", operations / ours / rate)
+
+
+def _time_step(device: torch.device, s: float) -> Speed:
+    """A sampler's step with clip, with its noise (s > 0) or without."""
+    size = 96 if device.type == "cpu" else 256
+    x, m = (torch.rand(1, 1, size, size, size, device=device) for _ in range(2))
+    options: dict[str, Any] = {**_STEP, "s": s, "clip": (-1.0, 1.0)}
+
+    def steps() -> tuple[Tensor, Tensor]:  # as a sampler in PyTorch writes it
+        x0 = (1.25 * x - 0.75 * m).clamp(-1, 1)
+        y = 0.3 * x0 + 0.65 * x + 0.1 * m
+        return (y + s * torch.randn_like(x) if s else y), x0
+
+    with torch.no_grad():
+        ours = _median_ms(lambda: diffusion_step(x, m, **options), device)
+        plain = _median_ms(steps, device)
+        monai = _monai_ddpm(x, m, device) if s else None
+        target = torch.empty_like(x)
+        copy = _median_ms(lambda: target.copy_(x), device)
+    case = f"{size}³, {'with' if s else 'without'} noise, fp32"
+    # A copy reads one volume and writes one, a step reads two and writes two.
+    return Speed("diffusion_step", str(device), case, ours, plain, monai, "copy", 2 * copy / ours)
+
+
+def _monai_ddpm(x: Tensor, m: Tensor, device: torch.device) -> float | None:
+    """The time of MONAI's DDPM step, or None where MONAI isn't installed."""
+    try:
+        from monai.networks.schedulers import DDPMScheduler
+    except ImportError:
+        return None
+    scheduler = DDPMScheduler()
+    return _median_ms(lambda: scheduler.step(m, 500, x), device)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def test_a_gpu_that_no_kernel_serves_is_told_why(gpu_volume: Tensor, monkeypatch
 @pytest.mark.parametrize("op", ["gausian_filter", torch.relu])
 def test_an_unknown_op_names_the_known_ones(op: object):
     name = op if isinstance(op, str) else "relu"
-    with pytest.raises(ValueError, match=rf"explain: op is '{name}'; expected one of \['gaussian_filter'"):
+    with pytest.raises(
+        ValueError, match=rf"explain: op is '{name}'; expected one of \['diffusion_step', 'gaussian_filter'"
+    ):
         medaccel.explain(op, volume())
 
 

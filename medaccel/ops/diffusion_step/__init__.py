@@ -47,7 +47,7 @@ def diffusion_step(
     offset: int = 0,
     sample_offset: int = 0,
     out: Tensor | tuple[Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """x0 = clip(a·x + b·m) and x′ = c·x0 + d·x + e·m + f·p + s·z: every sampler's update, in one pass.
 
     Args:
@@ -100,12 +100,11 @@ def diffusion_step(
     guide_scale, guide_std = _guide_level(guide is not None, a, b, c, d, e, s, guide_scale, guide_std)
     coefficients = (a, b, c, d, e, f, s, guide_scale, guide_std)
     limits = _check_clip(clip)
-    x0: Tensor | None
     if out is None:
         return run(tensors, coefficients, limits, (seed, offset, sample_offset))
-    x_next, x0 = out if isinstance(out, tuple) else (out, torch.empty_like(sample, memory_format=_CONTIGUOUS))
-    _check_out(tensors, x_next, x0)
-    return run(tensors, coefficients, limits, (seed, offset, sample_offset), (x_next, x0))
+    pair = out if isinstance(out, tuple) else (out, torch.empty_like(sample, memory_format=_CONTIGUOUS))
+    _check_out(tensors, *pair)
+    return run(tensors, coefficients, limits, (seed, offset, sample_offset), pair)
 
 
 _CONTIGUOUS = torch.contiguous_format

@@ -56,6 +56,16 @@ _REGISTRY = (
         "medaccel.layers.unet_blocks:UnetBasicBlock",
         "medaccel.layers.unet_blocks:block_unsupported",
     ),
+    _Entry(
+        "monai.networks.schedulers:DDPMScheduler",
+        "medaccel.diffusion.schedulers:DDPMScheduler",
+        "medaccel.diffusion.schedulers:scheduler_unsupported",
+    ),
+    _Entry(
+        "monai.networks.schedulers:DDIMScheduler",
+        "medaccel.diffusion.schedulers:DDIMScheduler",
+        "medaccel.diffusion.schedulers:scheduler_unsupported",
+    ),
 )
 
 

@@ -96,7 +96,7 @@ def diffusion_step(
     >>> y.shape
     torch.Size([1, 1, 32, 32, 32])
     """
-    tensors = _check_tensors(sample, model_output, previous, noise, guide, mask)
+    tensors = check_tensors(sample, model_output, previous, noise, guide, mask)
     guide_scale, guide_std = _guide_level(guide is not None, a, b, c, d, e, s, guide_scale, guide_std)
     coefficients = (a, b, c, d, e, f, s, guide_scale, guide_std)
     limits = _check_clip(clip)
@@ -239,7 +239,7 @@ def _key(place: tuple[int | Tensor | None, int, int], sample: Tensor, drawn: boo
 
 
 # --- checks --------------------------------------------------------------------------------------------------
-def _check_tensors(
+def check_tensors(
     sample: Tensor,
     model_output: Tensor | None,
     previous: Tensor | None,

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward process by the fused step: x_t = alpha · x0 + sigma · z, and targets made of the same two."""
+
+from torch import Tensor
+
+from medaccel.ops.diffusion_step import check_tensors, run
+
+Coefficient = float | Tensor
+
+
+def noised(
+    x: Tensor,
+    signal: Coefficient,
+    noise_std: Coefficient,
+    *,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    offset: int = 0,
+    sample_offset: int = 0,
+) -> Tensor:
+    """signal · x + noise_std · z in one pass: noising, and (with the same noise or seed) the network's targets.
+
+    Args:
+        x: (B, …), floating point.
+        signal, noise_std: numbers, or (B,): each sample at its own level.
+        noise: z, like x. None: standard normals made in the kernel; the same seed and offset give them again, so a
+            target needs no stored noise.
+        seed, offset, sample_offset: as `medaccel.ops.diffusion_step`'s.
+
+    Returns:
+        like x, contiguous. Differentiable by x and noise.
+    """
+    tensors = check_tensors(x, None, None, noise, None, None)
+    coefficients = (0.0, 0.0, 0.0, signal, 0.0, 0.0, noise_std, 0.0, 0.0)
+    return run(tensors, coefficients, None, (seed, offset, sample_offset), need_x0=False)[0]

@@ -1,7 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusion: schedulers with MONAI's interface, samplers and noising on the fused step."""
+"""Diffusion: schedulers with MONAI's interface, samplers, SDEdit and noising on the fused step."""
 
+from medaccel.diffusion.nets import TimeConditionedSwinUNETR, running_average, small_unet
 from medaccel.diffusion.noising import noised
+from medaccel.diffusion.samplers import Sampler, sample_rectified_flow
 from medaccel.diffusion.schedulers import DDIMScheduler, DDPMScheduler
+from medaccel.diffusion.sde import VESDE, VPSDE
+from medaccel.diffusion.sdedit import SDEdit, SDEditResult
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "noised"]
+__all__ = [
+    "VESDE",
+    "VPSDE",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "SDEdit",
+    "SDEditResult",
+    "Sampler",
+    "TimeConditionedSwinUNETR",
+    "noised",
+    "running_average",
+    "sample_rectified_flow",
+    "small_unet",
+]

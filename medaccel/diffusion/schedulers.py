@@ -4,6 +4,7 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 from monai.networks.schedulers import DDIMScheduler as MonaiDDIM
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPM
@@ -14,7 +15,7 @@ from medaccel.diffusion.noising import noised
 from medaccel.ops import diffusion_step
 
 SKIPPED_STEPS = ("inference", "training")
-_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+_TORCH = {np.float16: torch.float16, np.float32: torch.float32, np.float64: torch.float64}
 
 
 class _Fused:
@@ -62,26 +63,46 @@ class _Fused:
 
     def _following(self, t: int) -> int:
         """The inference step after `t`; −1 after the last."""
-        steps = self.timesteps.tolist()
-        if any(b >= a for a, b in itertools.pairwise(steps)):
-            raise ValueError(f"{type(self).__name__}: timesteps are not sorted; expected strictly decreasing ones")
-        if t not in steps:
+        timesteps, table = self.__dict__.get("_after", (None, {}))
+        if timesteps is not self.timesteps:  # read once, not at every step: they may lie on a GPU
+            steps = self.timesteps.tolist()
+            if any(b >= a for a, b in itertools.pairwise(steps)):
+                raise ValueError(
+                    f"{type(self).__name__}: timesteps are not sorted; expected strictly decreasing ones"
+                )
+            table = dict(itertools.pairwise([*steps, -1]))
+            self.__dict__["_after"] = (self.timesteps, table)
+        if t not in table:
             raise ValueError(
                 f"{type(self).__name__}: timestep is {t}, which is not among the timesteps of set_timesteps; "
-                f"expected one of {len(steps)} from {steps[0]} to {steps[-1]} (skipped_steps='training' takes any)"
+                f"expected one of {len(table)} from {max(table)} to {min(table)} (skipped_steps='training' takes any)"
             )
-        place = steps.index(t)
-        return steps[place + 1] if place + 1 < len(steps) else -1
+        return table[t]
 
-    def _x0(self, t: int) -> tuple[float, float]:
-        """x0 = a · x + b · m. Roots and sums are taken in the table's dtype, as MONAI takes them."""
-        alpha = self.alphas_cumprod[t]
-        root, noise = float(alpha**0.5), float((1 - alpha) ** 0.5)
+    def _at(self, table: Tensor, index: int) -> Any:
+        """An entry as a NumPy scalar, whose arithmetic rounds as MONAI's 0-d tensors do and takes a tenth of the time."""
+        values = table.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()[index]
+
+    def _x0(self, alpha: Any) -> tuple[float, float]:
+        """x0 = a · x + b · m, at a level with this ᾱ."""
+        root, noise = float(_root(alpha)), float(_root(_one(alpha) - alpha))
         if self.prediction_type == "epsilon":
             return 1 / root, -noise / root
         if self.prediction_type == "sample":
             return 0.0, 1.0
         return root, -noise
+
+    @staticmethod
+    def _guided(guided: dict[str, Any], alpha: Any) -> dict[str, Any]:
+        """Mask and guide, with the level that kept voxels are noised to."""
+        if not guided:
+            return {}
+        return {
+            **guided,
+            "guide_scale": float(_root(alpha)),
+            "guide_std": float(_root(_one(alpha) - alpha)),
+        }
 
     @staticmethod
     def _promoted(sample: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,40 +232,35 @@ class DDPMScheduler(_Fused, MonaiDDPM):
         if learned and model_output.shape[1] == 2 * sample.shape[1]:
             return super().step(model_output, t, sample, generator)
         following = t - 1 if self.skipped_steps == "training" else self._following(t)
-        alpha_prod = self.alphas_cumprod[t]
-        alpha_prod_next = self.alphas_cumprod[following] if following >= 0 else self.one.to(alpha_prod)
+        alpha_prod = self._at(self.alphas_cumprod, t)
+        one = _one(alpha_prod)
+        alpha_prod_next = self._at(self.alphas_cumprod, following) if following >= 0 else one
         if following == t - 1:
-            alpha, beta = self.alphas[t].to(alpha_prod.device), self.betas[t].to(alpha_prod.device)
+            alpha, beta = self._at(self.alphas, t), self._at(self.betas, t)
         else:
             alpha = alpha_prod / alpha_prod_next
-            beta = 1 - alpha
-        a, b = self._x0(t)
-        c = alpha_prod_next**0.5 * beta / (1 - alpha_prod)
-        d = alpha**0.5 * (1 - alpha_prod_next) / (1 - alpha_prod)
+            beta = one - alpha
+        a, b = self._x0(alpha_prod)
+        c = _root(alpha_prod_next) * beta / (one - alpha_prod)
+        d = _root(alpha) * (one - alpha_prod_next) / (one - alpha_prod)
         place, s = {}, 0.0
         if t > 0 and following >= 0:
-            s = float(self._step_variance(alpha_prod, alpha_prod_next, beta) ** 0.5)
-            place = self._noise(model_output, sample, generator, seed, t)
-        elif guided:
+            s = float(_root(self._step_variance(alpha_prod, alpha_prod_next, beta)))
+        if s or guided:
             place = self._noise(model_output, sample, generator, seed, t)
         sample, model_output = self._promoted(sample, model_output)
-        if guided:
-            guided = {
-                **guided,
-                "guide_scale": float(alpha_prod_next**0.5),
-                "guide_std": float((1 - alpha_prod_next) ** 0.5),
-            }
         return diffusion_step(
             sample, model_output, a=a, b=b, c=float(c), d=float(d), e=0.0, s=s, clip=self._limits(), out=out,
-            **place, **guided,
+            **place, **self._guided(guided, alpha_prod_next),
         )  # fmt: skip
 
-    def _step_variance(self, alpha_prod: Tensor, alpha_prod_next: Tensor, beta: Tensor) -> Tensor:
+    def _step_variance(self, alpha_prod: Any, alpha_prod_next: Any, beta: Any) -> Any:
         if self.variance_type == DDPMVarianceType.FIXED_LARGE:
             return beta
-        variance = (1 - alpha_prod_next) / (1 - alpha_prod) * beta
+        one = _one(alpha_prod)
+        variance = (one - alpha_prod_next) / (one - alpha_prod) * beta
         if self.variance_type == DDPMVarianceType.FIXED_SMALL:
-            return torch.clamp(variance, min=1e-20)
+            return max(variance, variance.dtype.type(1e-20))
         return variance
 
 
@@ -292,15 +308,18 @@ class DDIMScheduler(_Fused, MonaiDDIM):
         assert self.num_inference_steps is not None
         stride = self.num_train_timesteps // self.num_inference_steps
         following = t - stride if self.skipped_steps == "training" else self._following(t)
-        alpha_prod = self.alphas_cumprod[t]
-        last = self.final_alpha_cumprod.to(alpha_prod.device)
-        alpha_prod_next = self.alphas_cumprod[following] if following >= 0 else last
-        beta_prod = 1 - alpha_prod
-        variance = ((1 - alpha_prod_next) / beta_prod) * (1 - alpha_prod / alpha_prod_next)
-        s = float(eta * variance**0.5)
-        direction = float((1 - alpha_prod_next - (eta * variance**0.5) ** 2) ** 0.5)
-        a, b = self._x0(t)
-        root, noise = float(alpha_prod**0.5), float(beta_prod**0.5)
+        alpha_prod = self._at(self.alphas_cumprod, t)
+        one = _one(alpha_prod)
+        if following >= 0:
+            alpha_prod_next = self._at(self.alphas_cumprod, following)
+        else:
+            alpha_prod_next = alpha_prod.dtype.type(float(self.final_alpha_cumprod))
+        beta_prod = one - alpha_prod
+        variance = ((one - alpha_prod_next) / beta_prod) * (one - alpha_prod / alpha_prod_next)
+        std = alpha_prod.dtype.type(eta) * _root(variance)
+        direction = float(_root(one - alpha_prod_next - std * std))
+        a, b = self._x0(alpha_prod)
+        root, noise = float(_root(alpha_prod)), float(_root(beta_prod))
         if self.prediction_type == "epsilon":
             p, q = 0.0, 1.0
         elif self.prediction_type == "sample":
@@ -309,16 +328,20 @@ class DDIMScheduler(_Fused, MonaiDDIM):
             p, q = noise, root
         place = self._noise(model_output, sample, generator, seed, t) if eta > 0 or guided else {}
         sample, model_output = self._promoted(sample, model_output)
-        if guided:
-            guided = {
-                **guided,
-                "guide_scale": float(alpha_prod_next**0.5),
-                "guide_std": float((1 - alpha_prod_next) ** 0.5),
-            }
         return diffusion_step(
-            sample, model_output, a=a, b=b, c=float(alpha_prod_next**0.5), d=direction * p, e=direction * q, s=s,
-            clip=self._limits(), out=out, **place, **guided,
+            sample, model_output, a=a, b=b, c=float(_root(alpha_prod_next)), d=direction * p, e=direction * q,
+            s=float(std), clip=self._limits(), out=out, **place, **self._guided(guided, alpha_prod_next),
         )  # fmt: skip
+
+
+def _root(value: Any) -> Any:
+    """By torch: its square root (MKL's) is not always the nearest number, and MONAI's coefficients are made of it."""
+    return value.dtype.type(torch.tensor(float(value), dtype=_TORCH[value.dtype.type]).sqrt().item())
+
+
+def _one(like: Any) -> Any:
+    """1 in the precision of a NumPy scalar: a Python 1 would widen it in NumPy 1."""
+    return like.dtype.type(1)
 
 
 def scheduler_unsupported(scheduler: Any) -> str | None:

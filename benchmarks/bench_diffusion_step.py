@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step against its peers: `python -m benchmarks.bench_diffusion_step [--quick]`.
+"""The diffusion step against its peers: `python -m benchmarks.bench_diffusion_step [--quick] [--allocator warm]`.
 
 fp32, one volume, the threads that torch has. Each row is a ratio within one run: peer's median time / ours. diffusers
 is a peer where it is installed. A step returns the new sample and the predicted x0; "in place" writes them over the
@@ -18,7 +18,7 @@ from monai.networks.schedulers import DDIMScheduler as MonaiDDIM
 from monai.networks.schedulers import DDPMScheduler as MonaiDDPM
 from torch import Tensor
 
-from benchmarks.harness import Contender, machine, measure, peak_extra_bytes, warm_allocator, write_table
+from benchmarks.harness import Contender, add_allocator, choose_allocator, machine, measure, rows_of, write_table
 from medaccel.diffusion import VESDE, VPSDE, DDIMScheduler, DDPMScheduler, noised
 from medaccel.diffusion import coefficients as c
 from medaccel.ops import diffusion_step
@@ -118,44 +118,15 @@ def add_noise(x: Tensor, m: Tensor) -> list[Contender]:
     ]
 
 
-def rows_of(work: str, contenders: list[Contender], output_bytes: int) -> list[dict[str, object]]:
-    ours, rows = contenders[0].median, []
-    for contender in contenders:
-        contender.extra_bytes = peak_extra_bytes(contender.call)
-        rows.append(
-            {
-                "work": work,
-                "contender": contender.name,
-                "p20_ms": round(1e3 * contender.quantile(0.2), 3),
-                "median_ms": round(1e3 * contender.median, 3),
-                "p80_ms": round(1e3 * contender.quantile(0.8), 3),
-                "fastest_ms": round(1e3 * min(contender.times), 3),
-                "times_medaccel": round(contender.median / ours, 2),
-                "extra_memory_volumes": round(contender.extra_bytes / output_bytes, 2),
-            }
-        )
-        print(
-            f"{work:<26}{contender.name:<26}{1e3 * contender.median:>9.2f} ms{contender.median / ours:>8.2f}×"
-            f"{1e3 * min(contender.times):>9.2f} ms{contender.extra_bytes / output_bytes:>8.2f} volumes"
-        )
-    return rows
-
-
 def main() -> None:
     """Measures, prints, and writes the table where it is told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one second a row")
     parser.add_argument("--size", type=int, default=128, help="of the volume's edge")
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
-    parser.add_argument(
-        "--allocator",
-        choices=("default", "warm"),
-        default="default",
-        help="the C library's as it is (a large output's pages are faulted in at each call), or keeping freed memory",
-    )
+    add_allocator(parser)
     arguments = parser.parse_args()
-    if arguments.allocator == "warm" and not warm_allocator():
-        raise SystemExit("this C library's allocator can't be told to keep memory; use --allocator default")
+    choose_allocator(arguments.allocator)
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print(
         "time: median; ×: that over medaccel's; fastest; memory: peak above the start, in volumes, outputs included"
@@ -173,7 +144,7 @@ def main() -> None:
     for work, make in works.items():
         contenders = make()
         measure(contenders, seconds=1.0 if arguments.quick else 4.0)
-        rows += rows_of(f"{work}, {arguments.size}³", contenders, x.numel() * 4)
+        rows += rows_of(f"{work}, {arguments.size}³", contenders)
     if arguments.output:
         write_table(arguments.output, rows)
 

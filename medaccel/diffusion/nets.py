@@ -4,10 +4,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from monai.networks.nets import DiffusionModelUNet, SwinUNETR
+from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from medaccel.nets import SwinUNETR
 
 
 def small_unet(
@@ -52,11 +54,11 @@ class _Modulation(nn.Module):
 
 
 class TimeConditionedSwinUNETR(SwinUNETR):
-    """MONAI's `SwinUNETR` that is told the time step, with `DiffusionModelUNet`'s call: net(x, timesteps).
+    """`medaccel.nets.SwinUNETR` that is told the time step, with `DiffusionModelUNet`'s call: net(x, timesteps).
 
     The sinusoidal embedding of the time step, through two layers, scales and shifts the channels of the encoder's
     five stages and of the decoder's five. A `SwinUNETR`'s state_dict loads with ``strict=False``, and the network
-    then computes what that one did, until training makes use of the time. `medaccel.accelerate` serves its blocks.
+    then computes what that one did, until training makes use of the time.
 
     Args:
         embedding: channels of the time's embedding.

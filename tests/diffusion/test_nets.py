@@ -14,6 +14,7 @@ from medaccel.diffusion import (
     running_average,
     small_unet,
 )
+from medaccel.layers import SwinTransformerBlock
 
 SWIN = {"feature_size": 12, "spatial_dims": 2, "num_heads": (1, 2, 4, 8)}
 
@@ -27,7 +28,7 @@ def test_a_plain_swin_unetrs_weights_load_and_compute_the_same_at_any_time():
     with torch.no_grad():
         expected = plain(x)
         for timesteps in (torch.tensor([3, 700]), torch.tensor([5.0])):
-            assert torch.equal(timed(x, timesteps), expected)
+            torch.testing.assert_close(timed(x, timesteps), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_time_changes_the_output_once_it_is_trained_and_every_modulation_has_a_gradient():
@@ -42,13 +43,10 @@ def test_the_time_changes_the_output_once_it_is_trained_and_every_modulation_has
         assert not torch.allclose(net(x, torch.tensor([10])), net(x, torch.tensor([500])))
 
 
-def test_accelerate_serves_its_blocks_and_keeps_its_numbers():
-    net = TimeConditionedSwinUNETR(**SWIN).eval()
-    x, t = torch.randn(1, 1, 64, 64), torch.tensor([10])
-    with torch.no_grad():
-        before = net(x, t)
-        assert len(medaccel.accelerate(net).changed) > 8
-        torch.testing.assert_close(net(x, t), before, rtol=1e-4, atol=1e-4)
+def test_its_layers_are_medaccels():
+    net = TimeConditionedSwinUNETR(**SWIN)
+    assert sum(isinstance(m, SwinTransformerBlock) for m in net.modules()) == 8
+    assert not medaccel.accelerate(net)
 
 
 @pytest.mark.parametrize("kind", ["unet", "swin"])

@@ -10,6 +10,7 @@
 
 #include "common/parallel.h"
 #include "gaussian/gaussian.h"
+#include "pixel_contrast/pixel_contrast.h"
 #include "window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -117,6 +118,74 @@ void window_attention_backward(std::uintptr_t grad, std::uintptr_t qkv, std::uin
     });
 }
 
+medaccel::pixel_contrast::Problem contrast_problem(const Shape& size, double temperature, int threads) {
+    return {size[0], size[1], size[2], size[3], size[4], temperature, threads};
+}
+
+// size: (B, N, M, C, S); dtype of the features and of the loss, coords_dtype of coordinates and radius.
+void pixel_contrast_forward(std::uintptr_t query, std::uintptr_t key, std::uintptr_t query_coords,
+                            std::uintptr_t key_coords, std::uintptr_t radius, std::uintptr_t loss, std::uintptr_t lse,
+                            std::uintptr_t positive_lse, int dtype, int coords_dtype, const Shape& size,
+                            double temperature, bool cull, int threads) {
+    auto p = contrast_problem(size, temperature, threads);
+    p.cull = cull;
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_contrast::forward(reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                                              reinterpret_cast<const U*>(query_coords),
+                                              reinterpret_cast<const U*>(key_coords),
+                                              reinterpret_cast<const U*>(radius), reinterpret_cast<T*>(loss),
+                                              reinterpret_cast<T*>(lse), reinterpret_cast<T*>(positive_lse), p);
+        });
+    });
+}
+
+// The addresses of gradients that nobody wants are 0.
+void pixel_contrast_backward(std::uintptr_t grad, std::uintptr_t query, std::uintptr_t key,
+                             std::uintptr_t query_coords, std::uintptr_t key_coords, std::uintptr_t radius,
+                             std::uintptr_t lse, std::uintptr_t positive_lse, std::uintptr_t grad_query,
+                             std::uintptr_t grad_key, int dtype, int coords_dtype, const Shape& size,
+                             double temperature, int threads) {
+    const auto p = contrast_problem(size, temperature, threads);
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_contrast::backward(
+                reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                reinterpret_cast<const U*>(query_coords), reinterpret_cast<const U*>(key_coords),
+                reinterpret_cast<const U*>(radius), reinterpret_cast<const T*>(lse),
+                reinterpret_cast<const T*>(positive_lse), reinterpret_cast<T*>(grad_query),
+                reinterpret_cast<T*>(grad_key), p);
+        });
+    });
+}
+
+// size as above; S is not read. self: see pixel_contrast.h.
+void similarity_lse_forward(std::uintptr_t query, std::uintptr_t key, std::uintptr_t lse, int dtype,
+                            const Shape& size, int64_t self, double temperature, int threads) {
+    const auto p = contrast_problem(size, temperature, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::pixel_contrast::lse_forward(reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                                              self, reinterpret_cast<T*>(lse), p);
+    });
+}
+
+void similarity_lse_backward(std::uintptr_t grad, std::uintptr_t query, std::uintptr_t key, std::uintptr_t lse,
+                             std::uintptr_t grad_query, std::uintptr_t grad_key, int dtype, const Shape& size,
+                             int64_t self, double temperature, int threads) {
+    const auto p = contrast_problem(size, temperature, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::pixel_contrast::lse_backward(reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(query),
+                                               reinterpret_cast<const T*>(key), self, reinterpret_cast<const T*>(lse),
+                                               reinterpret_cast<T*>(grad_query), reinterpret_cast<T*>(grad_key), p);
+    });
+}
+
 // What this processor and its operating system can run, slowest first. This file is compiled without any -m
 // flag, so asking is safe on every processor.
 std::vector<std::string> supported_isas() {
@@ -142,6 +211,10 @@ PYBIND11_MODULE(_cpu, m) {
     using Release = py::call_guard<py::gil_scoped_release>;
     m.def("gaussian_filter", &gaussian_filter, Release());
     m.def("gaussian_sigma_gradient", &gaussian_sigma_gradient, Release());
+    m.def("pixel_contrast_forward", &pixel_contrast_forward, Release());
+    m.def("pixel_contrast_backward", &pixel_contrast_backward, Release());
+    m.def("similarity_lse_forward", &similarity_lse_forward, Release());
+    m.def("similarity_lse_backward", &similarity_lse_backward, Release());
     m.def("window_attention_forward", &window_attention_forward, Release());
     m.def("window_attention_backward", &window_attention_backward, Release());
 }

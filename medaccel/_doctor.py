@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch, gaussian, window_attention
+from medaccel.ops import _dispatch, gaussian, pixel_contrast, window_attention
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Op:
 
 OPS = {
     "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
+    "pixel_contrastive_loss": Op(pixel_contrast.unsupported, gpu_kernel="Triton"),
     "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
 }
 

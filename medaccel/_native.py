@@ -116,6 +116,11 @@ def gaussian_sigma_gradient(
     return gradient
 
 
+def _address(tensor: Tensor | None) -> int:
+    """0 for a tensor that there is not; the caller keeps the others alive across the kernel's call."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _three_axes(values: Sequence[int], missing: int) -> list[int]:
     """One value per axis (z, y, x) of a map with 1-3 of them."""
     return [*[missing] * (3 - len(values)), *values]
@@ -208,6 +213,98 @@ def window_attention_backward(
             0 if grad_pad is None else grad_pad.data_ptr(), *settings,
         )  # fmt: skip
     return grad_qkv, grad_table, grad_pad
+
+
+def _contrast_size(query: Tensor, key: Tensor, axes: int) -> list[int]:
+    return [query.shape[0], query.shape[1], key.shape[1], query.shape[2], axes]
+
+
+def pixel_contrast_forward(
+    query: Tensor,
+    key: Tensor,
+    query_coords: Tensor,
+    key_coords: Tensor,
+    radius: Tensor,
+    temperature: float,
+    *,
+    cull: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The native loss of query (B, N, C) and key (B, M, C), and the base-2 log-sum-exps over all keys and over the
+    positives, (B, N) each. Features of one dtype, coordinates (B, N, S), (B, M, S) and radius (B,) of one dtype.
+
+    cull: skip blocks of pixels that are too far apart, which changes the time alone (the benchmark says how much).
+    """
+    assert cpu is not None
+    q, k, r = query.contiguous(), key.contiguous(), radius.contiguous()
+    at_q, at_k = query_coords.contiguous(), key_coords.contiguous()
+    loss, lse, positive_lse = (q.new_empty(q.shape[:2]) for _ in range(3))
+    cpu.pixel_contrast_forward(
+        q.data_ptr(), k.data_ptr(), at_q.data_ptr(), at_k.data_ptr(), r.data_ptr(), loss.data_ptr(), lse.data_ptr(),
+        positive_lse.data_ptr(), DTYPES[q.dtype], DTYPES[r.dtype], _contrast_size(q, k, at_q.shape[2]), temperature,
+        cull, torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, lse, positive_lse
+
+
+def pixel_contrast_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_coords: Tensor,
+    key_coords: Tensor,
+    radius: Tensor,
+    lse: Tensor,
+    positive_lse: Tensor,
+    temperature: float,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to query and key, where needed, from what the forward kernel returned."""
+    assert cpu is not None
+    g, q, k, r = grad.contiguous(), query.contiguous(), key.contiguous(), radius.contiguous()
+    at_q, at_k, all_keys, positives = (t.contiguous() for t in (query_coords, key_coords, lse, positive_lse))
+    grad_query = torch.empty_like(q) if need_query else None
+    grad_key = torch.empty_like(k) if need_key else None
+    cpu.pixel_contrast_backward(
+        g.data_ptr(), q.data_ptr(), k.data_ptr(), at_q.data_ptr(), at_k.data_ptr(), r.data_ptr(),
+        all_keys.data_ptr(), positives.data_ptr(), _address(grad_query), _address(grad_key), DTYPES[q.dtype],
+        DTYPES[r.dtype], _contrast_size(q, k, at_q.shape[2]), temperature, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_query, grad_key
+
+
+def similarity_lse_forward(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> Tensor:
+    """The base-2 log-sum-exp (B, N) over the keys (B, M, C) of the cosines with query (B, N, C) over temperature."""
+    assert cpu is not None
+    q, k = query.contiguous(), key.contiguous()
+    lse = q.new_empty(q.shape[:2])
+    cpu.similarity_lse_forward(
+        q.data_ptr(), k.data_ptr(), lse.data_ptr(), DTYPES[q.dtype], _contrast_size(q, k, 0), self_offset,
+        temperature, torch.get_num_threads(),
+    )  # fmt: skip
+    return lse
+
+
+def similarity_lse_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    temperature: float,
+    self_offset: int,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the natural log-sum-exp to query and key, where needed."""
+    assert cpu is not None
+    g, q, k, rows = grad.contiguous(), query.contiguous(), key.contiguous(), lse.contiguous()
+    grad_query = torch.empty_like(q) if need_query else None
+    grad_key = torch.empty_like(k) if need_key else None
+    cpu.similarity_lse_backward(
+        g.data_ptr(), q.data_ptr(), k.data_ptr(), rows.data_ptr(), _address(grad_query), _address(grad_key),
+        DTYPES[q.dtype], _contrast_size(q, k, 0), self_offset, temperature, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_query, grad_key
 
 
 # --- GPU ------------------------------------------------------------------------------------------------------

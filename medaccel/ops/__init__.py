@@ -3,6 +3,7 @@
 
 from medaccel.ops._dispatch import use_reference
 from medaccel.ops.gaussian import gaussian_filter
+from medaccel.ops.pixel_contrast import pixel_contrastive_loss
 from medaccel.ops.window_attention import shifted_window_attention
 
-__all__ = ["gaussian_filter", "shifted_window_attention", "use_reference"]
+__all__ = ["gaussian_filter", "pixel_contrastive_loss", "shifted_window_attention", "use_reference"]

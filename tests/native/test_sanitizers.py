@@ -12,7 +12,7 @@ import medaccel
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=gnu++17", "-g1", "-O1", "-ffp-contract=off", "-fopenmp", "-Wno-psabi"]
-CHECKED = {"gaussian": 2880, "window_attention": 128}
+CHECKED = {"gaussian": 2880, "pixel_contrast": 192, "window_attention": 128}
 
 
 def build(target: Path, op: str, *flags: str) -> Path:
@@ -26,7 +26,14 @@ def build(target: Path, op: str, *flags: str) -> Path:
 
 # 64: AVX-512's loops without its instructions, so that they run on any processor.
 @pytest.mark.parametrize(
-    ("op", "register_bytes"), [("gaussian", 16), ("window_attention", 16), ("window_attention", 64)]
+    ("op", "register_bytes"),
+    [
+        ("gaussian", 16),
+        ("pixel_contrast", 16),
+        ("pixel_contrast", 64),
+        ("window_attention", 16),
+        ("window_attention", 64),
+    ],
 )
 def test_kernel_is_right_and_clean_under_address_and_undefined_behaviour_sanitizers(
     op: str, register_bytes: int, tmp_path: Path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch, gaussian, pixel_contrast, window_attention
+from medaccel.ops import _dispatch, gaussian, nt_xent, pixel_contrast, window_attention
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Op:
 
 OPS = {
     "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
+    "info_nce_loss": Op(nt_xent.unsupported, gpu_kernel="none"),
+    "nt_xent_loss": Op(nt_xent.unsupported, gpu_kernel="none"),
     "pixel_contrastive_loss": Op(pixel_contrast.unsupported, gpu_kernel="Triton"),
     "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
 }

@@ -82,8 +82,8 @@ def pixel_contrastive_loss(
 
     Returns:
         The loss, in fp32 (fp64 for fp64 features); 0, with zero gradients, where no pixel has a positive. A zero
-        vector has cosine 0 with everything and gets no gradient. A NaN among the features of a pixel that counts makes
-        the loss NaN. Same bits whatever the number of threads, gradients included.
+        vector has cosine 0 with everything and gets no gradient. A NaN among the features of a pixel that counts
+        makes the loss NaN. Same bits whatever the number of threads, gradients included.
 
     Raises:
         TypeError: a dtype that makes no sense.

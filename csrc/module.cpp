@@ -10,7 +10,9 @@
 
 #include "common/parallel.h"
 #include "gaussian/gaussian.h"
+#include "pixel_consistency/pixel_consistency.h"
 #include "pixel_contrast/pixel_contrast.h"
+#include "propagation/propagation.h"
 #include "window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -186,6 +188,64 @@ void similarity_lse_backward(std::uintptr_t grad, std::uintptr_t query, std::uin
     });
 }
 
+// size, dtype and coords_dtype: as for the pixel contrast.
+void pixel_consistency_forward(std::uintptr_t query, std::uintptr_t key, std::uintptr_t query_coords,
+                               std::uintptr_t key_coords, std::uintptr_t radius, std::uintptr_t sums,
+                               std::uintptr_t counts, int dtype, int coords_dtype, const Shape& size, int threads) {
+    const medaccel::pixel_consistency::Problem p{size[0], size[1], size[2], size[3], size[4], threads};
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_consistency::forward(
+                reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                reinterpret_cast<const U*>(query_coords), reinterpret_cast<const U*>(key_coords),
+                reinterpret_cast<const U*>(radius), reinterpret_cast<T*>(sums), reinterpret_cast<T*>(counts), p);
+        });
+    });
+}
+
+void pixel_consistency_backward(std::uintptr_t grad, std::uintptr_t query, std::uintptr_t key,
+                                std::uintptr_t query_coords, std::uintptr_t key_coords, std::uintptr_t radius,
+                                std::uintptr_t grad_query, std::uintptr_t grad_key, int dtype, int coords_dtype,
+                                const Shape& size, int threads) {
+    const medaccel::pixel_consistency::Problem p{size[0], size[1], size[2], size[3], size[4], threads};
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_consistency::backward(
+                reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                reinterpret_cast<const U*>(query_coords), reinterpret_cast<const U*>(key_coords),
+                reinterpret_cast<const U*>(radius), reinterpret_cast<T*>(grad_query), reinterpret_cast<T*>(grad_key),
+                p);
+        });
+    });
+}
+
+// size: (B, N, C, D)
+void pixel_propagation_forward(std::uintptr_t features, std::uintptr_t values, std::uintptr_t out, int dtype,
+                               const Shape& size, double power, int threads) {
+    const medaccel::propagation::Problem p{size[0], size[1], size[2], size[3], power, threads};
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::propagation::forward(reinterpret_cast<const T*>(features), reinterpret_cast<const T*>(values),
+                                       reinterpret_cast<T*>(out), p);
+    });
+}
+
+void pixel_propagation_backward(std::uintptr_t grad, std::uintptr_t features, std::uintptr_t values,
+                                std::uintptr_t grad_features, std::uintptr_t grad_values, int dtype,
+                                const Shape& size, double power, int threads) {
+    const medaccel::propagation::Problem p{size[0], size[1], size[2], size[3], power, threads};
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::propagation::backward(reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(features),
+                                        reinterpret_cast<const T*>(values), reinterpret_cast<T*>(grad_features),
+                                        reinterpret_cast<T*>(grad_values), p);
+    });
+}
+
 // What this processor and its operating system can run, slowest first. This file is compiled without any -m
 // flag, so asking is safe on every processor.
 std::vector<std::string> supported_isas() {
@@ -213,6 +273,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("gaussian_sigma_gradient", &gaussian_sigma_gradient, Release());
     m.def("pixel_contrast_forward", &pixel_contrast_forward, Release());
     m.def("pixel_contrast_backward", &pixel_contrast_backward, Release());
+    m.def("pixel_consistency_forward", &pixel_consistency_forward, Release());
+    m.def("pixel_consistency_backward", &pixel_consistency_backward, Release());
+    m.def("pixel_propagation_forward", &pixel_propagation_forward, Release());
+    m.def("pixel_propagation_backward", &pixel_propagation_backward, Release());
     m.def("similarity_lse_forward", &similarity_lse_forward, Release());
     m.def("similarity_lse_backward", &similarity_lse_backward, Release());
     m.def("window_attention_forward", &window_attention_forward, Release());

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch, gaussian, nt_xent, pixel_contrast, window_attention
+from medaccel.ops import (
+    _dispatch,
+    gaussian,
+    nt_xent,
+    pixel_consistency,
+    pixel_contrast,
+    propagation,
+    window_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ OPS = {
     "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
     "info_nce_loss": Op(nt_xent.unsupported, gpu_kernel="none"),
     "nt_xent_loss": Op(nt_xent.unsupported, gpu_kernel="none"),
+    "pixel_consistency_loss": Op(pixel_consistency.unsupported, gpu_kernel="none"),
     "pixel_contrastive_loss": Op(pixel_contrast.unsupported, gpu_kernel="Triton"),
+    "pixel_propagation": Op(propagation.unsupported, gpu_kernel="none"),
     "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
 }
 

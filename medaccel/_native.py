@@ -307,6 +307,73 @@ def similarity_lse_backward(
     return grad_query, grad_key
 
 
+def pixel_consistency_forward(
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sums (B, N) of cosines over each query's near keys, and their numbers; dtypes as for the pixel contrast."""
+    assert cpu is not None
+    q, k, r = query.contiguous(), key.contiguous(), radius.contiguous()
+    at_q, at_k = query_coords.contiguous(), key_coords.contiguous()
+    sums, counts = q.new_empty(q.shape[:2]), q.new_empty(q.shape[:2])
+    cpu.pixel_consistency_forward(
+        q.data_ptr(), k.data_ptr(), at_q.data_ptr(), at_k.data_ptr(), r.data_ptr(), sums.data_ptr(),
+        counts.data_ptr(), DTYPES[q.dtype], DTYPES[r.dtype], _contrast_size(q, k, at_q.shape[2]),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return sums, counts
+
+
+def pixel_consistency_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_coords: Tensor,
+    key_coords: Tensor,
+    radius: Tensor,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to query and key, where needed, from that of the sums."""
+    assert cpu is not None
+    g, q, k, r = grad.contiguous(), query.contiguous(), key.contiguous(), radius.contiguous()
+    at_q, at_k = query_coords.contiguous(), key_coords.contiguous()
+    grad_query = torch.empty_like(q) if need_query else None
+    grad_key = torch.empty_like(k) if need_key else None
+    cpu.pixel_consistency_backward(
+        g.data_ptr(), q.data_ptr(), k.data_ptr(), at_q.data_ptr(), at_k.data_ptr(), r.data_ptr(),
+        _address(grad_query), _address(grad_key), DTYPES[q.dtype], DTYPES[r.dtype],
+        _contrast_size(q, k, at_q.shape[2]), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_query, grad_key
+
+
+def pixel_propagation_forward(features: Tensor, values: Tensor, power: float) -> Tensor:
+    """The values (B, N, D) summed up over all pixels with weights max(cos, 0)^power of features (B, N, C)."""
+    assert cpu is not None
+    x, v = features.contiguous(), values.contiguous()
+    out = torch.empty_like(v)
+    cpu.pixel_propagation_forward(
+        x.data_ptr(), v.data_ptr(), out.data_ptr(), DTYPES[x.dtype], [*x.shape, v.shape[2]], power,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def pixel_propagation_backward(
+    grad: Tensor, features: Tensor, values: Tensor, power: float, need_features: bool, need_values: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to features and values, where needed."""
+    assert cpu is not None
+    g, x, v = grad.contiguous(), features.contiguous(), values.contiguous()
+    grad_features = torch.empty_like(x) if need_features else None
+    grad_values = torch.empty_like(v) if need_values else None
+    cpu.pixel_propagation_backward(
+        g.data_ptr(), x.data_ptr(), v.data_ptr(), _address(grad_features), _address(grad_values), DTYPES[x.dtype],
+        [*x.shape, v.shape[2]], power, torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_features, grad_values
+
+
 # --- GPU ------------------------------------------------------------------------------------------------------
 # Tests put the emulated module here: the GPU's code paths then run on CPU tensors.
 emulated: ModuleType | None = None

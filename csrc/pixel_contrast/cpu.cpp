@@ -18,28 +18,6 @@ namespace {
 
 constexpr double kLn2 = 0.69314718055994530942;
 
-template <class U>
-std::vector<Points<U>> samples_of(const U* coords, int64_t n, const Problem& p) {
-    std::vector<Points<U>> samples;
-    for (int64_t b = 0; b < p.batch; ++b) samples.emplace_back(coords + b * n * p.axes, n, p.axes);
-    return samples;
-}
-
-// visit(sample, i, j) for the near pairs of each block of `points`, the blocks in parallel.
-template <class U, class Visit>
-void each_pair(const std::vector<Points<U>>& points, const std::vector<Points<U>>& others, const U* radius,
-               const Problem& p, const Visit& visit) {
-    if (points.empty()) return;
-    const int64_t blocks = points[0].blocks();
-    parallel_for(
-        static_cast<int64_t>(points.size()) * blocks, p.threads, [] { return std::vector<int64_t>(); },
-        [&](int64_t job, std::vector<int64_t>& candidates) {
-            const int64_t b = job / blocks;
-            points[b].each_near(job % blocks, others[b], radius[b], candidates, p.cull,
-                                [&](int64_t i, int64_t j) { visit(b, i, j); });
-        });
-}
-
 // A log-sum-exp to which scores come one by one.
 struct OnlineSum {
     double top = -std::numeric_limits<double>::infinity(), sum = 0;
@@ -76,8 +54,8 @@ void forward(const T* query, const T* key, const U* query_coords, const U* key_c
     const UnitRows<T> q(query, n, p.channels, p.threads), k(key, p.batch * p.keys, p.channels, p.threads);
     std::vector<OnlineSum> positives(n);
     std::vector<char> valid(n, 0);
-    each_pair(samples_of(query_coords, p.queries, p), samples_of(key_coords, p.keys, p), radius, p,
-              [&](int64_t b, int64_t i, int64_t j) {
+    each_pair(samples_of(query_coords, p.batch, p.queries, p.axes), samples_of(key_coords, p.batch, p.keys, p.axes),
+              radius, p.threads, p.cull, [&](int64_t b, int64_t i, int64_t j) {
                   const int64_t row = b * p.queries + i;
                   valid[row] = 1;
                   positives[row].add(dot(q.row(row), k.row(b * p.keys + j), q.width) * (kLog2e / p.temperature));
@@ -111,20 +89,21 @@ void backward(const T* grad, const T* query, const T* key, const U* query_coords
 
     // A positive's weight within the positives: each is subtracted from its query's gradient, and then from its
     // key's.
-    const auto queries = samples_of(query_coords, p.queries, p), keys = samples_of(key_coords, p.keys, p);
+    const auto queries = samples_of(query_coords, p.batch, p.queries, p.axes),
+               keys = samples_of(key_coords, p.batch, p.keys, p.axes);
     const auto share = [&](int64_t i, int64_t j) {
         const double score = dot(q.row(i), k.row(j), q.width) * (kLog2e / p.temperature);
         return static_cast<T>(-weight[i] * std::exp2(score - positive_lse[i]));
     };
     if (grad_query) {
-        each_pair(queries, keys, radius, p, [&](int64_t b, int64_t i, int64_t j) {
+        each_pair(queries, keys, radius, p.threads, p.cull, [&](int64_t b, int64_t i, int64_t j) {
             const int64_t row = b * p.queries + i, other = b * p.keys + j;
             if (wanted[row]) add_scaled(share(row, other), k.row(other), k.width, query_sums.data() + row * q.width);
         });
         q.gradient(query_sums, grad_query);
     }
     if (grad_key) {
-        each_pair(keys, queries, radius, p, [&](int64_t b, int64_t j, int64_t i) {
+        each_pair(keys, queries, radius, p.threads, p.cull, [&](int64_t b, int64_t j, int64_t i) {
             const int64_t row = b * p.queries + i, other = b * p.keys + j;
             if (wanted[row]) add_scaled(share(row, other), q.row(row), q.width, key_sums.data() + other * k.width);
         });

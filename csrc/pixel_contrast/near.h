@@ -11,6 +11,8 @@
 #include <limits>
 #include <vector>
 
+#include "../common/parallel.h"
+
 namespace medaccel::pixel_contrast {
 
 template <class U>
@@ -89,5 +91,29 @@ class Points {
     std::vector<U> coords_;      // [block][axis][kBlock]
     std::vector<U> low_, high_;  // [block][axis]
 };
+
+// coords: [batch][n][axes]
+template <class U>
+std::vector<Points<U>> samples_of(const U* coords, int64_t batch, int64_t n, int64_t axes) {
+    std::vector<Points<U>> samples;
+    for (int64_t b = 0; b < batch; ++b) samples.emplace_back(coords + b * n * axes, n, axes);
+    return samples;
+}
+
+// visit(sample, i, j) for the near pairs of each block of `points`, the blocks in parallel: the pairs of one i come
+// in order, from one thread. radius: [batch].
+template <class U, class Visit>
+void each_pair(const std::vector<Points<U>>& points, const std::vector<Points<U>>& others, const U* radius,
+               int threads, bool cull, const Visit& visit) {
+    if (points.empty()) return;
+    const int64_t blocks = points[0].blocks();
+    parallel_for(
+        static_cast<int64_t>(points.size()) * blocks, threads, [] { return std::vector<int64_t>(); },
+        [&](int64_t job, std::vector<int64_t>& candidates) {
+            const int64_t b = job / blocks;
+            points[b].each_near(job % blocks, others[b], radius[b], candidates, cull,
+                                [&](int64_t i, int64_t j) { visit(b, i, j); });
+        });
+}
 
 }  // namespace medaccel::pixel_contrast

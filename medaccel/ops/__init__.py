@@ -4,14 +4,18 @@
 from medaccel.ops._dispatch import use_reference
 from medaccel.ops.gaussian import gaussian_filter
 from medaccel.ops.nt_xent import info_nce_loss, nt_xent_loss
+from medaccel.ops.pixel_consistency import pixel_consistency_loss
 from medaccel.ops.pixel_contrast import pixel_contrastive_loss
+from medaccel.ops.propagation import pixel_propagation
 from medaccel.ops.window_attention import shifted_window_attention
 
 __all__ = [
     "gaussian_filter",
     "info_nce_loss",
     "nt_xent_loss",
+    "pixel_consistency_loss",
     "pixel_contrastive_loss",
+    "pixel_propagation",
     "shifted_window_attention",
     "use_reference",
 ]

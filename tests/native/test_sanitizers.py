@@ -12,7 +12,13 @@ import medaccel
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=gnu++17", "-g1", "-O1", "-ffp-contract=off", "-fopenmp", "-Wno-psabi"]
-CHECKED = {"gaussian": 2880, "pixel_contrast": 192, "window_attention": 128}
+CHECKED = {
+    "gaussian": 2880,
+    "pixel_consistency": 252,
+    "pixel_contrast": 192,
+    "propagation": 54,
+    "window_attention": 128,
+}
 
 
 def build(target: Path, op: str, *flags: str) -> Path:
@@ -29,8 +35,12 @@ def build(target: Path, op: str, *flags: str) -> Path:
     ("op", "register_bytes"),
     [
         ("gaussian", 16),
+        ("pixel_consistency", 16),
+        ("pixel_consistency", 64),
         ("pixel_contrast", 16),
         ("pixel_contrast", 64),
+        ("propagation", 16),
+        ("propagation", 64),
         ("window_attention", 16),
         ("window_attention", 64),
     ],

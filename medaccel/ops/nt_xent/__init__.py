@@ -42,7 +42,8 @@ def nt_xent_loss(
 
     Returns:
         a scalar, in fp32 (fp64 for fp64 embeddings); 0 where N = 0. One pair alone costs nothing: it has no
-negatives. 
+        negatives.
+
     Raises:
         TypeError: a dtype that makes no sense.
         ValueError: a shape, temperature or device that makes no sense.

@@ -14,10 +14,14 @@ from medaccel.ops.pixel_contrast import op, reference
 _NAME = "pixel_contrastive_loss"
 
 
-def unsupported(query: Tensor) -> str | None:
-    """None where a kernel serves `query`; else why not, in a sentence."""
+def unsupported(query: Tensor, key: Tensor | None = None) -> str | None:
+    """None where a kernel serves `query` and (if it is told) `key`; else why not, in a sentence."""
     if query.device.type == "cpu":
         return _native.cpu_problem
+    if query.device.type == "cuda":
+        other = query if key is None else key
+        dtype = other.dtype if other.dtype == torch.float64 else query.dtype
+        return op.triton_problem(query.device.index, dtype, query.shape[-1])
     return f"{_NAME} has no kernel for device {query.device.type!r}"
 
 
@@ -101,7 +105,7 @@ def pixel_contrastive_loss(
     tau = check_positive(_NAME, "temperature", temperature)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{_NAME}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-    if not _dispatch.reference_forced and unsupported(query) is None:
+    if not _dispatch.reference_forced and unsupported(query, key) is None:
         arguments = (query, key, at_query, at_key, radii, tau)
         loss, _, positive_lse = torch.ops.medaccel.pixel_contrastive_loss(*arguments)
         valid = positive_lse != -float("inf")

@@ -5,6 +5,8 @@ There is no autocast rule: nothing is cast, since the kernels take any dtype and
 wants of losses.
 """
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -26,6 +28,30 @@ _lib.define(
 def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
     """The dtype of the arithmetic, and of the loss."""
     return torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+
+
+MAX_TRITON_CHANNELS = 256  # wider ones spill registers
+
+
+@functools.cache
+def triton_problem(index: int, dtype: torch.dtype, channels: int) -> str | None:
+    """None where the Triton kernel serves this GPU, dtype and number of channels; else why not, in a sentence."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernel computes in fp32 and has none for {dtype}"
+    if channels > MAX_TRITON_CHANNELS:
+        return f"the Triton kernel has up to {MAX_TRITON_CHANNELS} channels, not {channels}"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton can't be imported: {error}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"cuda:{index} is sm_{major}{minor}; the Triton kernel needs sm_80 or newer (Ampere)"
+    return None
+
+
+# torch.compile asks once, while it compiles (see _native.gpu_problem).
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- kernels -------------------------------------------------------------------------------------------------
@@ -71,8 +97,22 @@ def _backward_cpu(
     )
 
 
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from medaccel.ops.pixel_contrast import triton  # only here: importing Triton takes a second
+
+    return triton.forward(*args)
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    from medaccel.ops.pixel_contrast import triton
+
+    return triton.backward(*args)
+
+
 _lib.impl("pixel_contrastive_loss", _forward_cpu, "CPU")
 _lib.impl("pixel_contrastive_loss_backward", _backward_cpu, "CPU")
+_lib.impl("pixel_contrastive_loss", _forward_cuda, "CUDA")
+_lib.impl("pixel_contrastive_loss_backward", _backward_cuda, "CUDA")
 
 
 # --- shapes without data -------------------------------------------------------------------------------------

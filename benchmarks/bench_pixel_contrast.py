@@ -148,12 +148,14 @@ def main() -> None:
     """Measures, prints, and writes the table and the plot where it is told to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 16³ only")
+    parser.add_argument("--allocator", choices=("default", "warm"), default="default", help="see harness.py")
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
     parser.add_argument("--plot", type=Path, help="draw the growth from 12³ to 48³ into this file")
     parser.add_argument("--plain-up-to", type=int, default=24, help="largest map for plain PyTorch, pixels a side")
     arguments = parser.parse_args()
-    warm_allocator()
-    print(", ".join(f"{k} {v}" for k, v in machine().items()), "warm allocator", sep=", ")
+    if arguments.allocator == "warm" and not warm_allocator():
+        parser.error("--allocator warm needs glibc")
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("forward + backward; ×: median time over medaccel's; memory: peak above the start, results included")
     sizes = [(16, 2)] if arguments.quick else [(16, 2), (24, 2), *((n, 1) for n in (12, 16, 20, 24, 32, 48))]
     rows: list[dict[str, object]] = []

@@ -358,6 +358,13 @@ def test_zero_stride_gradient_is_taken():
     assert torch.equal(ours, expected)
 
 
+def test_a_device_without_kernel_is_served_by_the_reference():
+    tensors = tuple(t.to("meta") for t in named("volume").tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, valid = run(named("volume"), tensors)
+    assert loss.device.type == valid.device.type == "meta"
+
+
 # --- bad input -----------------------------------------------------------------------------------------------
 GOOD = {
     "query": torch.zeros(2, 5, 4),

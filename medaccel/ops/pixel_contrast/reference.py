@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from medaccel.ops._dispatch import without_autocast
+
 
 def unit(x: Tensor) -> Tensor:
     """x (..., C) over its length; a zero vector stays zero, and so does its gradient."""
@@ -27,7 +29,7 @@ def pixel_contrastive_loss(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The loss (B, N), 0 for a query without a positive, and which queries have one, (B, N)."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         scores = unit(query) @ unit(key).transpose(1, 2) / temperature  # (B, N, M)
     positive = near(query_coords, key_coords, radius)
     valid = positive.any(dim=-1)

@@ -162,7 +162,7 @@ def main() -> None:
     for size, batch in sizes:
         work = Work(size, batch, plain=size <= arguments.plain_up_to)
         contenders = work.contenders()
-        measure(contenders, seconds=2.0, least=2 if size > 24 else 3)
+        measure(contenders, seconds=2.0, least=3 if size < 24 else 2)
         rows += rows_of(work, contenders)
     time_positives(16)
     if not arguments.quick:

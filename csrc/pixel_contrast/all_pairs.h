@@ -84,7 +84,7 @@ class AllPairs {
     // Σ weight[row] · temperature · lse[row] · ln 2. weight and lse are by row of the batch.
     void backward(const T* weight, const T* lse, std::vector<T>& query_sums, std::vector<T>& key_sums) const {
         const auto samples = static_cast<int64_t>(rows_.size());
-        const int64_t chunks = std::clamp<int64_t>((std::max(queries_, keys_) + 511) / 512, 1, 64);
+        const int64_t chunks = std::clamp<int64_t>((std::max(queries_, keys_) + kChunk - 1) / kChunk, 1, kMaxChunks);
         for (int64_t turn = 0; turn < chunks; ++turn)
             parallel_for(
                 samples * chunks, threads_, [] { return Chunk(); },
@@ -101,6 +101,9 @@ class AllPairs {
 
   private:
     static constexpr int64_t kGroup = 8;  // tiles of queries that share a pass over the keys
+    // Pixels of a chunk: the threads meet after each turn, so a chunk is some milliseconds of work, and from 16³
+    // pixels on there are at least 8 jobs a turn. More chunks than 64 would buy nothing.
+    static constexpr int64_t kChunk = 512, kMaxChunks = 64;
 
     struct Running {  // per lane: the largest score so far, and Σ 2^(score − top)
         T top[kLanes<T>];

@@ -12,6 +12,9 @@
 #include "diffusion_step/arguments.h"
 #include "gaussian/gaussian.h"
 #include "instance_norm/instance_norm.h"
+#include "pixel_consistency/pixel_consistency.h"
+#include "pixel_contrast/pixel_contrast.h"
+#include "propagation/propagation.h"
 #include "window_attention/window_attention.h"
 
 namespace py = pybind11;
@@ -177,6 +180,132 @@ void diffusion_step_backward(const std::vector<medaccel::diffusion_step::InputNu
     backward(problem_of(batch, size, coefficients.data(), columns, clip, threads), backward_of(in, out));
 }
 
+medaccel::pixel_contrast::Problem contrast_problem(const Shape& size, double temperature, int threads) {
+    return {size[0], size[1], size[2], size[3], size[4], temperature, threads};
+}
+
+// size: (B, N, M, C, S); dtype of the features and of the loss, coords_dtype of coordinates and radius.
+void pixel_contrast_forward(std::uintptr_t query, std::uintptr_t key, std::uintptr_t query_coords,
+                            std::uintptr_t key_coords, std::uintptr_t radius, std::uintptr_t loss, std::uintptr_t lse,
+                            std::uintptr_t positive_lse, int dtype, int coords_dtype, const Shape& size,
+                            double temperature, bool cull, int threads) {
+    auto p = contrast_problem(size, temperature, threads);
+    p.cull = cull;
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_contrast::forward(reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                                              reinterpret_cast<const U*>(query_coords),
+                                              reinterpret_cast<const U*>(key_coords),
+                                              reinterpret_cast<const U*>(radius), reinterpret_cast<T*>(loss),
+                                              reinterpret_cast<T*>(lse), reinterpret_cast<T*>(positive_lse), p);
+        });
+    });
+}
+
+// The addresses of gradients that nobody wants are 0.
+void pixel_contrast_backward(std::uintptr_t grad, std::uintptr_t query, std::uintptr_t key,
+                             std::uintptr_t query_coords, std::uintptr_t key_coords, std::uintptr_t radius,
+                             std::uintptr_t lse, std::uintptr_t positive_lse, std::uintptr_t grad_query,
+                             std::uintptr_t grad_key, int dtype, int coords_dtype, const Shape& size,
+                             double temperature, int threads) {
+    const auto p = contrast_problem(size, temperature, threads);
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_contrast::backward(
+                reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                reinterpret_cast<const U*>(query_coords), reinterpret_cast<const U*>(key_coords),
+                reinterpret_cast<const U*>(radius), reinterpret_cast<const T*>(lse),
+                reinterpret_cast<const T*>(positive_lse), reinterpret_cast<T*>(grad_query),
+                reinterpret_cast<T*>(grad_key), p);
+        });
+    });
+}
+
+// size as above; S is not read. self: see pixel_contrast.h.
+void similarity_lse_forward(std::uintptr_t query, std::uintptr_t key, std::uintptr_t lse, int dtype,
+                            const Shape& size, int64_t self, double temperature, int threads) {
+    const auto p = contrast_problem(size, temperature, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::pixel_contrast::lse_forward(reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                                              self, reinterpret_cast<T*>(lse), p);
+    });
+}
+
+void similarity_lse_backward(std::uintptr_t grad, std::uintptr_t query, std::uintptr_t key, std::uintptr_t lse,
+                             std::uintptr_t grad_query, std::uintptr_t grad_key, int dtype, const Shape& size,
+                             int64_t self, double temperature, int threads) {
+    const auto p = contrast_problem(size, temperature, threads);
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::pixel_contrast::lse_backward(reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(query),
+                                               reinterpret_cast<const T*>(key), self, reinterpret_cast<const T*>(lse),
+                                               reinterpret_cast<T*>(grad_query), reinterpret_cast<T*>(grad_key), p);
+    });
+}
+
+// size, dtype and coords_dtype: as for the pixel contrast.
+void pixel_consistency_forward(std::uintptr_t query, std::uintptr_t key, std::uintptr_t query_coords,
+                               std::uintptr_t key_coords, std::uintptr_t radius, std::uintptr_t sums,
+                               std::uintptr_t counts, int dtype, int coords_dtype, const Shape& size, int threads) {
+    const medaccel::pixel_consistency::Problem p{size[0], size[1], size[2], size[3], size[4], threads};
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_consistency::forward(
+                reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                reinterpret_cast<const U*>(query_coords), reinterpret_cast<const U*>(key_coords),
+                reinterpret_cast<const U*>(radius), reinterpret_cast<T*>(sums), reinterpret_cast<T*>(counts), p);
+        });
+    });
+}
+
+void pixel_consistency_backward(std::uintptr_t grad, std::uintptr_t query, std::uintptr_t key,
+                                std::uintptr_t query_coords, std::uintptr_t key_coords, std::uintptr_t radius,
+                                std::uintptr_t grad_query, std::uintptr_t grad_key, int dtype, int coords_dtype,
+                                const Shape& size, int threads) {
+    const medaccel::pixel_consistency::Problem p{size[0], size[1], size[2], size[3], size[4], threads};
+    dispatch(dtype, [&](auto zero) {
+        dispatch(coords_dtype, [&](auto coords_zero) {
+            using T = decltype(zero);
+            using U = decltype(coords_zero);
+            medaccel::pixel_consistency::backward(
+                reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(query), reinterpret_cast<const T*>(key),
+                reinterpret_cast<const U*>(query_coords), reinterpret_cast<const U*>(key_coords),
+                reinterpret_cast<const U*>(radius), reinterpret_cast<T*>(grad_query), reinterpret_cast<T*>(grad_key),
+                p);
+        });
+    });
+}
+
+// size: (B, N, C, D)
+void pixel_propagation_forward(std::uintptr_t features, std::uintptr_t values, std::uintptr_t out, int dtype,
+                               const Shape& size, double power, int threads) {
+    const medaccel::propagation::Problem p{size[0], size[1], size[2], size[3], power, threads};
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::propagation::forward(reinterpret_cast<const T*>(features), reinterpret_cast<const T*>(values),
+                                       reinterpret_cast<T*>(out), p);
+    });
+}
+
+void pixel_propagation_backward(std::uintptr_t grad, std::uintptr_t features, std::uintptr_t values,
+                                std::uintptr_t grad_features, std::uintptr_t grad_values, int dtype,
+                                const Shape& size, double power, int threads) {
+    const medaccel::propagation::Problem p{size[0], size[1], size[2], size[3], power, threads};
+    dispatch(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        medaccel::propagation::backward(reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(features),
+                                        reinterpret_cast<const T*>(values), reinterpret_cast<T*>(grad_features),
+                                        reinterpret_cast<T*>(grad_values), p);
+    });
+}
+
 // What this processor and its operating system can run, slowest first. This file is compiled without any -m
 // flag, so asking is safe on every processor.
 std::vector<std::string> supported_isas() {
@@ -204,6 +333,14 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("gaussian_sigma_gradient", &gaussian_sigma_gradient, Release());
     m.def("instance_norm_forward", &instance_norm_forward, Release());
     m.def("instance_norm_backward", &instance_norm_backward, Release());
+    m.def("pixel_contrast_forward", &pixel_contrast_forward, Release());
+    m.def("pixel_contrast_backward", &pixel_contrast_backward, Release());
+    m.def("pixel_consistency_forward", &pixel_consistency_forward, Release());
+    m.def("pixel_consistency_backward", &pixel_consistency_backward, Release());
+    m.def("pixel_propagation_forward", &pixel_propagation_forward, Release());
+    m.def("pixel_propagation_backward", &pixel_propagation_backward, Release());
+    m.def("similarity_lse_forward", &similarity_lse_forward, Release());
+    m.def("similarity_lse_backward", &similarity_lse_backward, Release());
     m.def("window_attention_forward", &window_attention_forward, Release());
     m.def("window_attention_backward", &window_attention_backward, Release());
     m.def("diffusion_step_forward", &diffusion_step_forward, Release());

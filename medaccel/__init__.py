@@ -19,7 +19,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_LAZY = ("data", "diffusion", "layers", "nets", "report", "restoration")
+_LAZY = ("data", "diffusion", "layers", "losses", "nets", "report", "restoration")
 __all__ = ["AccelerationReport", "accelerate", "doctor", "explain", "ops", "revert", "use_reference", *_LAZY]
 
 

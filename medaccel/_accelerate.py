@@ -27,6 +27,11 @@ class _Entry:
 
 _REGISTRY = (
     _Entry(
+        "monai.losses.contrastive:ContrastiveLoss",
+        "medaccel.losses.contrastive:ContrastiveLoss",
+        "medaccel.losses.contrastive:contrastive_unsupported",
+    ),
+    _Entry(
         "monai.networks.layers.simplelayers:GaussianFilter",
         "medaccel.layers.gaussian:GaussianFilter",
         "medaccel.layers.gaussian:filter_unsupported",

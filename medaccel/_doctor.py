@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch, gaussian, instance_norm, window_attention
+from medaccel.ops import (
+    _dispatch,
+    gaussian,
+    instance_norm,
+    nt_xent,
+    pixel_consistency,
+    pixel_contrast,
+    propagation,
+    window_attention,
+)
 from medaccel.ops.diffusion_step import unsupported as diffusion_step_unsupported  # the op has its folder's name
 
 
@@ -29,6 +38,11 @@ class Op:
 OPS = {
     "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
     "instance_norm_act": Op(instance_norm.unsupported, gpu_kernel=None),
+    "info_nce_loss": Op(nt_xent.unsupported, gpu_kernel=None),
+    "nt_xent_loss": Op(nt_xent.unsupported, gpu_kernel=None),
+    "pixel_consistency_loss": Op(pixel_consistency.unsupported, gpu_kernel=None),
+    "pixel_contrastive_loss": Op(pixel_contrast.unsupported, gpu_kernel="Triton"),
+    "pixel_propagation": Op(propagation.unsupported, gpu_kernel=None),
     "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
     "diffusion_step": Op(diffusion_step_unsupported, gpu_kernel="CUDA C++"),
 }

@@ -29,6 +29,8 @@ from medaccel.ops import (
     gaussian_filter,
     instance_norm,
     instance_norm_act,
+    pixel_contrast,
+    pixel_contrastive_loss,
     shifted_window_attention,
     use_reference,
     window_attention,
@@ -76,6 +78,14 @@ _WINDOWS = {
     "image": _Windows((16, 20), (7, 7), (3, 3), 1, 64),
     "odd head dimension": _Windows((6, 7, 5), (3, 3, 3), (1, 1, 1), 2, 5),
     "dropout": _Windows((6, 7, 5), (4, 4, 4), (2, 2, 2), 2, 8, 0.3),
+}
+
+# Pixels of the two views, channels, radius, temperature; coordinates fill a cube of side 1.
+_VIEWS: dict[str, tuple[tuple[int, int], int, float, float]] = {
+    "two maps": ((343, 343), 64, 0.2, 0.3),
+    "a finer one": ((100, 517), 37, 0.15, 0.1),
+    "few positives": ((300, 200), 128, 0.03, 0.3),
+    "no positive": ((40, 50), 16, 1e-6, 0.3),
 }
 
 
@@ -190,10 +200,13 @@ def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verificat
             outcome.checks.append(_check_norm(device, dtype, case))
         for dtype, case in itertools.product(_FLOOR, _STEPS):
             outcome.checks.append(_check_step(device, dtype, case))
+        for dtype, case in itertools.product(_FLOOR, _VIEWS):
+            outcome.checks.append(_check_contrast(device, dtype, case))
         if speed:
             outcome.speeds += [_time_gaussian(device, sigma) for sigma in (1.0, 2.0, 4.0)]
             outcome.speeds += [_time_attention(device, head_dim, training) for head_dim, training in _TIMED_HEADS]
             outcome.speeds += [_time_step(device, s) for s in (0.0, 0.4)]
+            outcome.speeds.append(_time_contrast(device))
     return outcome
 
 
@@ -321,6 +334,30 @@ def _check_step(device: torch.device, dtype: torch.dtype, case: str) -> Check:
     return _judge("diffusion_step", tensors[0], case, reason, (ours, plain, truth), (1.0,) * 6)
 
 
+def _contrast_gradients(tensors: Sequence[Tensor], radius: float, temperature: float) -> list[Tensor]:
+    query, key = (t.detach().requires_grad_() for t in tensors[:2])
+    options: dict[str, Any] = {"radius": radius, "temperature": temperature}
+    loss = pixel_contrastive_loss(query, key, *tensors[2:], **options)
+    return [loss.detach(), *torch.autograd.grad(loss, (query, key))]
+
+
+def _check_contrast(device: torch.device, dtype: torch.dtype, case: str) -> Check:
+    (queries, keys), channels, radius, temperature = _VIEWS[case]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, n, channels, generator=generator).to(device, dtype) for n in (queries, keys)]
+    tensors += [torch.rand(2, n, 3, generator=generator).to(device) for n in (queries, keys)]
+    with use_reference():
+        truth = _contrast_gradients(
+            [*(t.cpu().double() for t in tensors[:2]), *(t.cpu() for t in tensors[2:])], radius, temperature
+        )
+        plain = _contrast_gradients(tensors, radius, temperature)
+    ours = _contrast_gradients(tensors, radius, temperature)
+    reason = pixel_contrast.unsupported(tensors[0])
+    terms = 1 / (temperature * queries)  # a gradient is a difference of two mean vectors of that size
+    results = (ours, plain, truth)
+    return _judge("pixel_contrastive_loss", tensors[0], case, reason, results, (1 / temperature, terms, terms))
+
+
 def _median_ms(call: Callable[[], object], device: torch.device) -> float:
     def finish() -> None:
         if device.type == "cuda":
@@ -431,6 +468,22 @@ def _monai_ddpm(x: Tensor, m: Tensor, device: torch.device) -> float | None:
         return None
     scheduler = DDPMScheduler()
     return _median_ms(lambda: scheduler.step(m, 500, x), device)
+
+
+def _time_contrast(device: torch.device) -> Speed:
+    """Two maps of 12³ pixels on the CPU, of 24³ on a GPU; forward + backward."""
+    size, dtype = (12, torch.float32) if device.type == "cpu" else (24, torch.bfloat16)
+    at = torch.cartesian_prod(*[torch.arange(float(size), device=device)] * 3)[None]
+    features = [torch.randn(1, size**3, 64, device=device, dtype=dtype) for _ in range(2)]
+    call = functools.partial(_contrast_gradients, [*features, at, at + 0.3], 1.0, 0.3)
+    ours = _median_ms(call, device)
+    with use_reference():
+        plain = _median_ms(call, device)
+    a = torch.rand(1024, 1024, device=device, dtype=dtype)
+    rate = 2 * 1024**3 / _median_ms(lambda: a @ a, device)
+    operations = 4 * 2 * size**6 * 64
+    case = f"{size}³ pixels, {str(dtype).removeprefix('torch.')}"
+    return Speed("pixel_contrastive_loss", str(device), case, ours, plain, None, "matmul", operations / ours / rate)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def test_verify_runs_and_times_where_only_torch_and_numpy_are():
     assert all(re.search(r"ms +[\d.]+× +not here +\d+% of matmul$", line) for line in attention), attention
     steps = [line for line in result.stdout.splitlines() if line.startswith("diffusion_step") and " ms " in line]
     assert len(steps) == 2
+    contrast = [line for line in result.stdout.splitlines() if line.startswith("pixel_contrastive_loss")]
+    assert re.search(r"12³ pixels, float32 .* not here +\d+% of matmul$", contrast[-1]), contrast
 
 
 def test_monai_is_a_peer_where_it_is_installed():

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medical images in and out: NIfTI, DICOM series, SUV, and files written atomically."""
+"""Medical images in and out: NIfTI, DICOM series, SUV, files written atomically; two views of a volume."""
+
+import importlib
+from typing import Any
 
 from medaccel.data.dicom import DicomSeries, load_series, open_series, read_dicom_series, read_pet_series
 from medaccel.data.files import atomic_path, check_output, write_bytes, write_text
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, save_nifti, voxel_spacing
 from medaccel.data.suv import suv_factors
 
+_VIEWS = ("TwoViews", "feature_affine")  # on MONAI, which is imported when they are first used
 __all__ = [
     "DicomSeries",
+    "TwoViews",
     "atomic_path",
     "check_output",
+    "feature_affine",
     "is_nifti_name",
     "load_series",
     "make_nifti",
@@ -23,3 +29,9 @@ __all__ = [
     "write_bytes",
     "write_text",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VIEWS:
+        return getattr(importlib.import_module("medaccel.data.views"), name)
+    raise AttributeError(f"module 'medaccel.data' has no attribute {name!r}")

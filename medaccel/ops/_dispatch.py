@@ -2,7 +2,7 @@
 """What every op's choice of path shares."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ def use_reference() -> Iterator[None]:
         yield
     finally:
         reference_forced = before
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, autocast casts nothing: for references of ops that are computed in fp32 whatever surrounds them."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def plain_eager(input: Tensor) -> bool:

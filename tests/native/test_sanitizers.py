@@ -12,7 +12,15 @@ import medaccel
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=gnu++17", "-g1", "-O1", "-ffp-contract=off", "-fopenmp", "-Wno-psabi"]
-CHECKED = {"gaussian": 2880, "instance_norm": 512, "window_attention": 128, "diffusion_step": 1552}
+CHECKED = {
+    "gaussian": 2880,
+    "instance_norm": 512,
+    "pixel_consistency": 252,
+    "pixel_contrast": 192,
+    "propagation": 54,
+    "window_attention": 128,
+    "diffusion_step": 1552,
+}
 
 
 def build(target: Path, op: str, *flags: str) -> Path:

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ops on the pixels of two views share: their arguments' checks."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_floating(name: str, **tensors: Tensor) -> None:
+    """A TypeError naming the first argument that is no floating-point tensor."""
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: {argument} is {kind}; expected a floating-point tensor")
+
+
+def check_devices(name: str, first: str, **tensors: Tensor) -> None:
+    """A ValueError naming the first argument that lies elsewhere than `first`."""
+    device = tensors[first].device
+    for argument, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}: {argument} is on {tensor.device} and {first} on {device}; expected the same device"
+            )
+
+
+def check_positive(name: str, argument: str, value: float) -> float:
+    """`value` as a float, or a ValueError where it is not finite and above 0."""
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: {argument} is {value}; expected a finite number above 0")
+    return number
+
+
+def check_features(name: str, query: Tensor, key: Tensor) -> None:
+    """Errors in a sentence where query and key are not (B, N, C) and (B, M, C)."""
+    check_floating(name, query=query, key=key)
+    if query.dim() != 3 or query.shape[2] == 0:
+        raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected (B, N, C) with C >= 1")
+    if key.dim() != 3 or key.shape[0] != query.shape[0] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"{name}: key has shape {tuple(key.shape)}; expected ({query.shape[0]}, M, {query.shape[2]}), the batch "
+            "and the channels of query"
+        )
+
+
+def check_views(
+    name: str, query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The coordinates and the radius (B,) in one dtype, fp32 or fp64; or an error in a sentence.
+
+    Values are looked at on the CPU only: nothing here waits for a device.
+    """
+    check_features(name, query, key)
+    check_floating(name, query_coords=query_coords, key_coords=key_coords)
+    axes = query_coords.shape[-1] if query_coords.dim() == 3 else 0
+    for argument, coords, of, features in (
+        ("query_coords", query_coords, "query", query),
+        ("key_coords", key_coords, "key", key),
+    ):
+        if not 1 <= axes <= 3 or tuple(coords.shape) != (*features.shape[:2], axes):
+            raise ValueError(
+                f"{name}: {argument} has shape {tuple(coords.shape)}; expected ({features.shape[0]}, "
+                f"{features.shape[1]}, S), the batch and the pixels of {of}, with S = 1-3 the same for both views"
+            )
+    dtype = torch.float32
+    if torch.float64 in (query_coords.dtype, key_coords.dtype):
+        dtype = torch.float64
+    if isinstance(radius, Tensor):
+        check_floating(name, radius=radius)
+        if radius.numel() not in (1, len(query)) or radius.dim() > 1:
+            raise ValueError(
+                f"{name}: radius has shape {tuple(radius.shape)}; expected a number or one per sample, "
+                f"({len(query)},)"
+            )
+        if radius.device.type == "cpu" and not torch.compiler.is_compiling():
+            for value in radius.detach().reshape(-1).tolist():
+                check_positive(name, "radius", value)
+        radii = radius.detach().to(dtype).expand(len(query))
+    else:
+        value = check_positive(name, "radius", radius)
+        radii = torch.full((len(query),), value, dtype=dtype, device=query.device)
+    check_devices(name, "query", query=query, key=key, query_coords=query_coords, key_coords=key_coords, radius=radii)
+    return query_coords.detach().to(dtype), key_coords.detach().to(dtype), radii

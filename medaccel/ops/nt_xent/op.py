@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registration of the log-sum-exp of cosine similarities: schema, shapes without data, gradients, CPU kernel.
+
+No autocast rule, as in pixel_contrast/op.py: losses are computed in fp32.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+from medaccel.ops.pixel_contrast.op import compute_dtype
+
+_SETTINGS = "float temperature, int self_offset"
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+# The second output is the first in base 2, as the backward kernel takes it: converting back would round it again.
+_lib.define(f"similarity_lse(Tensor query, Tensor key, {_SETTINGS}) -> (Tensor, Tensor)")
+_lib.define(
+    f"similarity_lse_backward(Tensor grad, Tensor query, Tensor key, Tensor lse, {_SETTINGS}, bool need_query, "
+    "bool need_key) -> (Tensor, Tensor)"
+)
+
+
+def _forward_cpu(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(query, key)
+    base2 = _native.similarity_lse_forward(query.to(dtype), key.to(dtype), temperature, self_offset)
+    return base2 * math.log(2.0), base2
+
+
+def _backward_cpu(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    temperature: float,
+    self_offset: int,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(query, key)
+    grad_query, grad_key = _native.similarity_lse_backward(
+        grad.to(dtype), query.to(dtype), key.to(dtype), lse, temperature, self_offset, need_query, need_key
+    )
+    return (
+        query.new_empty(0) if grad_query is None else grad_query.to(query.dtype),
+        key.new_empty(0) if grad_key is None else grad_key.to(key.dtype),
+    )
+
+
+_lib.impl("similarity_lse", _forward_cpu, "CPU")
+_lib.impl("similarity_lse_backward", _backward_cpu, "CPU")
+
+
+@torch.library.register_fake("medaccel::similarity_lse", lib=_lib)
+def _(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> tuple[Tensor, Tensor]:
+    dtype, shape = compute_dtype(query, key), query.shape[:2]
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("medaccel::similarity_lse_backward", lib=_lib)
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    temperature: float,
+    self_offset: int,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape if need_query else (0,)),
+        key.new_empty(key.shape if need_key else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, ctx.temperature, ctx.self_offset = inputs
+    ctx.save_for_backward(query, key, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_query, need_key, *_others = ctx.needs_input_grad
+    if grad is None or not (need_query or need_key):
+        return (None,) * 4
+    grads = torch.ops.medaccel.similarity_lse_backward(
+        grad, *ctx.saved_tensors, ctx.temperature, ctx.self_offset, need_query, need_key
+    )
+    grad_query, grad_key = (g if need else None for g, need in zip(grads, (need_query, need_key), strict=True))
+    return grad_query, grad_key, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "nt_xent_loss and info_nce_loss: their gradients have no gradient (double backward is not written); "
+        "run them under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd("medaccel::similarity_lse", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "medaccel::similarity_lse_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)

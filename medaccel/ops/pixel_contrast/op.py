@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pixel contrast's registration: schema, shapes without data, gradients, kernels per device.
+
+There is no autocast rule: nothing is cast, since the kernels take any dtype and compute a loss in fp32, as autocast
+wants of losses.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+
+_INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+# After the loss, the rows' log-sum-exps over all keys and over the positives, in base 2: what the backward pass
+# needs. The latter is −∞ where a row has no positive.
+_lib.define(f"pixel_contrastive_loss({_INPUTS}, float temperature) -> (Tensor, Tensor, Tensor)")
+_lib.define(
+    f"pixel_contrastive_loss_backward(Tensor grad, {_INPUTS}, Tensor lse, Tensor positive_lse, float temperature, "
+    "bool need_query, bool need_key) -> (Tensor, Tensor)"
+)
+
+
+def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic, and of the loss."""
+    return torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
+
+
+MAX_TRITON_CHANNELS = 256  # wider ones spill registers
+
+
+@functools.cache
+def triton_problem(index: int, dtype: torch.dtype, channels: int) -> str | None:
+    """None where the Triton kernel serves this GPU, dtype and number of channels; else why not, in a sentence."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernel computes in fp32 and has none for {dtype}"
+    if channels > MAX_TRITON_CHANNELS:
+        return f"the Triton kernel has up to {MAX_TRITON_CHANNELS} channels, not {channels}"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton can't be imported: {error}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"cuda:{index} is sm_{major}{minor}; the Triton kernel needs sm_80 or newer (Ampere)"
+    return None
+
+
+# torch.compile asks once, while it compiles (see _native.gpu_problem).
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# --- kernels -------------------------------------------------------------------------------------------------
+def _forward_cpu(
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(query, key)
+    return _native.pixel_contrast_forward(
+        query.to(dtype), key.to(dtype), query_coords, key_coords, radius, temperature
+    )
+
+
+def _backward_cpu(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_coords: Tensor,
+    key_coords: Tensor,
+    radius: Tensor,
+    lse: Tensor,
+    positive_lse: Tensor,
+    temperature: float,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(query, key)
+    grad_query, grad_key = _native.pixel_contrast_backward(
+        grad.to(dtype),
+        query.to(dtype),
+        key.to(dtype),
+        query_coords,
+        key_coords,
+        radius,
+        lse,
+        positive_lse,
+        temperature,
+        need_query,
+        need_key,
+    )
+    return (
+        query.new_empty(0) if grad_query is None else grad_query.to(query.dtype),
+        key.new_empty(0) if grad_key is None else grad_key.to(key.dtype),
+    )
+
+
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from medaccel.ops.pixel_contrast import triton  # only here: importing Triton takes a second
+
+    return triton.forward(*args)
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    from medaccel.ops.pixel_contrast import triton
+
+    return triton.backward(*args)
+
+
+_lib.impl("pixel_contrastive_loss", _forward_cpu, "CPU")
+_lib.impl("pixel_contrastive_loss_backward", _backward_cpu, "CPU")
+_lib.impl("pixel_contrastive_loss", _forward_cuda, "CUDA")
+_lib.impl("pixel_contrastive_loss_backward", _backward_cuda, "CUDA")
+
+
+# --- shapes without data -------------------------------------------------------------------------------------
+@torch.library.register_fake("medaccel::pixel_contrastive_loss", lib=_lib)
+def _(
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, shape = compute_dtype(query, key), query.shape[:2]
+    return (
+        query.new_empty(shape, dtype=dtype),
+        query.new_empty(shape, dtype=dtype),
+        query.new_empty(shape, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("medaccel::pixel_contrastive_loss_backward", lib=_lib)
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_coords: Tensor,
+    key_coords: Tensor,
+    radius: Tensor,
+    lse: Tensor,
+    positive_lse: Tensor,
+    temperature: float,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape if need_query else (0,)),
+        key.new_empty(key.shape if need_key else (0,)),
+    )
+
+
+# --- gradients -----------------------------------------------------------------------------------------------
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_query, need_key, *_others = ctx.needs_input_grad
+    if grad is None or not (need_query or need_key):
+        return (None,) * 6
+    grads = torch.ops.medaccel.pixel_contrastive_loss_backward(
+        grad, *ctx.saved_tensors, ctx.temperature, need_query, need_key
+    )
+    grad_query, grad_key = (g if need else None for g, need in zip(grads, (need_query, need_key), strict=True))
+    return grad_query, grad_key, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "pixel_contrastive_loss: its gradient has no gradient (double backward is not written); "
+        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd("medaccel::pixel_contrastive_loss", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "medaccel::pixel_contrastive_loss_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pixel-level contrastive loss in plain PyTorch: differentiable, readable, with N × M tensors."""
+
+import torch
+from torch import Tensor
+
+from medaccel.ops._dispatch import without_autocast
+
+
+def unit(x: Tensor) -> Tensor:
+    """x (..., C) over its length; a zero vector stays zero, and so does its gradient."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length == 0, torch.inf, length)
+
+
+def near(query_coords: Tensor, key_coords: Tensor, radius: Tensor) -> Tensor:
+    """(B, N, M): whether query i and key j lie closer to each other than the sample's radius.
+
+    Differences are taken before they are squared and summed, axis by axis: the expansion that `torch.cdist` uses
+    rounds differently, which flips pairs on a grid whose distance is the radius itself.
+    """
+    squared = torch.zeros((), dtype=query_coords.dtype, device=query_coords.device)
+    for a in range(query_coords.shape[-1]):
+        squared = squared + (query_coords[:, :, None, a] - key_coords[:, None, :, a]).square()
+    return squared < radius.square()[:, None, None]
+
+
+def pixel_contrastive_loss(
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The loss (B, N), 0 for a query without a positive, and which queries have one, (B, N)."""
+    with without_autocast(query.device):
+        scores = unit(query) @ unit(key).transpose(1, 2) / temperature  # (B, N, M)
+    positive = near(query_coords, key_coords, radius)
+    valid = positive.any(dim=-1)
+    # Where a row has no positive, all count as such: its result is replaced, and must not be NaN until then.
+    of_positives = scores.masked_fill(~positive & valid[..., None], -torch.inf).logsumexp(dim=-1)
+    return torch.where(valid, scores.logsumexp(dim=-1) - of_positives, 0.0), valid

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PixPro's pixel propagation: every pixel takes over from the pixels that look like it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+from medaccel.ops import _dispatch
+from medaccel.ops._views import check_devices, check_floating
+from medaccel.ops.propagation import op, reference
+
+_NAME = "pixel_propagation"
+
+
+def unsupported(features: Tensor) -> str | None:
+    """None where a kernel serves `features`; else why not, in a sentence."""
+    if features.device.type == "cpu":
+        return _native.cpu_problem
+    return f"{_NAME} has no kernel for device {features.device.type!r}"
+
+
+def pixel_propagation(features: Tensor, values: Tensor, *, power: float = 2.0) -> Tensor:
+    """y_i = Σ_j max(cos(features_i, features_j), 0)^power · values_j, without an N × N tensor, backward neither.
+
+    Args:
+        features: (B, N, C), floating point; normalised inside. A zero vector is like nothing and gets no gradient.
+        values: (B, N, D), what is propagated: in PixPro a 1 × 1 convolution of the features. Not normalised.
+        power: at least 1: how much the most alike are preferred.
+
+    Returns:
+        (B, N, D) in the dtype of `values`, computed in fp32 (fp64 for fp64). Same bits whatever the number of
+        threads, gradients included. A NaN in a pixel reaches all pixels of its sample.
+
+    Raises:
+        TypeError: a dtype that makes no sense.
+        ValueError: a shape, power or device that makes no sense.
+
+    Source: Xie et al., "Propagate Yourself", CVPR 2021, eq. 3-4.
+
+    >>> import torch, medaccel
+    >>> medaccel.ops.propagation(torch.randn(1, 216, 32), torch.randn(1, 216, 8)).shape
+    torch.Size([1, 216, 8])
+    """
+    check_floating(_NAME, features=features, values=values)
+    if features.dim() != 3 or features.shape[2] == 0:
+        raise ValueError(f"{_NAME}: features has shape {tuple(features.shape)}; expected (B, N, C) with C >= 1")
+    if values.dim() != 3 or values.shape[:2] != features.shape[:2]:
+        expected = f"({features.shape[0]}, {features.shape[1]}, D)"
+        raise ValueError(f"{_NAME}: values has shape {tuple(values.shape)}; expected {expected}, a row per pixel")
+    check_devices(_NAME, "features", features=features, values=values)
+    if not 1 <= power < math.inf:
+        raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
+    if not _dispatch.reference_forced and unsupported(features) is None:
+        propagated: Tensor = torch.ops.medaccel.pixel_propagation(features, values, float(power))
+        return propagated
+    dtype = op.compute_dtype(features, values)
+    return reference.pixel_propagation(features.to(dtype), values.to(dtype), float(power)).to(values.dtype)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixel propagation's registration: schema, shapes without data, gradients, CPU kernel.
+
+No autocast rule, as in pixel_contrast/op.py: sums over so many pixels are computed in fp32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel import _native
+from medaccel.ops.pixel_contrast.op import compute_dtype
+
+_lib = torch.library.Library("medaccel", "FRAGMENT")
+_lib.define("pixel_propagation(Tensor features, Tensor values, float power) -> Tensor")
+_lib.define(
+    "pixel_propagation_backward(Tensor grad, Tensor features, Tensor values, float power, bool need_features, "
+    "bool need_values) -> (Tensor, Tensor)"
+)
+
+
+def _forward_cpu(features: Tensor, values: Tensor, power: float) -> Tensor:
+    dtype = compute_dtype(features, values)
+    return _native.pixel_propagation_forward(features.to(dtype), values.to(dtype), power).to(values.dtype)
+
+
+def _backward_cpu(
+    grad: Tensor, features: Tensor, values: Tensor, power: float, need_features: bool, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(features, values)
+    grad_features, grad_values = _native.pixel_propagation_backward(
+        grad.to(dtype), features.to(dtype), values.to(dtype), power, need_features, need_values
+    )
+    return (
+        features.new_empty(0) if grad_features is None else grad_features.to(features.dtype),
+        values.new_empty(0) if grad_values is None else grad_values.to(values.dtype),
+    )
+
+
+_lib.impl("pixel_propagation", _forward_cpu, "CPU")
+_lib.impl("pixel_propagation_backward", _backward_cpu, "CPU")
+
+
+@torch.library.register_fake("medaccel::pixel_propagation", lib=_lib)
+def _(features: Tensor, values: Tensor, power: float) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+@torch.library.register_fake("medaccel::pixel_propagation_backward", lib=_lib)
+def _(
+    grad: Tensor, features: Tensor, values: Tensor, power: float, need_features: bool, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        features.new_empty(features.shape if need_features else (0,)),
+        values.new_empty(values.shape if need_values else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, values, ctx.power = inputs
+    ctx.save_for_backward(features, values)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_features, need_values, _ = ctx.needs_input_grad
+    grads = torch.ops.medaccel.pixel_propagation_backward(
+        grad, *ctx.saved_tensors, ctx.power, need_features, need_values
+    )
+    return *(g if need else None for g, need in zip(grads, (need_features, need_values), strict=True)), None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "pixel_propagation: its gradient has no gradient (double backward is not written); "
+        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
+    )
+
+
+torch.library.register_autograd("medaccel::pixel_propagation", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "medaccel::pixel_propagation_backward",
+    _no_double_backward,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_lib,
+)

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the pixel contrast's CPU kernels over odd numbers of pixels and channels without Python or torch in the
+// process: for the sanitizers, and with registers of any width. Losses and gradients are compared with plain loops
+// over all pairs.
+#include "../../csrc/pixel_contrast/pixel_contrast.h"
+
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <vector>
+
+using namespace medaccel::pixel_contrast;
+
+namespace {
+
+uint64_t state = 88172645463325252ull;
+double random_value() {  // xorshift: the same numbers everywhere
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return static_cast<double>(state >> 11) / 9007199254740992.0 - 0.5;
+}
+
+template <class T>
+struct Buffer {  // exactly as long as the tensor, so that a sanitizer sees the first element too many
+    int64_t n;
+    std::unique_ptr<T[]> data;
+    explicit Buffer(int64_t size) : n(size), data(new T[size]) {
+        for (int64_t i = 0; i < n; ++i) data[i] = std::numeric_limits<T>::quiet_NaN();
+    }
+    void randomize(double spread) {
+        for (int64_t i = 0; i < n; ++i) data[i] = static_cast<T>(spread * random_value());
+    }
+    T* get() const { return data.get(); }
+    T& operator[](int64_t i) const { return data[i]; }
+};
+
+std::vector<double> unit(const double* x, int64_t channels) {
+    std::vector<double> u(x, x + channels);
+    double squares = 0;
+    for (double v : u) squares += v * v;
+    for (double& v : u) v = squares == 0 ? 0 : v / std::sqrt(squares);
+    return u;
+}
+
+// Gradients by unit vectors, to gradients by the vectors.
+void through_norm(const double* x, std::vector<double>& g, int64_t row, int64_t channels) {
+    const auto u = unit(x + row * channels, channels);
+    double squares = 0, along = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+        squares += x[row * channels + c] * x[row * channels + c];
+        along += u[c] * g[row * channels + c];
+    }
+    for (int64_t c = 0; c < channels; ++c)
+        g[row * channels + c] = squares == 0 ? 0 : (g[row * channels + c] - along * u[c]) / std::sqrt(squares);
+}
+
+struct Worst {
+    double error = 0;
+    template <class T>
+    void compare(const Buffer<T>& ours, const std::vector<double>& truth) {
+        double largest = 1;
+        for (double t : truth) largest = std::max(largest, std::fabs(t));
+        for (int64_t i = 0; i < ours.n; ++i) {
+            const double e = std::fabs(ours[i] - truth[i]) / largest;
+            if (!(e <= error)) error = e;
+        }
+    }
+};
+
+// self < 0: the loss with its positives; else the log-sum-exp alone, without key i + self of query i.
+template <class T, class U>
+double check(const Problem& p, double radius_value, int64_t self) {
+    const int64_t n = p.batch * p.queries, m = p.batch * p.keys, channels = p.channels;
+    Buffer<T> query(n * channels), key(m * channels), loss(n), lse(n), positive_lse(n), grad(n), grad_query(query.n),
+        grad_key(key.n);
+    Buffer<U> query_coords(n * p.axes), key_coords(m * p.axes), radius(p.batch);
+    query.randomize(1), key.randomize(3), grad.randomize(1), query_coords.randomize(1), key_coords.randomize(1);
+    for (int64_t b = 0; b < p.batch; ++b) radius[b] = static_cast<U>(radius_value);
+    if (query.n > 0) std::fill_n(query.get(), channels, T(0));  // a zero vector
+    if (key_coords.n > 0) key_coords[0] = std::numeric_limits<U>::quiet_NaN();
+    if (self < 0) {
+        forward(query.get(), key.get(), query_coords.get(), key_coords.get(), radius.get(), loss.get(), lse.get(),
+                positive_lse.get(), p);
+        backward(grad.get(), query.get(), key.get(), query_coords.get(), key_coords.get(), radius.get(), lse.get(),
+                 positive_lse.get(), grad_query.get(), grad_key.get(), p);
+    } else {
+        lse_forward(query.get(), key.get(), self, lse.get(), p);
+        lse_backward(grad.get(), query.get(), key.get(), self, lse.get(), grad_query.get(), grad_key.get(), p);
+        for (int64_t i = 0; i < n; ++i) loss[i] = static_cast<T>(lse[i] * 0.69314718055994530942);
+    }
+    const std::vector<double> q(query.get(), query.get() + query.n), k(key.get(), key.get() + key.n);
+    std::vector<double> losses(n, 0.0), gq(q.size(), 0.0), gk(k.size(), 0.0);
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t i = 0; i < p.queries; ++i) {
+            const int64_t row = b * p.queries + i;
+            const auto qi = unit(&q[row * channels], channels);
+            std::vector<double> e(p.keys);
+            std::vector<char> positive(p.keys);
+            double all = 0, positives = 0;
+            for (int64_t j = 0; j < p.keys; ++j) {
+                const int64_t other = b * p.keys + j;
+                const auto kj = unit(&k[other * channels], channels);
+                double s = 0;
+                U squared = 0;
+                for (int64_t c = 0; c < channels; ++c) s += qi[c] * kj[c];
+                for (int64_t a = 0; a < p.axes; ++a) {
+                    const U d = query_coords[row * p.axes + a] - key_coords[other * p.axes + a];
+                    squared += d * d;
+                }
+                e[j] = self >= 0 && j == i + self ? 0 : std::exp(s / p.temperature);
+                positive[j] = squared < radius[b] * radius[b];
+                all += e[j];
+                if (positive[j]) positives += e[j];
+            }
+            if (self < 0 && positives == 0) continue;
+            losses[row] = self < 0 ? std::log(all / positives) : std::log(all);
+            for (int64_t j = 0; j < p.keys; ++j) {
+                const int64_t other = b * p.keys + j;
+                const auto kj = unit(&k[other * channels], channels);
+                const double share = e[j] / all - (self < 0 && positive[j] ? e[j] / positives : 0);
+                const double slope = grad[row] * share / p.temperature;
+                for (int64_t c = 0; c < channels; ++c)
+                    gq[row * channels + c] += slope * kj[c], gk[other * channels + c] += slope * qi[c];
+            }
+        }
+    for (int64_t i = 0; i < n; ++i) through_norm(q.data(), gq, i, channels);
+    for (int64_t j = 0; j < m; ++j) through_norm(k.data(), gk, j, channels);
+    Worst worst;
+    worst.compare(loss, losses), worst.compare(grad_query, gq), worst.compare(grad_key, gk);
+    return worst.error;
+}
+
+}  // namespace
+
+int main() {
+    struct Case {
+        int64_t batch, queries, keys, channels, axes;
+        double radius, temperature;
+    };
+    const std::vector<Case> cases = {
+        {2, 1, 1, 1, 1, 0.3, 0.3},   {1, 7, 5, 3, 3, 0.4, 0.3},    {2, 70, 130, 17, 3, 0.2, 0.1},
+        {1, 129, 40, 64, 2, 9, 0.5}, {2, 33, 300, 33, 1, 0.01, 1}, {1, 300, 290, 8, 3, 0.1, 0.05},
+        {0, 5, 5, 4, 2, 1, 0.3},     {1, 4, 0, 4, 2, 1, 0.3},      {1, 0, 4, 4, 2, 1, 0.3},
+    };
+    int checked = 0, failed = 0;
+    for (const Case& c : cases)
+        for (int variant = 0; variant < 8; ++variant) {
+            Problem p{c.batch, c.queries, c.keys, c.channels, c.axes, c.temperature, variant & 1 ? 3 : 1};
+            p.cull = variant & 2;
+            int64_t self = -1;
+            if (variant & 4) {
+                if (c.keys < 2) continue;  // all keys but one of one are none
+                self = 1;
+            }
+            const double errors[] = {check<float, float>(p, c.radius, self), check<double, double>(p, c.radius, self),
+                                     check<float, double>(p, c.radius, self)};
+            for (int kind = 0; kind < 3; ++kind, ++checked) {
+                if (errors[kind] <= (kind == 1 ? 1e-13 : 3e-6) / c.temperature) continue;
+                ++failed;
+                std::printf("FAILED error %g, %ld queries, variant %d, kind %d\n", errors[kind],
+                            static_cast<long>(c.queries), variant, kind);
+            }
+        }
+    std::printf("%d checked, %d failed\n", checked, failed);
+    return failed != 0;
+}

@@ -40,7 +40,7 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float = 2.0) -
     Source: Xie et al., "Propagate Yourself", CVPR 2021, eq. 3-4.
 
     >>> import torch, medaccel
-    >>> medaccel.ops.propagation(torch.randn(1, 216, 32), torch.randn(1, 216, 8)).shape
+    >>> medaccel.ops.pixel_propagation(torch.randn(1, 216, 32), torch.randn(1, 216, 8)).shape
     torch.Size([1, 216, 8])
     """
     check_floating(_NAME, features=features, values=values)

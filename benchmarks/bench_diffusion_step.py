@@ -128,9 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     choose_allocator(arguments.allocator)
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
-    print(
-        "time: median; ×: that over medaccel's; fastest; memory: peak above the start, in volumes, outputs included"
-    )
+    print("time: median; ×: that over medaccel's; memory: peak above the start, outputs included")
     x, m = (torch.randn(1, 1, *[arguments.size] * 3) for _ in range(2))
     works: dict[str, Callable[[], list[Contender]]] = {
         "DDPM step": lambda: ddpm(x, m),

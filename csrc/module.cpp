@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels' Python module; the only file that knows Python, beside cuda_module.cpp. It is compiled
 // once and linked with each instruction set's kernels. Tensors arrive as addresses, shapes and strides (in
-// elements), which medaccel/_native.py alone may take.
+// elements), which medaccel/_native/ alone may take.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

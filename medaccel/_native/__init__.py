@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled modules: which is loaded and why, and the only functions that take a tensor's address.
+
+One file an op. Every function keeps its tensors in locals until the kernel has returned: a copy made inside the
+call's argument list would be freed before the kernel reads it.
+"""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch  # before any compiled module: they share the OpenMP runtime that torch brings
+from torch import Tensor
+
+ISAS = ("baseline", "avx2", "avx512")
+_CAPABILITY = {"AVX512": "avx512", "AVX2": "avx2"}  # torch's names; any other gets the baseline
+
+DTYPES = {torch.float32: 0, torch.float64: 1}
+GPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _import(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"medaccel.{name}"), None
+    except ImportError as error:
+        return None, f"medaccel.{name} can't be loaded: {error}"
+
+
+def _load_cpu() -> tuple[ModuleType | None, str | None]:
+    forced = os.environ.get("MEDACCEL_ISA")
+    if forced is not None and forced not in ISAS:
+        raise ImportError(f"MEDACCEL_ISA is {forced!r}; expected one of {', '.join(ISAS)}")
+    baseline, problem = _import("_cpu_baseline")
+    if baseline is None:
+        return None, problem
+    supported = baseline.supported_isas()
+    if forced is not None and forced not in supported:
+        raise ImportError(
+            f"MEDACCEL_ISA is {forced!r}, but this processor runs only {', '.join(supported)}; "
+            "unset it to let medaccel choose"
+        )
+    wanted = forced or _CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    if wanted not in supported:
+        wanted = supported[-1]
+    return (baseline, None) if wanted == "baseline" else _import(f"_cpu_{wanted}")
+
+
+cpu, cpu_problem = _load_cpu()
+cuda, cuda_problem = _import("_cuda")
+
+
+def cpu_module() -> ModuleType:
+    """The CPU's module; the caller has made sure that there is one."""
+    assert cpu is not None
+    return cpu
+
+
+def address(tensor: Tensor | None) -> int:
+    """0 for a tensor that there is not; the caller keeps the others alive across the kernel's call."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# --- GPU ------------------------------------------------------------------------------------------------------
+# Tests put the emulated module here: the GPU's code paths then run on CPU tensors.
+emulated: ModuleType | None = None
+# And σ then counts as lying on the device or, where this is False, on the host.
+emulate_device_sigma = False
+
+
+@functools.cache
+def _probe_gpu(index: int) -> str | None:
+    if cuda is None:
+        return f"the CUDA kernels are not built: {cuda_problem}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return (
+            f"cuda:{index} is sm_{major}{minor}; the CUDA kernels need sm_80 or newer "
+            "(Ampere); older GPUs run plain PyTorch"
+        )
+    try:
+        cuda.running_architecture(index)
+    except RuntimeError as error:
+        return (
+            f"this build has no code for cuda:{index}, sm_{major}{minor} (built for {cuda.architectures}; "
+            f"rebuild with MEDACCEL_CUDA_ARCHS={major}{minor}): {error}"
+        )
+    return None
+
+
+def gpu_problem(index: int) -> str | None:
+    """None where the CUDA kernels run on this GPU; else why not, in a sentence."""
+    return _probe_gpu(index)
+
+
+# torch.compile asks once, while it compiles, instead of tracing into the probe. This is what
+# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with medaccel.
+gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def emulates_device_scalars() -> bool:
+    """Whether a test has σ, coefficients and keys on the host count as lying on the device."""
+    return emulated is not None and emulate_device_sigma
+
+
+def on_gpu_path(tensor: Tensor) -> bool:
+    """Whether the GPU's kernels serve `tensor`: it is on a GPU, or a test emulates one."""
+    return tensor.device.type == "cuda" or emulated is not None
+
+
+def gpu_module(tensor: Tensor) -> tuple[ModuleType, int, int]:
+    """The module that serves `tensor`'s device, the device's index, and the current stream's handle."""
+    if tensor.device.type == "cuda":
+        assert cuda is not None
+        return cuda, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    assert emulated is not None
+    return emulated, 0, 0
+
+
+# At the end: each op's file uses what stands above.
+from medaccel._native.diffusion_step import (  # noqa: E402
+    diffusion_step_backward,
+    diffusion_step_backward_gpu,
+    diffusion_step_forward,
+    diffusion_step_forward_gpu,
+)
+from medaccel._native.gaussian import (  # noqa: E402
+    GAUSSIAN_APPROX,
+    GAUSSIAN_MODES,
+    gaussian_filter,
+    gaussian_filter_gpu,
+    gaussian_sigma_gradient,
+    gaussian_sigma_gradient_gpu,
+)
+from medaccel._native.instance_norm import (  # noqa: E402
+    instance_norm_backward,
+    instance_norm_forward,
+    strided_like,
+)
+from medaccel._native.pixels import (  # noqa: E402
+    pixel_consistency_backward,
+    pixel_consistency_forward,
+    pixel_contrast_backward,
+    pixel_contrast_forward,
+    pixel_propagation_backward,
+    pixel_propagation_forward,
+    similarity_lse_backward,
+    similarity_lse_forward,
+)
+from medaccel._native.window_attention import (  # noqa: E402
+    dropout_threshold,
+    window_attention_backward,
+    window_attention_forward,
+)
+
+__all__ = [
+    "DTYPES",
+    "GAUSSIAN_APPROX",
+    "GAUSSIAN_MODES",
+    "GPU_DTYPES",
+    "ISAS",
+    "address",
+    "cpu_module",
+    "diffusion_step_backward",
+    "diffusion_step_backward_gpu",
+    "diffusion_step_forward",
+    "diffusion_step_forward_gpu",
+    "dropout_threshold",
+    "emulates_device_scalars",
+    "gaussian_filter",
+    "gaussian_filter_gpu",
+    "gaussian_sigma_gradient",
+    "gaussian_sigma_gradient_gpu",
+    "gpu_module",
+    "gpu_problem",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "on_gpu_path",
+    "pixel_consistency_backward",
+    "pixel_consistency_forward",
+    "pixel_contrast_backward",
+    "pixel_contrast_forward",
+    "pixel_propagation_backward",
+    "pixel_propagation_forward",
+    "similarity_lse_backward",
+    "similarity_lse_forward",
+    "strided_like",
+    "window_attention_backward",
+    "window_attention_forward",
+]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diffusion step's kernels, CPU and GPU."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medaccel._native import GPU_DTYPES, cpu_module, emulates_device_scalars, gpu_module
+
+# What both modules take for a tensor that isn't there.
+_NO_SAMPLES = (0, 0, 0)
+_NO_OUTPUT = (0, 0)
+
+
+def _samples(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """The tensor with dense samples (a copy where they aren't), and its address, dtype and stride between samples."""
+    if tensor is None:
+        return None, _NO_SAMPLES
+    if tensor.shape[0] > 0 and not tensor[0].is_contiguous():
+        tensor = tensor.contiguous()
+    dtype = 0 if tensor.dtype in (torch.bool, torch.uint8) else GPU_DTYPES[tensor.dtype]
+    return tensor, (tensor.data_ptr(), dtype, tensor.stride(0))
+
+
+def _output(tensor: Tensor | None) -> tuple[int, int]:
+    return _NO_OUTPUT if tensor is None else (tensor.data_ptr(), GPU_DTYPES[tensor.dtype])
+
+
+def _unsigned(number: int) -> int:
+    return number & (2**64 - 1)
+
+
+def _sample_size(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[1:])
+
+
+def diffusion_step_forward(
+    inputs: Sequence[Tensor | None],
+    coefficients: Sequence[float],
+    clip: tuple[float, float] | None,
+    key: Sequence[int],
+    x_next: Tensor,
+    x0: Tensor | None,
+) -> None:
+    """Writes x′ and, where it is given, x0. Both are contiguous, and may be an input whose layout is the same.
+
+    inputs: sample, model_output, previous, noise, guide (any floating dtype each) and mask (bool or uint8), all of
+    one shape (B, …); coefficients: 9 rows of B, or of one; key: seed, offset, sample_offset.
+    """
+    cpu = cpu_module()
+    held = [_samples(t) for t in inputs]
+    cpu.diffusion_step_forward(
+        [numbers for _, numbers in held], [_output(x_next), _output(x0)], x_next.shape[0], _sample_size(x_next),
+        coefficients, clip, (_unsigned(key[0]), _unsigned(key[1]), key[2]), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def diffusion_step_backward(
+    inputs: Sequence[Tensor | None],
+    coefficients: Sequence[float],
+    clip: tuple[float, float] | None,
+    grad_sample: Tensor | None,
+    grad_model_output: Tensor | None,
+) -> None:
+    """Writes the gradients of sample and model_output, each where it is given.
+
+    inputs: the gradients of x′ and x0 (one may be None), sample and model_output (None without a clip), mask.
+    """
+    cpu = cpu_module()
+    held = [_samples(t) for t in inputs]
+    like = grad_sample if grad_sample is not None else grad_model_output
+    assert like is not None
+    cpu.diffusion_step_backward(
+        [numbers for _, numbers in held], [_output(grad_sample), _output(grad_model_output)], like.shape[0],
+        _sample_size(like), coefficients, clip, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _gpu_coefficients(
+    coefficients: Tensor, device: torch.device
+) -> tuple[Tensor | None, tuple[int, int, list[float]]]:
+    """What the GPU's kernel takes: (address, columns, values); by value where the host knows one column."""
+    on_host = coefficients.device.type == "cpu" and not emulates_device_scalars()
+    if on_host and coefficients.shape[1] == 1:
+        return None, (0, 1, coefficients[:, 0].tolist())
+    rows = coefficients.to(device).contiguous()
+    return rows, (rows.data_ptr(), rows.shape[1], [])
+
+
+def diffusion_step_forward_gpu(
+    inputs: Sequence[Tensor | None],
+    coefficients: Tensor,
+    clip: tuple[float, float] | None,
+    key: Tensor,
+    x_next: Tensor,
+    x0: Tensor | None,
+) -> None:
+    """As `diffusion_step_forward`; coefficients and key are tensors on either device: the GPU's are not read here."""
+    module, device, stream = gpu_module(x_next)
+    held = [_samples(t) for t in inputs]
+    rows, numbers = _gpu_coefficients(coefficients, x_next.device)
+    on_host = key.device.type == "cpu" and not emulates_device_scalars()
+    seed, offset, sample_offset = key.tolist() if on_host else (0, 0, 0)
+    words = key.contiguous()
+    module.diffusion_step_forward(
+        [numbers for _, numbers in held], [_output(x_next), _output(x0)], x_next.shape[0], _sample_size(x_next),
+        *numbers, clip, (_unsigned(seed), _unsigned(offset), sample_offset), 0 if on_host else words.data_ptr(),
+        device, stream,
+    )  # fmt: skip
+    del rows
+
+
+def diffusion_step_backward_gpu(
+    inputs: Sequence[Tensor | None],
+    coefficients: Tensor,
+    clip: tuple[float, float] | None,
+    grad_sample: Tensor | None,
+    grad_model_output: Tensor | None,
+) -> None:
+    """As `diffusion_step_backward`, with coefficients on either device."""
+    like = grad_sample if grad_sample is not None else grad_model_output
+    assert like is not None
+    module, device, stream = gpu_module(like)
+    held = [_samples(t) for t in inputs]
+    rows, numbers = _gpu_coefficients(coefficients, like.device)
+    module.diffusion_step_backward(
+        [numbers for _, numbers in held], [_output(grad_sample), _output(grad_model_output)], like.shape[0],
+        _sample_size(like), *numbers, clip, device, stream,
+    )  # fmt: skip
+    del rows

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the drivers of the ops on pixels share: numbers, buffers without slack, plain vectors, and the verdict.
+// What drivers share: numbers, buffers without slack, plain vectors, and the verdict.
 #pragma once
 
 #include <algorithm>

@@ -1,52 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the norm's CPU kernel over odd shapes and both layouts without Python or torch in the process: for the
 // sanitizers, and with registers of any width. Output and gradients are compared with plain loops in double.
-#include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <limits>
-#include <memory>
 #include <vector>
 
 #include "../../csrc/instance_norm/instance_norm.h"
+#include "driver.h"
 
 using namespace medaccel::instance_norm;
+using driver::Buffer;
 
 namespace {
 
-uint64_t state = 88172645463325252ull;
-double random_value() {  // xorshift: the same numbers everywhere
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return static_cast<double>(state >> 11) / 9007199254740992.0 - 0.5;
-}
-
 template <class T>
-struct Buffer {  // exactly as long as the tensor, so that a sanitizer sees the first element too many
-    int64_t n;
-    std::unique_ptr<T[]> data;
-    explicit Buffer(int64_t size, bool random = false) : n(size), data(new T[size]) {
-        for (int64_t i = 0; i < n; ++i)
-            data[i] = random ? static_cast<T>(random_value()) : std::numeric_limits<T>::quiet_NaN();
-    }
-    T* get() const { return data.get(); }
-    T operator[](int64_t i) const { return data[i]; }
-};
-
-template <class T>
-double worst(const Buffer<T>& ours, const std::vector<double>& truth) {
-    double largest = 1, error = 0;
-    for (double t : truth) largest = std::max(largest, std::fabs(t));
-    for (int64_t i = 0; i < ours.n; ++i) {
-        const double e = std::fabs(ours[i] - truth[i]) / largest;
-        if (!(e <= error)) error = e;
-    }
-    return error;
-}
-
-template <class T>
-double check(const Problem& p, bool affine, bool residual) {
+void check(const Problem& p, bool affine, bool residual, driver::Verdict& verdict) {
     const int64_t n = p.batch * p.channels * p.voxels, rows = p.batch * p.channels;
-    const Buffer<T> x(n, true), g(n, true), added(n, true), weight(p.channels, true), bias(p.channels, true);
+    Buffer<T> x(n), g(n), added(n), weight(p.channels), bias(p.channels);
+    for (Buffer<T>* input : {&x, &g, &added, &weight, &bias}) input->randomize(1);
     Buffer<T> y(n), mean(rows), rstd(rows), gx(n), gw(p.channels), gb(p.channels), gr(n);
     const T *w = affine ? weight.get() : nullptr, *b = affine ? bias.get() : nullptr;
     const T* r = residual ? added.get() : nullptr;
@@ -81,8 +51,10 @@ double check(const Problem& p, bool affine, bool residual) {
                 tx[at(v)] = scale * inverse * (tr[at(v)] - sum / p.voxels - normal * product / p.voxels);
             }
         }
-    double error = std::max({worst(y, ty), worst(gx, tx), worst(gw, tw), worst(gb, tb)});
-    return residual ? std::max(error, worst(gr, tr)) : error;
+    const double allowed = sizeof(T) == 4 ? 2e-5 : 1e-12;
+    verdict.compare("output", y, ty, allowed), verdict.compare("input's gradient", gx, tx, allowed);
+    verdict.compare("weight's gradient", gw, tw, allowed), verdict.compare("bias' gradient", gb, tb, allowed);
+    if (residual) verdict.compare("residual's gradient", gr, tr, allowed);
 }
 
 }  // namespace
@@ -90,7 +62,7 @@ double check(const Problem& p, bool affine, bool residual) {
 int main() {
     const int64_t shapes[][3] = {{2, 3, 5},  {1, 1, 2},  {2, 7, 90},   {1, 24, 700},
                                  {3, 70, 3}, {2, 5, 64}, {1, 2, 9000}, {1, 13, 1001}};
-    int checked = 0, failed = 0;
+    driver::Verdict verdict;
     for (const auto& shape : shapes)
         for (int variant = 0; variant < 32; ++variant) {
             Problem p{};
@@ -98,15 +70,7 @@ int main() {
             p.channels_last = variant & 1, p.eps = 1e-5, p.threads = variant & 2 ? 3 : 1;
             p.activate = true, p.negative_slope = variant & 4 ? -0.4 : 0.1;
             const bool affine = variant & 8, residual = variant & 16;
-            const double errors[2] = {check<float>(p, affine, residual), check<double>(p, affine, residual)};
-            for (int kind = 0; kind < 2; ++kind, ++checked) {
-                if (errors[kind] <= (kind == 0 ? 2e-5 : 1e-12)) continue;
-                ++failed;
-                std::printf("FAILED error %g, %ld channels, %ld voxels, variant %d, %s\n", errors[kind],
-                            static_cast<long>(p.channels), static_cast<long>(p.voxels), variant,
-                            kind ? "double" : "float");
-            }
+            check<float>(p, affine, residual, verdict), check<double>(p, affine, residual, verdict);
         }
-    std::printf("%d checked, %d failed\n", checked, failed);
-    return failed != 0;
+    return verdict.finish();
 }

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=gnu++17", "-g1", "-O1", "-ffp-contract=off", "-fopenmp", "-Wno-psabi"]
 CHECKED = {
     "gaussian": 2880,
-    "instance_norm": 512,
+    "instance_norm": 2304,
     "pixel_consistency": 252,
     "pixel_contrast": 192,
     "propagation": 54,

@@ -3,34 +3,16 @@
 // sanitizers, and with registers of any width. Output and gradients are compared with plain loops over all pairs.
 #include <cmath>
 #include <cstdio>
-#include <limits>
-#include <memory>
 #include <vector>
 
 #include "../../csrc/window_attention/window_attention.h"
+#include "driver.h"
 
 using namespace medaccel::window_attention;
+using driver::Buffer;
+using driver::random_value;
 
 namespace {
-
-uint64_t state = 88172645463325252ull;
-double random_value() {  // xorshift: the same numbers everywhere
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return static_cast<double>(state >> 11) / 9007199254740992.0 - 0.5;
-}
-
-template <class T>
-struct Buffer {  // exactly as long as the tensor, so that a sanitizer sees the first element too many
-    int64_t n;
-    std::unique_ptr<T[]> data;
-    explicit Buffer(int64_t size) : n(size), data(new T[size]) {
-        for (int64_t i = 0; i < n; ++i) data[i] = std::numeric_limits<T>::quiet_NaN();
-    }
-    void randomize(double spread) {
-        for (int64_t i = 0; i < n; ++i) data[i] = static_cast<T>(spread * random_value());
-    }
-    T* get() const { return data.get(); }
-};
 
 struct Token {
     int64_t voxel;  // −1: padding

@@ -39,8 +39,8 @@ def test_verify_checks_the_kernels_and_writes_its_outcome(tmp_path: Path, capsys
     assert main(["verify", "--devices", "[cpu]", "--speed", "false", "--json", str(target)]) == 0
     outcome = json.loads(target.read_text())
     assert outcome["passed"] is True
-    # dtypes · (the Gaussian's cases · borders + the attention's cases + the pixel contrast's)
-    assert len(outcome["checks"]) == 4 * (7 * 5 + 6 + 4)
+    # dtypes · (the Gaussian's cases · borders + the attention's, the norm's, the diffusion step's, the contrast's)
+    assert len(outcome["checks"]) == 4 * (7 * 5 + 6 + 3 + 6 + 4)
     assert "all held" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../../csrc/instance_norm/instance_norm.h"
-#include "driver.h"
+#include "cpu_driver.h"
 
 using namespace medaccel::instance_norm;
 using driver::Buffer;

@@ -2,7 +2,7 @@
 // Runs the near pairs' CPU kernel over odd numbers of pixels and channels, for the sanitizers, against plain loops.
 #include "../../csrc/pixel_consistency/pixel_consistency.h"
 
-#include "driver.h"
+#include "cpu_driver.h"
 
 using namespace medaccel::pixel_consistency;
 

@@ -3,7 +3,7 @@
 // loops.
 #include "../../csrc/propagation/propagation.h"
 
-#include "driver.h"
+#include "cpu_driver.h"
 
 using namespace medaccel::propagation;
 

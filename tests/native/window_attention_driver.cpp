@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../../csrc/window_attention/window_attention.h"
-#include "driver.h"
+#include "cpu_driver.h"
 
 using namespace medaccel::window_attention;
 using driver::Buffer;

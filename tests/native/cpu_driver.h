@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What drivers share: numbers, buffers without slack, plain vectors, and the verdict.
+// What the CPU kernels' drivers share: numbers, buffers without slack, plain vectors, and the verdict.
 #pragma once
 
 #include <algorithm>

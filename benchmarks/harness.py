@@ -153,7 +153,7 @@ def rows_of(work: str, contenders: list[Contender]) -> list[dict[str, object]]:
             }
         )
         print(
-            f"{work:<52}{c.name:<24}{1e3 * c.median:>9.2f} ms{c.median / ours.median:>8.2f}×"
+            f"{work:<56}{c.name:<24}{1e3 * c.median:>9.2f} ms{c.median / ours.median:>8.2f}×"
             f"{c.extra_bytes / 2**20:>9.1f} MiB",
             flush=True,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -224,9 +225,14 @@ def fit(
             enable_progress_bar=progress,
             log_every_n_steps=1,
         )
-        trainer.fit(module, loader)
-        if trainer.interrupted:  # Lightning swallows Ctrl-C; a half-fitted method must not pass for a fitted one
-            raise KeyboardInterrupt
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, loader)
+        except SystemExit:  # what Lightning makes of Ctrl-C, without a word; and it ignores the next ones
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt from None
     losses = [*module.losses, float(module.loss([data[i] for i in range(len(data))]).detach())]
     if checkpoint is not None:
         content = {"method": name, "state_dict": module.method.state_dict(), "losses": losses}

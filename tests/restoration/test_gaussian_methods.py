@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Gaussian methods: what they can express, how they are fitted, stored and loaded."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_a_checkpoint_takes_the_fits_place(studies: list[Study], tmp_path: Path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not a checkpoint that can be read"):
         fit("gaussian1", studies, 60, 90, checkpoint=path, progress=False)
+
+
+def test_ctrl_c_in_the_middle_of_a_fit_is_a_keyboard_interrupt_and_saves_nothing(
+    studies: list[Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(gaussian.GaussianFit, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit("gaussian1", studies, 60, 90, epochs=2, checkpoint=tmp_path / "fit.pt", progress=False)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_bad_training_data_is_refused(studies: list[Study]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._registration import refuse_double_backward
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # coefficients: float64 (9, B) or (9, 1), rows a b c d e f s guide_scale guide_std; key: int64 (3,), seed, offset and
@@ -175,17 +176,5 @@ def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tup
     return (*grads, *[None] * 6)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "diffusion_step: its gradient has no gradient (double backward is not written); "
-        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
-    )
-
-
 torch.library.register_autograd("medaccel::diffusion_step", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd(
-    "medaccel::diffusion_step_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_lib,
-)
+refuse_double_backward(_lib, "diffusion_step_backward", of="diffusion_step")

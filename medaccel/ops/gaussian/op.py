@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._registration import refuse_double_backward
 
 _SETTINGS = "float truncated, str approx, str mode, bool normalize"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -132,20 +133,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_input if need_input else None, grad_sigma if need_sigma else None, None, None, None, None)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "gaussian_filter: its gradient has no gradient (double backward is not written); "
-        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
-    )
-
-
 torch.library.register_autograd("medaccel::gaussian_filter", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd(
-    "medaccel::gaussian_filter_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_lib,
-)
+refuse_double_backward(_lib, "gaussian_filter_backward", of="gaussian_filter")
 
 
 # --- autocast: sigma is never cast, the filter runs on the input as it is, the result has autocast's dtype ---

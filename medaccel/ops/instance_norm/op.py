@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._registration import refuse_double_backward
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # The other outputs are each instance's mean and 1/σ, (B, C), for the backward pass.
@@ -150,17 +151,5 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     )
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "instance_norm_act: its gradient has no gradient (double backward is not written); "
-        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
-    )
-
-
 torch.library.register_autograd("medaccel::instance_norm_act", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd(
-    "medaccel::instance_norm_act_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_lib,
-)
+refuse_double_backward(_lib, "instance_norm_act_backward", of="instance_norm_act")

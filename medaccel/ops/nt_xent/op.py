@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._registration import refuse_double_backward
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
 _SETTINGS = "float temperature, int self_offset"
@@ -93,17 +94,5 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return grad_query, grad_key, None, None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "nt_xent_loss and info_nce_loss: their gradients have no gradient (double backward is not written); "
-        "run them under medaccel.use_reference(), whose plain PyTorch code has one"
-    )
-
-
 torch.library.register_autograd("medaccel::similarity_lse", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd(
-    "medaccel::similarity_lse_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_lib,
-)
+refuse_double_backward(_lib, "similarity_lse_backward", of="nt_xent_loss or info_nce_loss")

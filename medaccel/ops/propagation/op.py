@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._registration import refuse_double_backward
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -70,17 +71,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(grads, (need_features, need_values), strict=True)), None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "pixel_propagation: its gradient has no gradient (double backward is not written); "
-        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
-    )
-
-
 torch.library.register_autograd("medaccel::pixel_propagation", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd(
-    "medaccel::pixel_propagation_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_lib,
-)
+refuse_double_backward(_lib, "pixel_propagation_backward", of="pixel_propagation")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._registration import refuse_double_backward
 
 _INPUTS = "Tensor qkv, Tensor bias_table, Tensor bias_index, Tensor? pad_qkv, Tensor? dropout_seed"
 _SETTINGS = "int[] window_size, int[] shift_size, float scale, float dropout_p"
@@ -226,22 +227,10 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return grad_qkv, grad_table, None, grad_pad, None, None, None, None, None
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "shifted_window_attention: its gradient has no gradient (double backward is not written); "
-        "run it under medaccel.use_reference(), whose plain PyTorch code has one"
-    )
-
-
 torch.library.register_autograd(
     "medaccel::shifted_window_attention", _backward, setup_context=_setup_context, lib=_lib
 )
-torch.library.register_autograd(
-    "medaccel::shifted_window_attention_backward",
-    _no_double_backward,
-    setup_context=lambda ctx, inputs, output: None,
-    lib=_lib,
-)
+refuse_double_backward(_lib, "shifted_window_attention_backward", of="shifted_window_attention")
 
 
 # --- autocast: only qkv is cast; the bias table keeps its precision ------------------------------------------

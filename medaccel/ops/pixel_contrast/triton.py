@@ -236,11 +236,12 @@ class _Problem:
     def launch(self, kernel: Any, name: str, *others: Tensor) -> None:
         tile = TILES[self.precision][padded_channels(self.channels)][name]
         blocks = triton.cdiv(self.keys, tile.block_n) if name == "key" else triton.cdiv(self.queries, tile.block_m)
-        kernel[(self.batch * blocks,)](
-            *self.tensors, *others, self.queries, self.keys, self.scale,
-            C=self.channels, BLOCK_C=padded_channels(self.channels), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(self.query):  # Triton launches on the current device
+            kernel[(self.batch * blocks,)](
+                *self.tensors, *others, self.queries, self.keys, self.scale,
+                C=self.channels, BLOCK_C=padded_channels(self.channels), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
 
 
 def forward(

@@ -9,17 +9,13 @@
 #include <vector>
 
 #include "../../csrc/gaussian/gaussian.h"
+#include "cpu_driver.h"
 
 using medaccel::Shape;
 using namespace medaccel::gaussian;
+using driver::random_value;
 
 namespace {
-
-uint64_t state = 88172645463325252ull;
-double random_value() {  // xorshift: the same numbers everywhere
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return static_cast<double>(state >> 11) / 9007199254740992.0 - 0.5;
-}
 
 Shape contiguous_strides(const Shape& shape) {
     Shape strides(shape.size());

@@ -4,55 +4,12 @@
 // over all pairs.
 #include "../../csrc/pixel_contrast/pixel_contrast.h"
 
-#include <cmath>
-#include <cstdio>
-#include <limits>
-#include <memory>
-#include <vector>
+#include "cpu_driver.h"
 
 using namespace medaccel::pixel_contrast;
+using driver::Buffer;
 
 namespace {
-
-uint64_t state = 88172645463325252ull;
-double random_value() {  // xorshift: the same numbers everywhere
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return static_cast<double>(state >> 11) / 9007199254740992.0 - 0.5;
-}
-
-template <class T>
-struct Buffer {  // exactly as long as the tensor, so that a sanitizer sees the first element too many
-    int64_t n;
-    std::unique_ptr<T[]> data;
-    explicit Buffer(int64_t size) : n(size), data(new T[size]) {
-        for (int64_t i = 0; i < n; ++i) data[i] = std::numeric_limits<T>::quiet_NaN();
-    }
-    void randomize(double spread) {
-        for (int64_t i = 0; i < n; ++i) data[i] = static_cast<T>(spread * random_value());
-    }
-    T* get() const { return data.get(); }
-    T& operator[](int64_t i) const { return data[i]; }
-};
-
-std::vector<double> unit(const double* x, int64_t channels) {
-    std::vector<double> u(x, x + channels);
-    double squares = 0;
-    for (double v : u) squares += v * v;
-    for (double& v : u) v = squares == 0 ? 0 : v / std::sqrt(squares);
-    return u;
-}
-
-// Gradients by unit vectors, to gradients by the vectors.
-void through_norm(const double* x, std::vector<double>& g, int64_t row, int64_t channels) {
-    const auto u = unit(x + row * channels, channels);
-    double squares = 0, along = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-        squares += x[row * channels + c] * x[row * channels + c];
-        along += u[c] * g[row * channels + c];
-    }
-    for (int64_t c = 0; c < channels; ++c)
-        g[row * channels + c] = squares == 0 ? 0 : (g[row * channels + c] - along * u[c]) / std::sqrt(squares);
-}
 
 struct Worst {
     double error = 0;
@@ -88,21 +45,20 @@ double check(const Problem& p, double radius_value, int64_t self) {
         lse_backward(grad.get(), query.get(), key.get(), self, lse.get(), grad_query.get(), grad_key.get(), p);
         for (int64_t i = 0; i < n; ++i) loss[i] = static_cast<T>(lse[i] * 0.69314718055994530942);
     }
-    const std::vector<double> q(query.get(), query.get() + query.n), k(key.get(), key.get() + key.n);
+    const auto q = query.doubles(), k = key.doubles();
+    const auto uq = driver::unit(q, channels), uk = driver::unit(k, channels);
     std::vector<double> losses(n, 0.0), gq(q.size(), 0.0), gk(k.size(), 0.0);
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t i = 0; i < p.queries; ++i) {
             const int64_t row = b * p.queries + i;
-            const auto qi = unit(&q[row * channels], channels);
+            const double* qi = &uq[row * channels];
             std::vector<double> e(p.keys);
             std::vector<char> positive(p.keys);
             double all = 0, positives = 0;
             for (int64_t j = 0; j < p.keys; ++j) {
                 const int64_t other = b * p.keys + j;
-                const auto kj = unit(&k[other * channels], channels);
-                double s = 0;
                 U squared = 0;
-                for (int64_t c = 0; c < channels; ++c) s += qi[c] * kj[c];
+                const double s = driver::dot(qi, &uk[other * channels], channels);
                 for (int64_t a = 0; a < p.axes; ++a) {
                     const U d = query_coords[row * p.axes + a] - key_coords[other * p.axes + a];
                     squared += d * d;
@@ -116,15 +72,14 @@ double check(const Problem& p, double radius_value, int64_t self) {
             losses[row] = self < 0 ? std::log(all / positives) : std::log(all);
             for (int64_t j = 0; j < p.keys; ++j) {
                 const int64_t other = b * p.keys + j;
-                const auto kj = unit(&k[other * channels], channels);
+                const double* kj = &uk[other * channels];
                 const double share = e[j] / all - (self < 0 && positive[j] ? e[j] / positives : 0);
                 const double slope = grad[row] * share / p.temperature;
                 for (int64_t c = 0; c < channels; ++c)
                     gq[row * channels + c] += slope * kj[c], gk[other * channels + c] += slope * qi[c];
             }
         }
-    for (int64_t i = 0; i < n; ++i) through_norm(q.data(), gq, i, channels);
-    for (int64_t j = 0; j < m; ++j) through_norm(k.data(), gk, j, channels);
+    driver::through_norm(q, gq, channels), driver::through_norm(k, gk, channels);
     Worst worst;
     worst.compare(loss, losses), worst.compare(grad_query, gq), worst.compare(grad_key, gk);
     return worst.error;

@@ -32,7 +32,7 @@ from medaccel.report.html import Figure, Page, versions, write_html
 from medaccel.restoration import metrics
 from medaccel.restoration.config import RunConfig
 from medaccel.restoration.evaluation import StudyEvaluator, SummaryRow, summarize
-from medaccel.restoration.gaussian import GaussianMethod, fit, restore
+from medaccel.restoration.methods.gaussian import GaussianMethod, fit, restore
 from medaccel.restoration.generate import simulate_study, write_studies
 from medaccel.restoration.noise import NoiseAnalysis, analyse_noise
 from medaccel.restoration.report import FittedMethod, RestorationResults, build_page

@@ -9,8 +9,9 @@ import pytest
 import scipy.ndimage
 import torch
 
-from medaccel.restoration import config, gaussian
-from medaccel.restoration.gaussian import GaussianCascade, GaussianMix, fit, restore
+from medaccel.restoration import config
+from medaccel.restoration.methods import gaussian
+from medaccel.restoration.methods.gaussian import GaussianCascade, GaussianMix, fit, restore
 from medaccel.restoration.study import Study
 
 SPACING = (4.0, 4.0, 3.0)

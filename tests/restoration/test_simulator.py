@@ -10,7 +10,7 @@ import torch
 
 from medaccel.restoration import metrics
 from medaccel.restoration.activity import denoise_activity
-from medaccel.restoration.gaussian import fit
+from medaccel.restoration.methods.gaussian import fit
 from medaccel.restoration.generate import phantom_study, write_studies
 from medaccel.restoration.lesion_metrics import coefficient_of_variation, organ_core
 from medaccel.restoration.noise import analyse_noise

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every restoration method is to the pipeline: fitted on study folders, then handed one PET after another."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from medaccel.data.files import atomic_path
+from medaccel.restoration.metrics import check_seconds, check_spacing
+
+FORMAT = 1  # of a method's checkpoint
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted from what.
+
+    Args:
+        input_seconds: exposures that are restored from, s; the first is the primary one.
+        target_seconds: the exposure that is predicted, s.
+
+    Raises:
+        ValueError: no input exposure, or one that is not shorter than the target.
+    """
+
+    input_seconds: tuple[int, ...] = (60,)
+    target_seconds: int = 90
+
+    def __post_init__(self) -> None:
+        if not self.input_seconds:
+            raise ValueError("input_seconds is empty (expected at least one exposure in s)")
+        for seconds in self.input_seconds:
+            check_seconds(seconds, self.target_seconds)
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What a method makes of one PET; arrays (i, j, k) in SUV, float32.
+
+    Args:
+        volume: the prediction of the target exposure.
+        activity: the activity λ that it implies, where the method predicts that: volume = (t·PET_t + (T − t)·λ)/T.
+        std: standard deviation of the activity's samples, where the method draws any.
+        samples: (K, i, j, k), the activity's samples, where they were asked for.
+    """
+
+    volume: np.ndarray
+    activity: np.ndarray | None = None
+    std: np.ndarray | None = None
+    samples: np.ndarray | None = None
+
+
+@dataclass
+class Fitted:
+    """What a fit found, for the report and for config.yaml.
+
+    Args:
+        choices: plain JSON values, chosen on the validation studies: a strength, t0, a blend's weight.
+        scores: candidate, as a reader would name it: its mean MSE and 1 − SSIM score (%) on the validation studies.
+        losses: name: one value an epoch, such as {"training": …, "validation": …}.
+        seconds: that the fit took; `steps` of them were optimizer steps of `seconds_per_step`.
+        parameters: further plain values for the report, such as σ in mm.
+    """
+
+    choices: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(abc.ABC):
+    """One way to restore.
+
+    A method is made for a `Task`, fitted once, stored in one file, and restores from then on. It sees studies as
+    folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
+
+    Args:
+        task: what to predict from what.
+        settings: of the method, plain JSON values; unknown ones are refused.
+    """
+
+    name: ClassVar[str]
+    #: Settings and their defaults.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    samples: ClassVar[bool] = False  # whether restore can draw several
+
+    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+        unknown = set(settings or {}) - set(self.defaults)
+        if unknown:
+            raise ValueError(
+                f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
+            )
+        self.task = task
+        self.settings: dict[str, Any] = {**self.defaults, **(settings or {})}
+        self.fitted = Fitted()
+
+    @abc.abstractmethod
+    def fit(
+        self,
+        studies: Sequence[Path],
+        validation: Sequence[Path],
+        *,
+        folder: Path,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Fits to study folders with all exposures of the task, and chooses what is to be chosen.
+
+        Args:
+            studies: to fit to.
+            validation: to choose on; never the ones that the method is scored on. Empty: nothing is chosen, the
+                defaults stand.
+            folder: for logs and for what an interrupted fit goes on from.
+            seed: of all that is random.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: studies that can't be fitted to; a loss that isn't finite.
+            FileNotFoundError: a study without an exposure of the task.
+        """
+
+    @abc.abstractmethod
+    def restore(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        seconds: int | None = None,
+        ct: np.ndarray | None = None,
+        samples: int | None = None,
+        keep_samples: bool = False,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Restoration:
+        """One PET.
+
+        Args:
+            volume: (i, j, k), SUV, float32.
+            spacing: mm.
+            seconds: its exposure; None: the task's primary one.
+            ct: HU on the same grid, for the methods that look at it.
+            samples: how many to draw, for the methods that draw; None: the setting.
+            keep_samples: return them, not their mean and deviation alone.
+            seed: of the samples.
+        """
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that `load_state` needs."""
+
+    @abc.abstractmethod
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` gave."""
+
+    def save(self, path: Path) -> None:
+        """Stores the fitted method, atomically."""
+        content = {
+            "format": FORMAT,
+            "method": self.name,
+            "input_seconds": list(self.task.input_seconds),
+            "target_seconds": self.task.target_seconds,
+            "settings": self.settings,
+            "fitted": vars(self.fitted),
+            "state": self.state(),
+        }
+        with atomic_path(path, force=True) as temporary:
+            torch.save(content, temporary)
+
+    def seconds(self, seconds: int | None) -> int:
+        """The exposure that `restore` was told, or the primary one; refuses one that the task doesn't have."""
+        chosen = self.task.input_seconds[0] if seconds is None else seconds
+        if chosen not in self.task.input_seconds:
+            raise ValueError(
+                f"{self.name}: seconds is {chosen}; expected one of {', '.join(map(str, self.task.input_seconds))}, "
+                "which the method was fitted to"
+            )
+        return chosen
+
+
+def check_volume(name: str, volume: np.ndarray, spacing: Sequence[float]) -> None:
+    """Raises ValueError unless `volume` is a 3-D float array of finite SUV that can be restored."""
+    check_spacing((float(spacing[0]), float(spacing[1]), float(spacing[2])))
+    if volume.ndim != 3 or min(volume.shape) < 2:
+        raise ValueError(f"{name}: volume has shape {volume.shape} (expected three axes of at least two voxels)")
+    bad = int(np.count_nonzero(~np.isfinite(volume)))
+    if bad:
+        raise ValueError(f"{name}: volume has {bad} voxels that are NaN or infinite (expected SUV)")
+    if volume.min() < 0:
+        raise ValueError(f"{name}: volume has a least value of {volume.min():g} (expected SUV >= 0)")
+    if not volume.any():
+        raise ValueError(f"{name}: volume is zero everywhere (expected SUV)")

@@ -23,9 +23,9 @@ def small_unet(
 
     Args:
         channels: per level, multiples of 8; each level but the first halves the volume.
-        attention: self-attention at the coarsest level.
+        attention: self-attention at the coarsest level and in the middle.
     """
-    return DiffusionModelUNet(
+    net = DiffusionModelUNet(
         spatial_dims=spatial_dims,
         in_channels=in_channels,
         out_channels=out_channels,
@@ -33,8 +33,13 @@ def small_unet(
         num_res_blocks=1,
         attention_levels=(*[False] * (len(channels) - 1), attention),
         norm_num_groups=8,
-        num_head_channels=channels[-1] if attention else 1,
+        num_head_channels=channels[-1],
+        use_flash_attention=True,  # a head's scores of 24³ tokens would be 764 MB
     )
+    if not attention:
+        # MONAI's middle has attention in any case: quadratic in the voxels, and the most of the time on a volume.
+        net.middle_block.attention = nn.Identity()
+    return net
 
 
 class _Modulation(nn.Module):

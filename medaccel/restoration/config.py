@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restoration run is told: the options of `medaccel restoration run`."""
+"""What `medaccel restoration run` and `score` are told."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-METHODS = ("gaussian1", "gaussian3", "gaussian_mix")
+from medaccel.restoration.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -19,62 +20,185 @@ class RunConfig:
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
-        dicom: folder of a PET series; the methods are scored on simulated exposures of this patient.
-        test_studies: folder of study folders to score on (`PET_30.nii.gz`, `PET_60.nii.gz`, …).
-        train_studies: folder of study folders to fit on. Phantoms of the standard generator by default.
+        train_studies: folder of study folders to fit on (`PET_60.nii.gz`, `PET_90.nii.gz`, …). Phantoms of the
+            standard generator by default.
+        validation_studies: folder of study folders to choose on. By default patients of `train_studies` are set aside.
+        validation_fraction: share of the patients of `train_studies` that are set aside, at least one.
         train_phantoms: how many phantoms are fitted on where there are no `train_studies`.
-        test_phantoms: how many phantoms of the shifted generator are scored on where neither `dicom` nor
-            `test_studies` is given.
-        realisations: independent noise realisations of the `dicom` patient.
+        validation_phantoms: how many more of the same generator are chosen on.
         input_seconds: exposure to restore from, s.
+        also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
-        methods: what is fitted: gaussian1, gaussian3, gaussian_mix.
-        epochs: of each fit; one is up to 5 L-BFGS iterations over all training studies.
-        seed: of everything: phantom i has seed + i, test phantoms start 1000 later.
+        methods: what is fitted: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (where that package is installed),
+            swin_unetr, diffusion_sdedit, diffusion_conditional.
+        settings: of methods, by name, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
+        trainer: of every network: accelerator, devices, num_nodes, strategy, precision, num_workers, cache and
+            checkpoint_minutes, as Lightning's Trainer and `medaccel.restoration.training` take them.
+        seed: of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
         simulator: physical parameters that differ from the frozen defaults, by name.
     """
 
     output: Path = Path("runs/restoration")
-    dicom: Path | None = None
-    test_studies: Path | None = None
     train_studies: Path | None = None
+    validation_studies: Path | None = None
+    validation_fraction: float = 0.2
     train_phantoms: int = 6
-    test_phantoms: int = 20
-    realisations: int = 1
+    validation_phantoms: int = 2
     input_seconds: int = 60
+    also_seconds: tuple[int, ...] = ()
     target_seconds: int = 90
-    methods: tuple[str, ...] = METHODS
-    epochs: int = 10
+    methods: tuple[str, ...] = ("gaussian1", "gaussian3", "gaussian_mix")
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     simulator: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.input_seconds < self.target_seconds:
-            raise ValueError(
-                f"input_seconds is {self.input_seconds} and target_seconds {self.target_seconds}; "
-                "expected 0 < input_seconds < target_seconds"
-            )
-        if not self.methods or set(self.methods) - set(METHODS):
-            raise ValueError(f"methods is {list(self.methods)}; expected some of {', '.join(METHODS)}")
-        if self.dicom is not None and self.test_studies is not None:
-            raise ValueError("dicom and test_studies are both given; expected at most one of them")
-        for name in ("train_phantoms", "test_phantoms", "realisations", "epochs"):
+        for seconds in (self.input_seconds, *self.also_seconds):
+            if not 0 < seconds < self.target_seconds:
+                raise ValueError(
+                    f"input_seconds is {self.input_seconds}, also_seconds {list(self.also_seconds)} and target_seconds "
+                    f"{self.target_seconds}; expected exposures above 0 and below the target's"
+                )
+        if not self.methods or set(self.methods) - set(METHODS) or len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"methods is {list(self.methods)}; expected some of {', '.join(METHODS)}, each once")
+        unknown = set(self.settings) - set(METHODS)
+        if unknown:
+            raise ValueError(f"settings names {sorted(unknown)}; expected some of {', '.join(METHODS)}")
+        for name in ("train_phantoms", "validation_phantoms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}; expected a share in (0, 1)")
+        if self.validation_studies is not None and self.train_studies is None:
+            raise ValueError("validation_studies is given without train_studies; expected both, or neither")
+
+    @property
+    def exposures(self) -> tuple[int, ...]:
+        """All exposures that are restored from, the primary one first."""
+        return (self.input_seconds, *self.also_seconds)
 
     def plain(self) -> dict[str, Any]:
         """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
-        values = dataclasses.asdict(self)
-        for name, value in values.items():
-            if isinstance(value, Path):
-                values[name] = str(value.resolve())
-        values["methods"] = list(self.methods)
+        values = _plain(dataclasses.asdict(self))
         del values["output"]  # where a run lies is no part of what it is
         return values
 
     def digest(self) -> str:
         """Identifies the options: 12 hexadecimal digits of SHA-256."""
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
+        return digest(self.plain())
+
+    @classmethod
+    def of(cls, output: Path, plain: Mapping[str, Any]) -> RunConfig:
+        """What `plain` gave, in a folder.
+
+        Raises:
+            ValueError: options that this version does not know.
+        """
+        values = dict(plain)
+        for name in ("train_studies", "validation_studies"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        for name in ("methods", "also_seconds"):
+            values[name] = tuple(values.get(name, ()))
+        try:
+            return cls(output=output, **values)
+        except TypeError as error:
+            raise ValueError(f"{output / 'config.yaml'}: holds options that are unknown ({error})") from error
 
 
-DEMO = RunConfig(train_phantoms=2, test_phantoms=3, epochs=4)
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What a finished run is scored on; by default phantoms of the shifted generator.
+
+    Args:
+        run: folder of a finished `medaccel restoration run`.
+        dicom: folder of a PET series: simulated exposures of this patient.
+        realisations: independent noise realisations of the `dicom` patient.
+        test_studies: folder of study folders.
+        test_phantoms: how many phantoms of the shifted generator, where neither `dicom` nor `test_studies` is given.
+        methods: some of the run's; by default all.
+        samples: how many samples the diffusion methods draw of a volume; by default as many as their settings say.
+        name: of the results' folder in the run's `scored`; by default what the studies are.
+    """
+
+    run: Path
+    dicom: Path | None = None
+    realisations: int = 10
+    test_studies: Path | None = None
+    test_phantoms: int = 20
+    methods: tuple[str, ...] = ()
+    samples: int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dicom is not None and self.test_studies is not None:
+            raise ValueError("dicom and test_studies are both given; expected at most one of them")
+        for name in ("test_phantoms", "realisations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
+        if self.samples is not None and self.samples < 2:
+            raise ValueError(f"samples is {self.samples}; expected at least 2, so that they have a deviation")
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise ValueError(f"name is {self.name!r}; expected the name of a folder, without a path")
+
+    @property
+    def label(self) -> str:
+        """Name of the results' folder."""
+        if self.name is not None:
+            return self.name
+        if self.dicom is not None:
+            return "patient"
+        return "phantoms" if self.test_studies is None else self.test_studies.resolve().name
+
+    def plain(self) -> dict[str, Any]:
+        """As plain YAML and JSON values, without the run that they are applied to."""
+        values = _plain(dataclasses.asdict(self))
+        del values["run"]
+        return values
+
+
+def digest(values: Any) -> str:
+    """12 hexadecimal digits of the SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    result = {}
+    for name, value in values.items():
+        if isinstance(value, Path):
+            value = str(value.resolve())
+        result[name] = json.loads(json.dumps(value))
+    return result
+
+
+# Enough steps to see that everything works, in a minute or two; far too few for a good network.
+DEMO_RUN = RunConfig(
+    train_phantoms=2,
+    validation_phantoms=1,
+    methods=("gaussian1", "gaussian3", "gaussian_mix", "nlm", "swin_unetr", "diffusion_sdedit", "diffusion_conditional"),
+    settings={
+        "gaussian1": {"epochs": 4},
+        "gaussian3": {"epochs": 4},
+        "gaussian_mix": {"epochs": 4},
+        "swin_unetr": {"steps": 20, "steps_per_epoch": 5, "roi_size": [32, 32, 32], "batch_size": 2},
+        "diffusion_sdedit": {
+            "steps": 20,
+            "steps_per_epoch": 5,
+            "roi_size": [32, 32, 32],
+            "channels": [8, 16, 32],
+            "t0": [10, 40],
+            "samples": 2,
+            "sampling_steps": 3,
+        },
+        "diffusion_conditional": {
+            "steps": 20,
+            "steps_per_epoch": 5,
+            "roi_size": [32, 32, 32],
+            "channels": [8, 16, 32],
+            "samples": 2,
+            "sampling_steps": 3,
+        },
+    },
+)
+DEMO_TEST_PHANTOMS = 3

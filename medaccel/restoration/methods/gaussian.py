@@ -11,9 +11,10 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import numpy as np
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
 from medaccel.ops import gaussian_filter
+from medaccel.restoration import ranks
+from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
 from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.report import FittedMethod
-from medaccel.restoration.study import Study
+from medaccel.restoration.study import Study, load_study
 
 
 def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
@@ -260,3 +263,80 @@ def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]
     """One volume (i, j, k), float32, spacing in mm; the restored volume in the same unit."""
     restored = method(torch.from_numpy(volume)[None, None], torch.tensor(spacing, dtype=torch.float64))
     return restored[0, 0].numpy()
+
+
+class _Gaussian(Method):
+    """A Gaussian method for each exposure of the task: how much to smooth depends on the noise.
+
+    Settings: `epochs`, of up to 5 L-BFGS iterations over all studies each.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 10}
+
+    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(task, settings)
+        if self.settings["epochs"] < 1:
+            raise ValueError(f"{self.name}: epochs is {self.settings['epochs']}; expected a whole number >= 1")
+        self.filters = {seconds: METHODS[self.name]() for seconds in task.input_seconds}
+
+    def fit(
+        self,
+        studies: Sequence[Path],
+        validation: Sequence[Path],
+        *,
+        folder: Path,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """A handful of parameters on all voxels of all studies can't overfit: `validation` is not looked at."""
+        if ranks.rank() != 0:  # seconds of work, which the first process does alone
+            return
+        task, self.fitted = self.task, Fitted()
+        loaded = [load_study(path, (*task.input_seconds, task.target_seconds)) for path in studies]
+        for seconds in task.input_seconds:
+            self.filters[seconds], found = fit(
+                self.name,
+                loaded,
+                seconds,
+                task.target_seconds,
+                epochs=self.settings["epochs"],
+                seed=seed,
+                progress=progress,
+            )
+            self.fitted.losses[f"{seconds} s"] = list(found.losses)
+            record = asdict(found)
+            self.fitted.parameters[str(seconds)] = {key: record[key] for key in ("sigma_mm", "weights")}
+
+    def restore(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        seconds: int | None = None,
+        ct: np.ndarray | None = None,
+        samples: int | None = None,
+        keep_samples: bool = False,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Restoration:
+        check_volume(self.name, volume, spacing)
+        return Restoration(restore(self.filters[self.seconds(seconds)], volume, spacing))
+
+    def state(self) -> dict[str, Any]:
+        return {str(seconds): method.state_dict() for seconds, method in self.filters.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for seconds, method in self.filters.items():
+            method.load_state_dict(state[str(seconds)])
+
+
+class Gaussian1(_Gaussian):
+    name = "gaussian1"
+
+
+class Gaussian3(_Gaussian):
+    name = "gaussian3"
+
+
+class GaussianMixture(_Gaussian):
+    name = "gaussian_mix"

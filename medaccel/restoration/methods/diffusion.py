@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two diffusion methods share: a small U-Net, its training, and samples drawn and averaged in SUV."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medaccel.diffusion import VPSDE, noised, small_unet
+from medaccel.diffusion.sde import _Sde
+from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
+from medaccel.restoration.methods.network import NetworkMethod
+from medaccel.restoration.networks import whole
+from medaccel.restoration.training import NetworkFit
+
+
+def sample_cap(samples: int, seconds: float, target_seconds: float) -> float:
+    """The largest MSE score (%) that the plain mean of K posterior samples of PET_T can have.
+
+    Each sample misses the posterior mean by as much as the target does, so the mean of K adds 1/K of that error:
+    1 − (t/T)·(1 + 1/K). At 60 s of 90 s, K = 1 gives −33 %, K = 8 gives 25 %, many the limit, 33 %.
+    """
+    return 100 * (1 - seconds / target_seconds * (1 + 1 / samples))
+
+
+class DiffusionFit(NetworkFit):
+    """Trains a network to tell a clean volume from one with noise; `clean` of the method says what is clean.
+
+    The network predicts v = α·ε − σ·x0 (Salimans and Ho, ICLR 2022): neither ends of the schedule are neglected.
+    """
+
+    def __init__(self, method: DiffusionMethod) -> None:
+        super().__init__(method.network, method.settings)
+        self.method = [method]  # in a list, so that it is no sub-module
+        levels = [method.sde.level(i) for i in range(method.levels)]
+        self.register_buffer("alphas", torch.tensor([level.alpha for level in levels]), persistent=False)
+        self.register_buffer("sigmas", torch.tensor([level.sigma for level in levels]), persistent=False)
+
+    def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+        method = self.method[0]
+        clean, known = method.clean(batch)
+        # From the items' own seeds: the same in a resumed run, and however the items are shared out.
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["noise_seed"]]
+        chosen = torch.cat([torch.randint(len(self.alphas), (1,), generator=g) for g in generators]).to(clean.device)
+        noise = torch.stack([torch.randn(c.shape, generator=g) for c, g in zip(clean, generators, strict=True)])
+        noise = noise.to(clean)
+        alpha, sigma = self.alphas[chosen], self.sigmas[chosen]
+        x = noised(clean, alpha, sigma, noise=noise)
+        target = noised(noise, alpha, 1.0, noise=-sigma.reshape(-1, 1, 1, 1, 1) * clean)
+        predicted = self.network(torch.cat([x, *known], dim=1), chosen.float()).float()
+        # Outside the body there is nothing to learn but that it is empty.
+        weight = batch["mask"] + 0.05
+        loss = ((predicted - target).square() * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        return {"loss": loss.mean()}
+
+
+class DiffusionMethod(NetworkMethod):
+    """Settings beside `NetworkMethod`'s: `channels` of the U-Net, `samples` (K), `sampling_steps`.
+
+    The `precision` of training, where it is bf16-mixed, is that of sampling too.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **NetworkMethod.defaults,
+        "roi_size": [64, 64, 64],
+        "channels": [16, 32, 64],
+        "samples": 20,
+        "sampling_steps": 5,
+        "validation_studies": 2,
+        "validation_samples": 2,
+    }
+    multiple = 8
+    samples = True
+    sde: _Sde
+    levels: int
+
+    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+        self.sde, self.levels = VPSDE(), 1000
+        super().__init__(task, settings)
+        for key in ("samples", "sampling_steps", "validation_samples"):
+            if self.settings[key] < 1:
+                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the network is given beside the noisy volume."""
+        return 0
+
+    def build(self) -> nn.Module:
+        return small_unet(in_channels=1 + self.inputs, channels=self.settings["channels"])
+
+    def module(self) -> NetworkFit:
+        return DiffusionFit(self)
+
+    @abc.abstractmethod
+    def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """Of a training batch: what noise is added to, (B, 1, i, j, k), and what else the network is given."""
+
+    @abc.abstractmethod
+    def draw(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        seconds: int,
+        ct: np.ndarray | None,
+        seeds: Sequence[int],
+        progress: bool,
+    ) -> np.ndarray:
+        """Samples of the activity of one PET: (K, i, j, k), SUV."""
+
+    def evaluate(self, x: Tensor, time: Tensor, known: Tensor | None = None) -> Tensor:
+        """The network on a whole volume (1, 1, i, j, k); in windows where it is larger than eight of them."""
+        inputs = x if known is None else torch.cat([x, known.to(x)], dim=1)
+
+        def window(patch: Tensor) -> Tensor:
+            bfloat = self.settings["precision"] == "bf16-mixed"
+            with torch.autocast(patch.device.type, torch.bfloat16, enabled=bfloat):
+                return self.network(patch, time[:1].expand(patch.shape[0]).to(patch.device)).float()
+
+        sizes = [whole(n, self.multiple) for n in x.shape[2:]]
+        if np.prod(sizes) > 8 * np.prod(self.settings["roi_size"]):
+            return self.windows(inputs, window)
+        # Small enough to be seen whole: no seams, and no voxel computed twice.
+        pads = [side for n, size in zip(x.shape[:1:-1], sizes[::-1], strict=True) for side in (0, size - n)]
+        self.network.to(self.device())
+        padded = torch.nn.functional.pad(inputs, pads, mode="replicate").to(self.device())
+        return window(padded)[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x.device)
+
+    def restore(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        seconds: int | None = None,
+        ct: np.ndarray | None = None,
+        samples: int | None = None,
+        keep_samples: bool = False,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Restoration:
+        check_volume(self.name, volume, spacing)
+        count = self.settings["samples"] if samples is None else samples
+        if count < 1:
+            raise ValueError(f"{self.name}: samples is {count}; expected a whole number >= 1")
+        t = self.seconds(seconds)
+        drawn = self.draw(volume, spacing, t, ct, [seed * 1000 + k for k in range(count)], progress)
+        activity = drawn.mean(axis=0)
+        weight = np.float32(self.weight(t))
+        return Restoration(
+            weight * volume + (1 - weight) * activity,
+            activity=activity,
+            std=drawn.std(axis=0, ddof=1) if count > 1 else None,
+            samples=drawn if keep_samples else None,
+        )
+
+    def weight(self, seconds: int) -> float:
+        """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""
+        chosen = self.fitted.choices.get("weight", {})
+        return float(chosen.get(str(seconds), seconds / self.task.target_seconds))
+
+    def cap(self, seconds: int, fitted: Fitted) -> None:
+        """Notes what a plain mean of K samples could reach."""
+        caps = fitted.parameters.setdefault("sample_cap", {})
+        caps[str(seconds)] = sample_cap(self.settings["samples"], seconds, self.task.target_seconds)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`diffusion_sdedit`: a prior over noise-free PETs that never saw a noisy one, guided by the PET to restore.
+
+SDEdit (Meng et al., ICLR 2022): noise is added to the guide, as much as drowns its own, and the diffusion takes both
+away. t0 = 400–500 of 1000, the paper's for photographs, erases lesions; it is searched here from small values
+upward, from where the added noise is a fraction of the guide's. Samples are averaged in SUV and, where that is
+better on validation, blended with the PET as (t·PET_t + (T − t)·λ̂)/T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medaccel.diffusion import SDEdit
+from medaccel.restoration.methods.base import Fitted, Task
+from medaccel.restoration.methods.diffusion import DiffusionMethod
+from medaccel.restoration.methods.network import Candidates, weights
+from medaccel.restoration.scaling import scaling
+from medaccel.restoration.study import Study
+
+
+class DiffusionSDEdit(DiffusionMethod):
+    """Settings beside `DiffusionMethod`'s.
+
+    `t0`: the levels that are tried, from small to large; the search ends where two in a row are worse than the best.
+    `levels`: the prior is trained up to here alone; SDEdit never visits what lies above.
+    """
+
+    name = "diffusion_sdedit"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **DiffusionMethod.defaults,
+        "t0": [5, 10, 20, 35, 50, 75, 100, 140],
+        "levels": 200,
+    }
+
+    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(task, settings)
+        self.levels = int(self.settings["levels"])
+        tried = list(self.settings["t0"])
+        if not tried or tried != sorted(set(tried)) or tried[0] < 1 or tried[-1] > self.levels:
+            raise ValueError(f"{self.name}: t0 is {tried}; expected increasing levels from 1 to {self.levels}")
+
+    def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        return scaling(self.settings["scaling"]).forward(batch["noise_free"]), []
+
+    def draw(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        seconds: int,
+        ct: np.ndarray | None,
+        seeds: Sequence[int],
+        progress: bool,
+    ) -> np.ndarray:
+        t0 = self.fitted.choices.get("t0", {}).get(str(seconds), self.settings["t0"][len(self.settings["t0"]) // 2])
+        return self.draw_from(volume, int(t0), seeds, progress)
+
+    def draw_from(self, volume: np.ndarray, t0: int, seeds: Sequence[int], progress: bool) -> np.ndarray:
+        """Samples (K, i, j, k), SUV, with a certain t0."""
+        scale = scaling(self.settings["scaling"])
+        guide = scale.forward(torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None])
+        steps = min(t0, self.settings["sampling_steps"])
+        edit = SDEdit(self.evaluate, self.sde, t0, steps, prediction="v_prediction", check_finite=True)
+        samples = np.empty((len(seeds), *volume.shape), dtype=np.float32)
+        for k, seed in enumerate(seeds):
+            drawn = edit(guide, seeds=[seed], progress=progress).samples[0, 0, 0]
+            samples[k] = scale.inverse(drawn).clamp_min(0).numpy()
+        return samples
+
+    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+        candidates = Candidates(self.task, validation)
+        seeds = [seed * 1000 + k for k in range(self.settings["validation_samples"])]
+        for seconds in self.task.input_seconds:
+            best, worse = "", 0
+            for t0 in self.settings["t0"]:
+                for study in validation:
+                    image = study.exposures[seconds]
+                    mean = self.draw_from(image, t0, seeds, progress).mean(axis=0)
+                    for weight in (0.0, *weights(seconds, self.task.target_seconds)):
+                        name = f"t0 {t0}, weight {weight:g}"
+                        candidates.add(name, study, seconds, weight * image + (1 - weight) * mean)
+                before, best = best, candidates.best(seconds)
+                worse = 0 if best != before else worse + 1
+                if worse == 2:
+                    break
+            level, weight = best.removeprefix("t0 ").split(", weight ")
+            fitted.choices.setdefault("t0", {})[str(seconds)] = int(level)
+            fitted.choices.setdefault("weight", {})[str(seconds)] = float(weight)
+            self.cap(seconds, fitted)
+        fitted.scores = candidates.scores()

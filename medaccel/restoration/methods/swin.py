@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`swin_unetr`: one network for all exposures, which predicts the activity and leaves the known blend to arithmetic.
+
+E[PET_T | PET_t] = (t·PET_t + (T − t)·E[λ | PET_t])/T, so a network that predicts λ has less to learn than one that
+predicts PET_T, and what it predicts can be scored against the truth. `predict: target` is the other one, for
+comparison. The exposure is an input (count-aware), and so are two smoothed copies of the PET, the narrower of which
+the network's output is added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medaccel.restoration import losses
+from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
+from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, weights
+from medaccel.restoration.networks import ActivityNet, Conditioning, blend, swin_unetr
+from medaccel.restoration.study import Study
+from medaccel.restoration.training import NetworkFit
+
+PREDICTIONS = ("activity", "target")
+
+
+class ActivityFit(NetworkFit):
+    """Trains an `ActivityNet`.
+
+    The squared error is divided by the input's own, the study's: 1 less the score that the mean over studies is
+    taken of, so a hot patient weighs no more than another. Beside it, at `scaled_weight`, stands the squared error in
+    the network's scaling, which does not leave the cold organs to the hot ones; and with `mse_ssim` the 1 − SSIM of
+    the restored image, divided by the input's, at `ssim_weight`.
+    """
+
+    network: ActivityNet
+
+    def __init__(self, network: ActivityNet, settings: Mapping[str, Any], target_seconds: int) -> None:
+        super().__init__(network, settings)
+        self.target_seconds = target_seconds
+
+    def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+        s, mask, image = self.settings, batch["mask"], batch["input"]
+        predicted = self.network(image, batch["spacing"], batch["seconds"], batch["ct"] if s["use_ct"] else None)
+        predicted = predicted.float()
+        to_target, to_truth, distance = batch["errors"].float().unbind(1)
+        if s["predict"] == "target":
+            restored, compared, reference, error = predicted, predicted, batch["target"], to_target
+        else:
+            restored = blend(image, predicted, batch["seconds"], self.target_seconds)
+            simulated = batch["has_noise_free"].reshape(-1, 1, 1, 1, 1)
+            compared = torch.where(simulated, predicted, restored)
+            reference = batch["noise_free"]  # the target, where there is no noise-free image
+            error = torch.where(batch["has_noise_free"], to_truth, to_target)
+        terms = {}
+        scale = self.network.conditioning.scaling.forward
+        if s["loss"] != "ssim":
+            terms["mse"] = (losses.squared_error(compared, reference, mask) / error).mean()
+            scaled = losses.squared_error(scale(compared), scale(reference), mask)
+            terms["scaled"] = s["scaled_weight"] * scaled.mean()
+        if s["loss"] != "mse":
+            ssim = losses.ssim_distance(restored, batch["target"], mask) / distance
+            terms["ssim"] = s["ssim_weight"] * ssim.mean()
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+
+class SwinUNETRMethod(NetworkMethod):
+    """Swin UNETR (Hatamizadeh et al., 2022), accelerated; see the module.
+
+    Settings beside `NetworkMethod`'s: `feature_size`, `depths`, `num_heads`; `loss` (mse, mse_ssim, ssim) with
+    `scaled_weight` and `ssim_weight`; `predict` (activity, target); `accelerate`: False trains MONAI's own layers.
+    """
+
+    name = "swin_unetr"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **NetworkMethod.defaults,
+        "feature_size": 12,
+        "depths": [2, 2, 2, 2],
+        "num_heads": [3, 6, 12, 24],
+        "loss": "mse_ssim",
+        "scaled_weight": 100.0,
+        "ssim_weight": 0.3,
+        "predict": "activity",
+        "accelerate": True,
+    }
+
+    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+        chosen = {**self.defaults, **(settings or {})}
+        if chosen["loss"] not in losses.LOSSES:
+            raise ValueError(f"swin_unetr: loss is {chosen['loss']!r}; expected one of {', '.join(losses.LOSSES)}")
+        if chosen["predict"] not in PREDICTIONS:
+            raise ValueError(f"swin_unetr: predict is {chosen['predict']!r}; expected one of {', '.join(PREDICTIONS)}")
+        super().__init__(task, settings)
+
+    def build(self) -> nn.Module:
+        conditioning = Conditioning(self.settings["scaling"], self.settings["use_ct"])
+        return ActivityNet(swin_unetr(conditioning.channels, self.settings), conditioning)
+
+    def module(self) -> NetworkFit:
+        assert isinstance(self.network, ActivityNet)
+        return ActivityFit(self.network, self.settings, self.task.target_seconds)
+
+    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+        if self.settings["predict"] == "target":
+            return
+        candidates = Candidates(self.task, validation)
+        for study in validation:
+            for seconds in self.task.input_seconds:
+                image = study.exposures[seconds]
+                predicted = self.predict(image, study.spacing, seconds, study.ct)
+                for weight in weights(seconds, self.task.target_seconds):
+                    name = f"weight {weight:g}"
+                    candidates.add(name, study, seconds, weight * image + (1 - weight) * predicted)
+        fitted.scores = candidates.scores()
+        fitted.choices = {
+            "weight": {str(t): float(candidates.best(t).removeprefix("weight ")) for t in self.task.input_seconds}
+        }
+
+    @torch.no_grad()
+    def predict(
+        self, volume: np.ndarray, spacing: Sequence[float], seconds: int, ct: np.ndarray | None
+    ) -> np.ndarray:
+        """What the network predicts of one PET, SUV."""
+        image, steps, exposure, hu = as_batch(volume, spacing, seconds, ct)
+        stacked = image if hu is None or not self.settings["use_ct"] else torch.cat([image, hu], dim=1)
+
+        def window(patch: Tensor) -> Tensor:
+            count = patch.shape[0]
+            other = patch[:, 1:] if patch.shape[1] > 1 else None
+            return self.network(patch[:, :1], steps.expand(count, 3), exposure.expand(count), other)
+
+        return np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)
+
+    def restore(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        seconds: int | None = None,
+        ct: np.ndarray | None = None,
+        samples: int | None = None,
+        keep_samples: bool = False,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Restoration:
+        check_volume(self.name, volume, spacing)
+        t = self.seconds(seconds)
+        predicted = self.predict(volume, spacing, t, ct)
+        if self.settings["predict"] == "target":
+            return Restoration(predicted)
+        chosen = self.fitted.choices.get("weight", {})
+        weight = np.float32(chosen.get(str(t), t / self.task.target_seconds))
+        return Restoration(weight * volume + (1 - weight) * predicted, activity=predicted)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes started by `torchrun`: which one writes, and how the others wait for it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# The others wait while the first chooses on the validation studies: hours, for big ones.
+_PATIENCE = datetime.timedelta(hours=24)
+
+
+def world_size() -> int:
+    """How many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join() -> None:
+    """Makes the process group, where there are several processes and none has made it."""
+    if world_size() > 1 and not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+@contextmanager
+def first_process() -> Iterator[bool]:
+    """True in the process that does the work of the block; the others wait at its end."""
+    yield rank() == 0
+    barrier()

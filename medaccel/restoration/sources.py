@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's studies come from: folders, phantoms, or simulated exposures of a measured PET; and who is in which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from medaccel.data import open_series, read_pet_series, voxel_spacing, write_text
+from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.generate import simulate_study, write_studies
+from medaccel.restoration.simulator import Progress, SimulatorConfig
+from medaccel.restoration.study import find_studies, is_complete, read_parameters, save_study
+
+VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
+
+
+def check_sources(config: RunConfig) -> None:
+    """Fails before the fits at what would fail after them: options and folders that can't be used."""
+    simulator_of(config)
+    if config.train_studies is not None:
+        split(config)
+
+
+def simulator_of(config: RunConfig) -> SimulatorConfig:
+    """The simulator that the options describe.
+
+    Raises:
+        ValueError: an unknown or impossible parameter, or one of the run's exposures is not simulated.
+    """
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.simulator.items()}
+    try:
+        simulator = SimulatorConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"simulator has an unknown parameter: {error}") from error
+    missing = {*config.exposures, config.target_seconds} - set(simulator.durations)
+    if missing:
+        raise ValueError(
+            f"the exposures must be among the simulated durations {simulator.durations}; "
+            f"{sorted(missing)} are not (simulator.durations sets them)"
+        )
+    return simulator
+
+
+def split(config: RunConfig) -> tuple[list[Path], list[Path]]:
+    """Training and validation studies of `train_studies` and `validation_studies`; no patient is in both.
+
+    Raises:
+        ValueError: a patient in both folders, or a single patient to split.
+        FileNotFoundError: no studies.
+    """
+    assert config.train_studies is not None
+    train = find_studies(config.train_studies)
+    if config.validation_studies is not None:
+        validation = find_studies(config.validation_studies)
+        shared = {patient(p) for p in train} & {patient(p) for p in validation}
+        if shared:
+            raise ValueError(
+                f"patient {min(shared)} is among the training and the validation studies; expected one or the other"
+            )
+        return train, validation
+    patients = sorted({patient(p) for p in train})
+    if len(patients) < 2:
+        raise ValueError(
+            f"train_studies: {config.train_studies} holds one patient only; expected at least two, one to fit to and "
+            "one to choose on (or validation_studies)"
+        )
+    aside = max(1, round(config.validation_fraction * len(patients)))
+    order = np.random.default_rng(config.seed).permutation(len(patients))
+    held = {patients[i] for i in order[:aside]}
+    return [p for p in train if patient(p) not in held], [p for p in train if patient(p) in held]
+
+
+def patient(study: Path) -> str:
+    """Whose study it is: `patient` of the parameters in its study.json, else its folder's name."""
+    return str(read_parameters(study).get("patient", study.resolve().name))
+
+
+def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
+    """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json."""
+    if config.train_studies is not None:
+        train, validation = split(config)
+        say(f"studies: {len(train)} to fit to, {len(validation)} to choose on")
+    else:
+        say(
+            f"studies: {config.train_phantoms} simulated phantoms to fit to and {config.validation_phantoms} to choose on"
+        )
+        train = _phantoms(config, "train", config.train_phantoms, "standard", config.seed)
+        first = config.seed + VALIDATION_SEED
+        validation = _phantoms(config, "validation", config.validation_phantoms, "standard", first)
+    names = {
+        role: [{"study": str(p), "patient": patient(p)} for p in paths]
+        for role, paths in (("training", train), ("validation", validation))
+    }
+    write_text(config.output / "splits.json", json.dumps(names, indent=1) + "\n", force=True)
+    return train, validation
+
+
+def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
+    """What `training_studies` of another process wrote."""
+    names = json.loads((config.output / "splits.json").read_text(encoding="utf-8"))
+    return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
+
+
+def test_studies(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
+    """Study folders to score on.
+
+    Raises:
+        ValueError: one of their patients was fitted to or chosen on.
+    """
+    if chosen.dicom is not None:
+        return _real_patient(config, chosen, chosen.dicom, say)
+    if chosen.test_studies is None:
+        say(f"test studies: {chosen.test_phantoms} simulated phantoms (shifted generator)")
+        return _phantoms(config, "test", chosen.test_phantoms, "shifted", config.seed + TEST_SEED)
+    paths = find_studies(chosen.test_studies)
+    seen = {patient(p) for role in known_studies(config) for p in role}
+    shared = sorted(seen & {patient(p) for p in paths})
+    if shared:
+        raise ValueError(f"patient {shared[0]} of {chosen.test_studies} was fitted to or chosen on; it can't be a test")
+    say(f"test studies: {len(paths)} in {chosen.test_studies}")
+    return paths
+
+
+def _phantoms(config: RunConfig, role: str, count: int, generator: str, first_seed: int) -> list[Path]:
+    with _percent(f"{role} phantoms") as report:
+        seeds = range(first_seed, first_seed + count)
+        folder = config.output / "studies" / role
+        return write_studies(folder, seeds, generator, config=simulator_of(config), progress=report)
+
+
+def _real_patient(config: RunConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]) -> list[Path]:
+    """Simulated exposures of a measured PET: its denoised activity is the truth."""
+    say(f"test studies: {chosen.realisations} noise realisations of the PET in {dicom} (simulated exposures)")
+    simulator = simulator_of(config)
+    open_series(dicom)
+    paths, image = [], None
+    for index in range(chosen.realisations):
+        path = config.output / "studies" / chosen.label / f"patient_{index}"
+        paths.append(path)
+        if is_complete(path):
+            continue
+        if image is None:
+            image = read_pet_series(dicom, progress=True)
+        with _percent(path.name) as report:
+            study = simulate_study(
+                path.name,
+                np.maximum(np.asarray(image.dataobj, dtype=np.float32), 0),
+                voxel_spacing(image),
+                image.affine,
+                config=simulator,
+                seed=config.seed + TEST_SEED + index,
+                denoise="nlm",
+                origin={"dicom": dicom.name},
+                progress=report,
+            )
+            save_study(path, study, force=True)
+    return paths
+
+
+@contextmanager
+def _percent(description: str) -> Iterator[Progress]:
+    """A bar for work that reports its share done and a word about itself."""
+    with tqdm(total=100, desc=description, unit="%", bar_format="{desc}: {bar} {n:.0f} % {postfix}") as bar:
+
+        def report(share: float, message: str) -> None:
+            bar.n = 100 * share
+            bar.set_postfix_str(message)
+
+        yield report
+
+
+def describe(chosen: ScoreConfig) -> str:
+    """What the test studies are, to complete "scored on … studies: "."""
+    if chosen.dicom is not None:
+        return "simulated noise realisations of one measured PET"
+    if chosen.test_studies is not None:
+        return f"the studies in {chosen.test_studies.name}"
+    return "phantoms of the shifted generator, which no method was fitted on"
+
+
+def notes_on(chosen: ScoreConfig, parameters: Sequence[Any] = ()) -> list[str]:
+    """What a reader must know of where the truth comes from."""
+    if chosen.dicom is None:
+        return []
+    return [
+        "The patient's own image is noisy, so it was denoised (non-local means) before its exposures were "
+        "simulated: the denoised activity is the truth here, and what it lost of the patient's finest detail no "
+        "method can be scored on."
+    ]

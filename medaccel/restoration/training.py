@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning, set up for the networks: numbered patches, running average, checkpoints by the clock, exact resuming."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+
+from medaccel.restoration import ranks
+from medaccel.restoration.patches import Numbered, Patches
+
+#: Settings that every network has, and their defaults.
+TRAINING: dict[str, Any] = {
+    "steps": 600,  # optimizer steps
+    "steps_per_epoch": 25,
+    "batch_size": 1,  # over all processes
+    "learning_rate": 2e-3,
+    "weight_decay": 0.01,
+    "warm_up": 30,  # steps
+    "ema_decay": 0.99,
+    "gradient_clip": 1.0,
+    "checkpoint_minutes": 2.0,
+    "cache": "memory",
+    "num_workers": 0,
+    "accelerator": "auto",
+    "devices": "auto",
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+}
+
+
+class NetworkFit(lightning.LightningModule):
+    """A network and its loss: subclasses give `losses`.
+
+    Args:
+        network: what is trained.
+        settings: `TRAINING`'s.
+    """
+
+    def __init__(self, network: nn.Module, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.network, self.settings = network, settings
+
+    def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+        """Terms by name, means over the batch; "loss" is the one to minimise."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Mapping[str, Any], index: int) -> Tensor:
+        terms = self.losses(batch, index)
+        loss = terms["loss"]
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"step {self.global_step}: the loss is {float(loss.detach())} "
+                f"({', '.join(f'{k} {float(v.detach()):.3g}' for k, v in terms.items())}); training stops here, and its "
+                "last checkpoint is from before"
+            )
+        values = {f"train/{key}": value.detach() for key, value in terms.items()}
+        self.log_dict(values, batch_size=len(batch["seconds"]), on_step=False, on_epoch=True, sync_dist=True)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["seconds"]))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        s = self.settings
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=s["learning_rate"], weight_decay=s["weight_decay"]
+        )
+
+        def factor(step: int) -> float:
+            """Warm-up, then a cosine to a hundredth."""
+            done = min(step / s["steps"], 1.0)
+            return min(1.0, (step + 1) / max(s["warm_up"], 1)) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class _ByTheClock(ModelCheckpoint):
+    """Stores at the first epoch's end after so many minutes, and after the last epoch.
+
+    Only at an epoch's end does a resumed run draw the very items that it would have drawn.
+    """
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        super().__init__(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
+        self.seconds, self.stored = 60 * minutes, time.monotonic()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        last = trainer.global_step >= trainer.max_steps
+        if torch.distributed.is_initialized():  # one clock for all processes
+            last = trainer.strategy.broadcast(last or time.monotonic() - self.stored >= self.seconds)
+        if last or time.monotonic() - self.stored >= self.seconds:
+            super().on_train_epoch_end(trainer, pl_module)
+            self.stored = time.monotonic()
+
+
+class _Clock(lightning.Callback):
+    """Seconds of each epoch and its mean loss; kept in the checkpoint, so that a resumed run reports them all."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: dict[str, list[float]] = {}
+        self._start = 0.0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+        for key, value in trainer.callback_metrics.items():
+            if key.startswith("train/"):
+                self.losses.setdefault(key.removeprefix("train/"), []).append(float(value))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "losses": self.losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.losses = list(state_dict["seconds"]), dict(state_dict["losses"])
+
+
+def train(
+    module: NetworkFit, patches: Patches, folder: Path, *, seed: int = 0, progress: bool = True
+) -> tuple[dict[str, list[float]], float, float]:
+    """Trains a network, from the folder's last checkpoint if there is one; it ends with its running average.
+
+    Args:
+        module: its settings say how long, on what devices and in which precision.
+        patches: to train on.
+        folder: for checkpoints, TensorBoard and CSV logs.
+        seed: of dropout and the like; the patches have their own.
+        progress: show Lightning's bar.
+
+    Returns:
+        Mean losses of each epoch by name; seconds that the steps took, all runs together; seconds a step.
+
+    Raises:
+        ValueError: the loss isn't finite (the last checkpoint stays); settings that don't fit together; a checkpoint
+            of other settings.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    s, world = module.settings, max(ranks.world_size(), 1)
+    if s["batch_size"] % world:
+        raise ValueError(f"batch_size is {s['batch_size']}; expected a multiple of the {world} processes")
+    if s["steps"] % s["steps_per_epoch"]:
+        raise ValueError(f"steps is {s['steps']}; expected a multiple of steps_per_epoch, {s['steps_per_epoch']}")
+    sampler = Numbered(s["steps_per_epoch"] * s["batch_size"], ranks.rank(), world)
+    loader = torch.utils.data.DataLoader(
+        patches, batch_size=s["batch_size"] // world, sampler=sampler, num_workers=s["num_workers"]
+    )
+    last, clock = folder / "last.ckpt", _Clock()
+    folder.mkdir(parents=True, exist_ok=True)
+    lightning.seed_everything(seed, verbose=False)
+    # Lightning's hints on worker counts and accelerators repeat what the settings say.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = lightning.Trainer(
+            max_steps=s["steps"],
+            accelerator=s["accelerator"],
+            devices=s["devices"],
+            num_nodes=s["num_nodes"],
+            strategy="ddp" if s["strategy"] == "auto" and world > 1 else s["strategy"],
+            precision=s["precision"],
+            gradient_clip_val=s["gradient_clip"],
+            use_distributed_sampler=False,  # `Numbered` shares the items out
+            logger=[CSVLogger(folder, "csv", version=""), TensorBoardLogger(folder, "tensorboard", version="")],
+            callbacks=[
+                EMAWeightAveraging(decay=s["ema_decay"], use_buffers=False),  # an index table has no average
+                _ByTheClock(folder, s["checkpoint_minutes"]),
+                clock,
+            ],
+            enable_model_summary=False,
+            enable_progress_bar=progress,
+            log_every_n_steps=s["steps_per_epoch"],
+        )
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C, without a word; and it ignores the next ones
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt from None
+    seconds = sum(clock.seconds)
+    return clock.losses, seconds, seconds / max(len(clock.seconds) * s["steps_per_epoch"], 1)

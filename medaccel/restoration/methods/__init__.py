@@ -1,2 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
 """The restoration methods behind one interface, `medaccel.restoration.methods.base.Method`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medaccel.restoration.methods.base import Method
+
+# Name -> module:class, imported when it is first asked for: Lightning and MONAI take seconds.
+CLASSES = {
+    "gaussian1": "medaccel.restoration.methods.gaussian:Gaussian1",
+    "gaussian3": "medaccel.restoration.methods.gaussian:Gaussian3",
+    "gaussian_mix": "medaccel.restoration.methods.gaussian:GaussianMixture",
+    "nlm": "medaccel.restoration.methods.classical:NonLocalMeans",
+    "tv": "medaccel.restoration.methods.classical:TotalVariation",
+    "bm4d": "medaccel.restoration.methods.classical:BM4D",
+    "swin_unetr": "medaccel.restoration.methods.swin_unetr:SwinUNETRMethod",
+    "diffusion_sdedit": "medaccel.restoration.methods.diffusion:SDEditMethod",
+    "diffusion_conditional": "medaccel.restoration.methods.diffusion:ConditionalMethod",
+}
+# Key of a checkpoint -> its type, as `Method.save` writes it.
+_KEYS = {
+    "method": str,
+    "input_seconds": list,
+    "target_seconds": int,
+    "settings": dict,
+    "fitted": dict,
+    "state": dict,
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method. Raises ValueError where there is none of that name."""
+    if name not in CLASSES:
+        raise ValueError(f"method {name!r} is unknown; expected one of {', '.join(CLASSES)}")
+    module, _, attribute = CLASSES[name].partition(":")
+    found: type[Method] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def load_method(path: str | os.PathLike[str]) -> Method:
+    """A fitted method from the file that `Method.save` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, not a checkpoint, of another format or an unknown method; the message names the file,
+            what it holds and what was expected.
+    """
+    from medaccel.restoration.methods.base import FORMAT, Fitted, Task
+
+    content = _content(path)
+    found = content.get("format")
+    if found != FORMAT:
+        raise ValueError(f"{path}: a checkpoint of format {found!r}; expected {FORMAT}")
+    for key, kind in _KEYS.items():
+        if not isinstance(content.get(key), kind):
+            state = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+            raise ValueError(f"{path}: {key!r} {state} in this checkpoint; expected a {kind.__name__}")
+    try:
+        task = Task(tuple(content["input_seconds"]), content["target_seconds"])
+        method = method_class(content["method"])(task, content["settings"])
+        method.fitted = Fitted(**content["fitted"])
+        method.load_state(content["state"])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a state's shapes
+        raise ValueError(f"{path}: not a checkpoint of {content['method']!r} that can be used ({error})") from error
+    return method
+
+
+def _content(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        # Weights only: a checkpoint from elsewhere may hold code.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a method's checkpoint")
+    return content

@@ -179,6 +179,7 @@ def _code(value: str, meaning: str) -> Dataset:
 def _without_stale_fields(header: Dataset) -> Dataset:
     """A copy of a source slice's header, less what doesn't hold of other pixels."""
     from pydicom import DataElement
+    from pydicom.tag import Tag
 
     kept = set()
     for group, creator, elements in _PRIVATE_KEPT:
@@ -187,7 +188,7 @@ def _without_stale_fields(header: Dataset) -> Dataset:
         except KeyError:
             continue
         tags = {block.get_tag(element) for element in elements if element in block}
-        kept |= tags | ({(group, block.block_start >> 8)} if tags else set())
+        kept |= tags | ({Tag(group, block.block_start >> 8)} if tags else set())  # and who made them
 
     def leave_out(item: Dataset, element: DataElement) -> None:
         overlay = element.tag.group >> 8 == 0x60 and element.tag.group % 2 == 0

@@ -130,7 +130,9 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
             raise
     except OSError as error:
         if error.errno in _WRITE_ERRORS:
-            raise OSError(error.errno, f"writing failed ({error.strerror}); nothing was written", str(path)) from error
+            raise OSError(
+                error.errno, f"writing failed ({error.strerror}); nothing was written", str(path)
+            ) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -91,8 +91,9 @@ class TrainingRange:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> TrainingRange:
         """Takes what `plain` gave. Raises ValueError where that isn't one."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return cls(**fields)
         except TypeError as error:
             raise ValueError(f"not a training range: {error}") from error
 
@@ -134,8 +135,8 @@ def noise_level(volume: Array, spacing: Sequence[float]) -> float:
     The mixed difference δ_i δ_j δ_k over about 8 mm (whole voxels) has eight terms of the noise, hence its
     variance eight times over, while flat parts, gradients and edges along the axes drop out of it. It is divided by
     the local mean (a Gaussian of 10 mm), and the median of its absolute value over the body makes what is left of
-    the anatomy count for little. In phantoms, exposures of 30, 60 and 90 s give 0.16, 0.12 and 0.10, persons differ by
-    ±15 %, and the noise-free image gives 0.01. The unit of `volume` makes no difference.
+    the anatomy count for little. In phantoms, exposures of 30, 60 and 90 s give 0.16, 0.12 and 0.10, persons
+    differ by ±15 %, and the noise-free image gives 0.01. The unit of `volume` makes no difference.
 
     Args:
         volume: (i, j, k), SUV or another unit of activity.

@@ -3,8 +3,9 @@
 
 Each slice is its source's header with what no longer holds of it replaced or left out:
 
-- new: the UIDs of series and instances, series number and description, image type (DERIVED\\SECONDARY), derivation
-  description and code, the source image that is referred to, content and creation times, pixels and their slope;
+- new: the UIDs of series and instances, series number and description, image type (DERIVED\\SECONDARY: made after
+  the examination, PS3.3 C.7.6.1.1.2), derivation description and code, the source image that is referred to, content
+  and creation times, pixels and their slope;
 - kept: patient, study, frame of reference, geometry, units, tracer, dose and burned-in annotation. The times of
   series and acquisition are the source's too, since SUV is reckoned from them (`medaccel.data.suv`);
 - left out: extremes of pixel values, padding, overlays, thumbnails, digital signatures, look-up tables, and private
@@ -81,9 +82,9 @@ def write_derived_pet(
         FileExistsError: the folder is not empty and `force` is False.
         OSError: it can't be written; what was there stays.
     """
-    target = check_output_folder(folder, force=force)
-    if target.is_dir():
-        _check_replaceable(target, template)
+    target = check_series_folder(folder, force=force)
+    if any(Path(os.path.realpath(source(h))).parent == target for h in template.headers):
+        raise ValueError(f"{folder} holds the series that the new one is derived from; expected another folder")
     _check_text(description, derivation)
     headers = template.headers
     first = headers[0]
@@ -103,7 +104,7 @@ def write_derived_pet(
     series = _series_fields(description, number, len(headers))
     with atomic_folder(folder, force=force) as temporary:
         for k, header in enumerate(headers):
-            values = volume[:, :, k].T / factors[k]  # (rows, columns) float64, the source's unit
+            values = volume[:, :, k].T.astype(np.float64) / factors[k]  # (rows, columns), the source's unit
             slope, pixels = _quantised(values, signed)
             derived = _without_stale_fields(header)
             derived.update(series)
@@ -112,13 +113,19 @@ def write_derived_pet(
             derived.save_as(temporary / f"IM{k + 1:05d}.dcm", enforce_file_format=True)
 
 
-def _check_replaceable(folder: Path, template: DicomSeries) -> None:
-    """What `force` may replace: an earlier series, but neither this one's source nor a folder of other things."""
-    if any(Path(os.path.realpath(source(h))).parent == folder for h in template.headers):
-        raise ValueError(f"{folder} holds the series that the new one is derived from; expected another folder")
-    for path in folder.iterdir():
+def check_series_folder(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Return the folder that a series can be written to (links followed), or say why it can't, before any work.
+
+    Raises:
+        ValueError: with `force`, the folder holds anything but DICOM files: only an earlier series is replaced.
+        FileExistsError: it is not empty and `force` is False.
+        OSError: it can't be written.
+    """
+    target = check_output_folder(folder, force=force)
+    for path in target.iterdir() if target.is_dir() else ():
         if not path.is_file() or not _is_dicom(path):
             raise ValueError(f"{path} is no DICOM file; only a folder of nothing but DICOM files is replaced")
+    return target
 
 
 def _is_dicom(path: Path) -> bool:

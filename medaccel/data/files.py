@@ -90,8 +90,8 @@ def check_output_folder(path: str | os.PathLike[str], *, force: bool = False) ->
             raise FileExistsError(
                 errno.EEXIST, "the folder is not empty (--force or force=True replaces it)", str(path)
             )
-        check_output(target / "file")  # can it be written to
-        check_output(target.with_name(f".tmp-{secrets.token_hex(6)}"))
+        for folder in (target, target.parent):  # a name that nobody has: may anything be written there
+            check_output(folder / f".tmp-{secrets.token_hex(6)}")
     elif target.exists():
         raise NotADirectoryError(errno.ENOTDIR, "the output must be a folder, but this is a file", str(path))
     else:

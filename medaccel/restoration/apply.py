@@ -14,7 +14,6 @@ import numpy as np
 from medaccel.data import (
     DicomSeries,
     check_output,
-    check_output_folder,
     is_nifti_name,
     load_series,
     make_nifti,
@@ -26,7 +25,7 @@ from medaccel.data import (
     write_derived_pet,
 )
 from medaccel.data._fields import optional
-from medaccel.data.dicom_write import RESEARCH_ONLY
+from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, check_volume
 from medaccel.restoration.metrics import body_mask
@@ -151,7 +150,9 @@ def _check_output(input: Path, output: Path, force: bool) -> None:
         raise ValueError(
             f"{output}: the output's name must end in .nii or .nii.gz, or be a folder (no dot in its name) for DICOM"
         )
-    check_output_folder(output, force=force)
+    if output.resolve() == input.resolve():
+        raise ValueError(f"{output} is the input itself; expected another folder")
+    check_series_folder(output, force=force)
     if input.exists() and (not input.is_dir() or _is_study(input)):
         raise ValueError(
             f"{output}: a DICOM series as output needs one as input, but {input} is none; expected an output that "

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from scipy import ndimage
 
 from medaccel.cli import main
-from medaccel.data import make_nifti, open_series, read_nifti, read_pet_series, save_nifti
+from medaccel.data import make_nifti, open_series, read_dicom_series, read_nifti, read_pet_series, save_nifti
 from medaccel.restoration import methods
 from medaccel.restoration.apply import TRAINING_RANGE, apply
 from medaccel.restoration.methods import load_method
@@ -51,7 +51,8 @@ class Smoother(Method):
         seed: int = 0,
         progress: bool = False,
     ) -> Restoration:
-        type(self).handed = {"volume": volume, "spacing": spacing, "seconds": seconds, "ct": ct, "samples": samples}
+        self.handed.clear()
+        self.handed.update(volume=volume, spacing=spacing, seconds=seconds, ct=ct, samples=samples)
         return Restoration(ndimage.gaussian_filter(volume, self.settings["sigma"]))
 
     def state(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def test_a_drawing_method_writes_the_deviation_of_the_image(tmp_path: Path) -> N
 
 def test_a_dicom_series_becomes_a_derived_one_or_nifti(tmp_path: Path) -> None:
     source, model = write_series(tmp_path / "dicom"), checkpoint(tmp_path, Drawer)
-    with pytest.warns(UserWarning, match="unlike|fitted on|exposure|voxel"):
+    with pytest.warns(UserWarning, match="fitted on"):
         written = apply(model, source, tmp_path / "derived", progress=False)
     assert written == (tmp_path / "derived_std.nii.gz", tmp_path / "derived")
     suv = np.asarray(read_pet_series(source).dataobj)
@@ -191,6 +192,22 @@ def test_a_ct_is_brought_to_the_grid_with_air_beyond_it(tmp_path: Path) -> None:
     assert (found[12, 11, ~inside] == -1000).all()
 
 
+@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+def test_a_ct_may_be_a_dicom_series(tmp_path: Path) -> None:
+    def edit(ds: Dataset, k: int) -> None:
+        ds.Modality, ds.RescaleSlope, ds.RescaleIntercept = "CT", 1, -500
+
+    ct = write_series(tmp_path / "ct", edit, series_uid="1.2.4")
+    apply(checkpoint(tmp_path), write_series(tmp_path / "pet"), tmp_path / "o.nii", ct=ct, progress=False)
+    np.testing.assert_array_equal(Smoother.handed["ct"], np.asarray(read_dicom_series(ct).dataobj))
+
+
+def test_a_ct_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "ct.nii.gz", np.full(body().shape, np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"ct\.nii\.gz: 10560 voxels are NaN or infinite \(expected HU\)"):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", ct=path, progress=False)
+
+
 def test_a_ct_elsewhere_is_refused(tmp_path: Path) -> None:
     affine = np.diag([2.0, 2, 2, 1])
     affine[:3, 3] = 5000
@@ -215,12 +232,13 @@ def test_bq_per_ml_are_suspected(tmp_path: Path) -> None:
         apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
 def test_the_duration_in_the_header_is_compared(tmp_path: Path) -> None:
     source = write_series(tmp_path / "d", lambda ds, k: setattr(ds, "ActualFrameDuration", 240000))
-    with pytest.warns(
-        UserWarning, match="ActualFrameDuration is 240 s, but the method takes the image for one of 60 s"
-    ):
+    with pytest.warns(UserWarning, match="fitted on") as record:
         apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+    expected = "ActualFrameDuration is 240 s, but the method takes the image for one of 60 s"
+    assert len([w for w in record if expected in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("duration", [60000, None])
@@ -266,12 +284,26 @@ def test_output_names_and_kinds_that_cannot_be_are_refused(tmp_path: Path) -> No
         apply(model, source, tmp_path / "out.mha", progress=False)
     with pytest.raises(ValueError, match=r"a DICOM series as output needs one as input, but .*pet\.nii is none"):
         apply(model, source, tmp_path / "folder", progress=False)
+    other = tmp_path / "model.pth"
+    other.write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.pth: expected a \.nii or \.nii\.gz file, the folder of"):
-        (tmp_path / "model.pth").write_bytes(b"")
-        apply(model, tmp_path / "model.pth", tmp_path / "out.nii", progress=False)
+        apply(model, other, tmp_path / "out.nii", progress=False)
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         apply(model, tmp_path / "nowhere", tmp_path / "out.nii", progress=False)
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_cannot_be_replaced_is_told_before_the_work(tmp_path: Path) -> None:
+    source, model = write_series(tmp_path / "dicom"), checkpoint(tmp_path)
+    Smoother.handed.clear()
+    with pytest.raises(FileExistsError, match="not empty"):
+        apply(model, source, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="is no DICOM file"):
+        apply(model, source, tmp_path, force=True, progress=False)
+    with pytest.raises(ValueError, match="dicom is the input itself"):
+        apply(model, source, source, force=True, progress=False)
+    assert not Smoother.handed
+    assert read_pet_series(source).shape == (5, 4, 6)
 
 
 def test_what_exists_is_kept_unless_forced(tmp_path: Path) -> None:

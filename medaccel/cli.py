@@ -30,6 +30,12 @@ RUN_EXAMPLES = """examples:
   medaccel restoration run --config my.yaml --simulator '{dose_fraction: 0.5}'
 """
 
+APPLY_EXAMPLES = """examples:
+  medaccel restoration apply --checkpoint gaussian_mix.pt pet_60s.nii.gz restored.nii.gz
+  medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --ct ct_dicom/
+  medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
+"""
+
 DEMO_EXAMPLES = """examples:
   medaccel demo
   medaccel demo --output demo_run --force
@@ -83,6 +89,19 @@ def _restoration_run() -> ArgumentParser:
     return parser
 
 
+def _restoration_apply() -> ArgumentParser:
+    from medaccel.restoration.apply import apply
+
+    parser = _parser("Restores a PET, NIfTI or DICOM, with a fitted method. For research only.", APPLY_EXAMPLES)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="what a fit stored, as checkpoints/<method>.pt"
+    )
+    parser.add_function_arguments(apply, as_positional=True, skip={"checkpoint", "force", "progress"})
+    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
 def _demo() -> ArgumentParser:
     parser = _parser("A small restoration study on simulated phantoms: about a minute or two.", DEMO_EXAMPLES)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
@@ -108,6 +127,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("restoration", restoration, help="PET restoration")
     steps = restoration.add_subcommands(required=True, dest="step")
     steps.add_subcommand("run", _restoration_run(), help="fit, score and report")
+    steps.add_subcommand("apply", _restoration_apply(), help="restore a PET with a fitted method")
     commands.add_subcommand("demo", _demo(), help="a small restoration study, from phantoms to a report")
     return parser
 
@@ -138,6 +158,12 @@ def _call(arguments: Namespace) -> int:
         options = _options(arguments.smooth, "quiet")
         smooth(**options, progress=not arguments.smooth.quiet)
         print(f"written: {options['output']}")
+    elif command == "restoration" and arguments.restoration.step == "apply":
+        from medaccel.restoration.apply import apply
+
+        options = _options(arguments.restoration.apply, "quiet")
+        for path in apply(**options, progress=not arguments.restoration.apply.quiet):
+            print(f"written: {path}")
     elif command == "restoration":
         from medaccel.restoration.config import RunConfig
         from medaccel.restoration.pipeline import run

@@ -18,7 +18,7 @@ def image(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [["smooth"], ["restoration", "run"], ["demo"]])
+@pytest.mark.parametrize("command", [["smooth"], ["restoration", "run"], ["restoration", "apply"], ["demo"]])
 def test_help_has_examples_one_a_line(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -5,7 +5,15 @@ import importlib
 from typing import Any
 
 from medaccel.data.dicom import DicomSeries, load_series, open_series, read_dicom_series, read_pet_series
-from medaccel.data.files import atomic_path, check_output, write_bytes, write_text
+from medaccel.data.dicom_write import write_derived_pet
+from medaccel.data.files import (
+    atomic_folder,
+    atomic_path,
+    check_output,
+    check_output_folder,
+    write_bytes,
+    write_text,
+)
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, save_nifti, voxel_spacing
 from medaccel.data.suv import suv_factors
 
@@ -13,8 +21,10 @@ _VIEWS = ("TwoViews", "feature_affine")  # on MONAI, which is imported when they
 __all__ = [
     "DicomSeries",
     "TwoViews",
+    "atomic_folder",
     "atomic_path",
     "check_output",
+    "check_output_folder",
     "feature_affine",
     "is_nifti_name",
     "load_series",
@@ -27,6 +37,7 @@ __all__ = [
     "suv_factors",
     "voxel_spacing",
     "write_bytes",
+    "write_derived_pet",
     "write_text",
 ]
 

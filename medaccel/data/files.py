@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -78,6 +79,65 @@ def atomic_path(path: str | os.PathLike[str], *, force: bool = False) -> Iterato
         with suppress(FileNotFoundError):
             temporary.unlink()
     with suppress(OSError):  # some network folders can't be synced; the file itself is
+        _sync(target.parent)
+
+
+def check_output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """`check_output` for a folder that is to be made: it may exist where it is empty, or with `force`."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        if any(target.iterdir()) and not force:
+            raise FileExistsError(
+                errno.EEXIST, "the folder is not empty (--force or force=True replaces it)", str(path)
+            )
+        for folder in (target, target.parent):  # a name that nobody has: may anything be written there
+            check_output(folder / f".tmp-{secrets.token_hex(6)}")
+    elif target.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "the output must be a folder, but this is a file", str(path))
+    else:
+        check_output(target)
+    return target
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary empty folder beside `path`; when the block ends well, it becomes `path`.
+
+    On any failure in the block it is removed and `path` is what it was before. A folder that is replaced is moved
+    aside first and removed last: it is never mixed with the new one.
+
+    Raises:
+        FileExistsError: the folder is not empty and `force` is False.
+        OSError: as `check_output`; or writing failed: the message names `path`.
+    """
+    target = check_output_folder(path, force=force)
+    temporary = target.with_name(f".tmp-{secrets.token_hex(6)}")
+    old = target.with_name(f".old-{secrets.token_hex(6)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for written in temporary.iterdir():
+            _sync(written)
+        _sync(temporary)
+        check_output_folder(path, force=force)  # another process may have written it meanwhile
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
+    except OSError as error:
+        if error.errno in _WRITE_ERRORS:
+            raise OSError(
+                error.errno, f"writing failed ({error.strerror}); nothing was written", str(path)
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
         _sync(target.parent)
 
 

@@ -4,33 +4,41 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medaccel.restoration.methods.base import Method, Task
 
-_HERE = "medaccel.restoration.methods."
-# Where each class is: options are read, and --help is printed, without importing Lightning.
-METHODS: dict[str, str] = {
-    "gaussian1": _HERE + "gaussian:Gaussian1",
-    "gaussian3": _HERE + "gaussian:Gaussian3",
-    "gaussian_mix": _HERE + "gaussian:GaussianMixture",
-    "nlm": _HERE + "classical:NonLocalMeans",
-    "tv": _HERE + "classical:TotalVariation",
-    "bm4d": _HERE + "classical:BM4D",
-    "swin_unetr": _HERE + "swin:SwinUNETRMethod",
-    "diffusion_sdedit": _HERE + "sdedit:DiffusionSDEdit",
-    "diffusion_conditional": _HERE + "conditional:DiffusionConditional",
+# Name -> module:class, imported when it is first asked for: Lightning and MONAI take seconds.
+METHODS = {
+    "gaussian1": "medaccel.restoration.methods.gaussian:Gaussian1",
+    "gaussian3": "medaccel.restoration.methods.gaussian:Gaussian3",
+    "gaussian_mix": "medaccel.restoration.methods.gaussian:GaussianMixture",
+    "nlm": "medaccel.restoration.methods.classical:NonLocalMeans",
+    "tv": "medaccel.restoration.methods.classical:TotalVariation",
+    "bm4d": "medaccel.restoration.methods.classical:BM4D",
+    "swin_unetr": "medaccel.restoration.methods.swin:SwinUNETRMethod",
+    "diffusion_sdedit": "medaccel.restoration.methods.sdedit:DiffusionSDEdit",
+    "diffusion_conditional": "medaccel.restoration.methods.conditional:DiffusionConditional",
+}
+# Key of a checkpoint -> its type, as `Method.save` writes it.
+_KEYS = {
+    "method": str,
+    "input_seconds": list,
+    "target_seconds": int,
+    "settings": dict,
+    "fitted": dict,
+    "state": dict,
 }
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method. Raises ValueError for an unknown name."""
+    """The class of a method. Raises ValueError where there is none of that name."""
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
-    module, attribute = METHODS[name].split(":")
+    module, _, attribute = METHODS[name].partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
 
@@ -40,8 +48,8 @@ def make_method(name: str, task: Task, settings: Mapping[str, Any] | None = None
     return method_class(name)(task, settings)
 
 
-def load_method(path: str | Path, expected: str | None = None) -> Method:
-    """A fitted method from the file that `Method.save` wrote.
+def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Method:
+    """A fitted method from the file that `Method.save` wrote, on the CPU.
 
     Args:
         path: of the checkpoint.
@@ -49,29 +57,42 @@ def load_method(path: str | Path, expected: str | None = None) -> Method:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, of another format or method, or its weights don't fit its settings.
+        ValueError: damaged, not a checkpoint, of another format or an unknown method; the message names the file,
+            what it holds and what was expected.
     """
-    import torch
-
     from medaccel.restoration.methods.base import FORMAT, Fitted, Task
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint that can be read ({error}); fit the method again") from error
-    found = content.get("format") if isinstance(content, dict) else None
+    content = _content(path)
+    found = content.get("format")
     if found != FORMAT:
-        raise ValueError(f"{path}: a checkpoint of format {found!r}; this version reads format {FORMAT}")
+        raise ValueError(f"{path}: a checkpoint of format {found!r}; expected {FORMAT}")
+    for key, kind in _KEYS.items():
+        if not isinstance(content.get(key), kind):
+            state = f"is a {type(content[key]).__name__}" if key in content else "is missing"
+            raise ValueError(f"{path}: {key!r} {state} in this checkpoint; expected a {kind.__name__}")
     if expected is not None and content["method"] != expected:
         raise ValueError(f"{path}: a checkpoint of {content['method']!r}; expected {expected!r}")
-    task = Task(tuple(content["input_seconds"]), content["target_seconds"])
-    method = make_method(content["method"], task, content["settings"])
     try:
+        task = Task(tuple(content["input_seconds"]), content["target_seconds"])
+        method = method_class(content["method"])(task, content["settings"])
+        method.fitted = Fitted(**content["fitted"])
         method.load_state(content["state"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: its weights do not fit {content['method']} of its settings ({error})") from error
-    method.fitted = Fitted(**content["fitted"])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a state's shapes
+        raise ValueError(f"{path}: not a checkpoint of {content['method']!r} that can be used ({error})") from error
     return method
+
+
+def _content(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    import torch
+
+    try:
+        # Weights only: a checkpoint from elsewhere may hold code.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler of damaged bytes can stumble in any way
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a method's checkpoint")
+    return content

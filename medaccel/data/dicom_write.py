@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A processed PET as a derived DICOM series of the study that it came from.
+
+Each slice is its source's header with what no longer holds of it replaced or left out:
+
+- new: the UIDs of series and instances, series number and description, image type (DERIVED\\SECONDARY: made after
+  the examination, PS3.3 C.7.6.1.1.2), derivation description and code, the source image that is referred to, content
+  and creation times, pixels and their slope;
+- kept: patient, study, frame of reference, geometry, units, tracer, dose and burned-in annotation. The times of
+  series and acquisition are the source's too, since SUV is reckoned from them (`medaccel.data.suv`);
+- left out: extremes of pixel values, padding, overlays, thumbnails, digital signatures, look-up tables, and private
+  fields, of whose meaning for other pixels nobody can say; but not those that SUV depends on.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medaccel.data._fields import integer, label, optional, require, source
+from medaccel.data.dicom import DicomSeries
+from medaccel.data.files import atomic_folder, check_output_folder
+from medaccel.data.suv import suv_factors
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+RESEARCH_ONLY = "research only"
+_MAX_LO = 64  # characters of a DICOM long string, such as the description of a series
+_MAX_ST = 1024  # and of a short text
+_SMOOTHING = ("113087", "Smoothing")  # of the standard's derivations (CID 7203) the one nearest to taking noise away
+_SOURCE_IMAGE = ("121322", "Source image for image processing operation")
+_PROCESSING = ("109102", "Processing Equipment")
+# Of the source's pixels, not of the new ones.
+_LEFT_OUT = (
+    *("SmallestImagePixelValue", "LargestImagePixelValue", "SmallestPixelValueInSeries", "LargestPixelValueInSeries"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence", "VOILUTSequence"),
+    *("IconImageSequence", "DigitalSignaturesSequence", "MACParametersSequence"),
+    *("InstanceCreatorUID", "SeriesDescriptionCodeSequence", "PixelDataProviderURL", "DataSetTrailingPadding"),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+)
+# What SUV depends on: GE's scan time; Philips's factors to SUV and to Bq/mL. Group, creator, elements.
+_PRIVATE_KEPT = ((0x0009, "GEMS_PETD_01", (0x0D,)), (0x7053, "Philips PET Private Group", (0x00, 0x09)))
+
+
+def write_derived_pet(
+    folder: str | os.PathLike[str],
+    volume: np.ndarray,
+    template: DicomSeries,
+    *,
+    description: str,
+    derivation: str = "",
+    series_number: int | None = None,
+    force: bool = False,
+) -> None:
+    """Write a PET volume as a DICOM series derived from another, one file a slice; the folder appears at once.
+
+    Values go back to the source's unit by the inverse of each slice's SUV factor, as 16-bit integers with a slope of
+    the slice's own: nothing is clipped, and a value is off by at most half a slope, which is 1/65534 of the slice's
+    greatest magnitude (1/131070 of it where the source's pixels are unsigned and no value is negative). The
+    intercept is 0, as PET requires.
+
+    Args:
+        folder: is made; may exist where it is empty.
+        volume: SUV, (columns, rows, slices) of the template, as `load_series(template, suv=True)` gives them.
+        template: the series that it was made from.
+        description: what was done, in ASCII; "research only" is put before it in SeriesDescription.
+        derivation: more of the same for DerivationDescription.
+        series_number: by default the template's plus 1000.
+        force: replace a folder that holds DICOM files and nothing else.
+
+    Raises:
+        ValueError: the volume has another shape than the template or values that are not finite; a template that is
+            no PET or has no SUV; a description that is empty, too long or not ASCII; `folder` holds the template
+            itself; with `force`, it holds anything but DICOM files.
+        FileExistsError: the folder is not empty and `force` is False.
+        OSError: it can't be written; what was there stays.
+    """
+    target = check_series_folder(folder, force=force)
+    if any(Path(os.path.realpath(source(h))).parent == target for h in template.headers):
+        raise ValueError(f"{folder} holds the series that the new one is derived from; expected another folder")
+    _check_text(description, derivation)
+    headers = template.headers
+    first = headers[0]
+    expected = (integer(first, "Columns"), integer(first, "Rows"), len(headers))
+    if volume.shape != expected:
+        raise ValueError(f"{folder}: the volume has shape {volume.shape}, expected the series' {expected}")
+    bad = int(np.count_nonzero(~np.isfinite(volume)))
+    if bad:
+        raise ValueError(f"{folder}: the volume has {bad} voxels that are NaN or infinite (expected SUV)")
+    if template.modality != "PT":
+        raise ValueError(f"{source(first)}: {label('Modality')} is {template.modality}, expected PT (PET)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever made SUV of this series has been told
+        factors = suv_factors(headers)
+    signed = integer(first, "PixelRepresentation", 1) == 1 or bool(volume.min() < 0)
+    number = integer(first, "SeriesNumber", 0) + 1000 if series_number is None else series_number
+    series = _series_fields(description, number, len(headers))
+    with atomic_folder(folder, force=force) as temporary:
+        for k, header in enumerate(headers):
+            values = volume[:, :, k].T.astype(np.float64) / factors[k]  # (rows, columns), the source's unit
+            slope, pixels = _quantised(values, signed)
+            derived = _without_stale_fields(header)
+            derived.update(series)
+            _describe(derived, header, description, derivation, slope)
+            _set_pixels(derived, pixels, slope)
+            derived.save_as(temporary / f"IM{k + 1:05d}.dcm", enforce_file_format=True)
+
+
+def check_series_folder(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Return the folder that a series can be written to (links followed), or say why it can't, before any work.
+
+    Raises:
+        ValueError: with `force`, the folder holds anything but DICOM files: only an earlier series is replaced.
+        FileExistsError: it is not empty and `force` is False.
+        OSError: it can't be written.
+    """
+    target = check_output_folder(folder, force=force)
+    for path in target.iterdir() if target.is_dir() else ():
+        if not path.is_file() or not _is_dicom(path):
+            raise ValueError(f"{path} is no DICOM file; only a folder of nothing but DICOM files is replaced")
+    return target
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _check_text(description: str, derivation: str) -> None:
+    length = _MAX_LO - len(f"{RESEARCH_ONLY}: ")
+    if not description.strip() or len(description) > length:
+        raise ValueError(f"description has {len(description)} characters (expected 1 to {length})")
+    for name, text in (("description", description), ("derivation", derivation)):
+        # A backslash divides values; other characters depend on the source's character set.
+        if not text.isascii() or not text.isprintable() or "\\" in text:
+            raise ValueError(f"{name} is {text!r} (expected printable ASCII without a backslash)")
+
+
+def _series_fields(description: str, number: int, slices: int) -> Dataset:
+    """What all slices of the new series share."""
+    from pydicom import Dataset
+    from pydicom.uid import generate_uid
+
+    now = datetime.now()
+    fields = Dataset()
+    fields.SeriesInstanceUID = generate_uid()
+    fields.SeriesNumber = number
+    fields.SeriesDescription = f"{RESEARCH_ONLY}: {description}"
+    fields.ImageType = ["DERIVED", "SECONDARY"]
+    fields.NumberOfSlices = slices
+    fields.ContentDate = fields.InstanceCreationDate = f"{now:%Y%m%d}"
+    fields.ContentTime = fields.InstanceCreationTime = f"{now:%H%M%S}"
+    fields.DerivationCodeSequence = [_code(*_SMOOTHING)]
+    return fields
+
+
+def _equipment() -> Dataset:
+    """This package, as the last that had a part in the image."""
+    from pydicom import Dataset
+
+    from medaccel import __version__
+
+    item = Dataset()
+    item.PurposeOfReferenceCodeSequence = [_code(*_PROCESSING)]
+    item.Manufacturer = "medaccel"
+    item.SoftwareVersions = __version__
+    item.ContributionDateTime = f"{datetime.now():%Y%m%d%H%M%S}"
+    return item
+
+
+def _code(value: str, meaning: str) -> Dataset:
+    from pydicom import Dataset
+
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+    return item
+
+
+def _without_stale_fields(header: Dataset) -> Dataset:
+    """A copy of a source slice's header, less what doesn't hold of other pixels."""
+    from pydicom import DataElement
+    from pydicom.tag import Tag
+
+    kept = set()
+    for group, creator, elements in _PRIVATE_KEPT:
+        try:
+            block = header.private_block(group, creator)
+        except KeyError:
+            continue
+        tags = {block.get_tag(element) for element in elements if element in block}
+        kept |= tags | ({Tag(group, block.block_start >> 8)} if tags else set())  # and who made them
+
+    def leave_out(item: Dataset, element: DataElement) -> None:
+        overlay = element.tag.group >> 8 == 0x60 and element.tag.group % 2 == 0
+        private = element.tag.is_private and element.tag not in kept
+        if overlay or private or element.keyword in _LEFT_OUT:
+            del item[element.tag]
+
+    try:
+        derived = copy.deepcopy(header)
+        derived.walk(leave_out)
+    except Exception as error:  # pydicom reads a value when it is asked for, and can stumble in any way
+        raise ValueError(f"{source(header)}: a field can't be read ({error})") from error
+    return derived
+
+
+def _describe(derived: Dataset, header: Dataset, description: str, derivation: str, slope: float) -> None:
+    from pydicom import Dataset
+    from pydicom.uid import generate_uid
+
+    image = Dataset()
+    image.ReferencedSOPClassUID = require(header, "SOPClassUID")
+    image.ReferencedSOPInstanceUID = require(header, "SOPInstanceUID")
+    image.PurposeOfReferenceCodeSequence = [_code(*_SOURCE_IMAGE)]
+    derived.SourceImageSequence = [image]
+    earlier = optional(derived, "ContributingEquipmentSequence") or ()
+    derived.ContributingEquipmentSequence = [*earlier, _equipment()]
+    derived.SOPInstanceUID = generate_uid()
+    text = f"For research only, not for diagnosis. {description}. {derivation}".strip()
+    rounding = f" Stored in 16 bits: values are off by at most {slope / 2:.3g} {optional(header, 'Units')}."
+    derived.DerivationDescription = text[: _MAX_ST - len(rounding)] + rounding
+
+
+def _quantised(values: np.ndarray, signed: bool) -> tuple[float, np.ndarray]:
+    """The slope, as the file will say it, and the integers."""
+    from pydicom.valuerep import format_number_as_ds
+
+    dtype = np.dtype(np.int16 if signed else np.uint16)
+    peak = float(np.abs(values).max())
+    # A slope has 16 characters in DICOM: the integers are made with what these say.
+    slope = float(format_number_as_ds(peak / np.iinfo(dtype).max)) if peak > 0 else 1.0
+    return slope, np.rint(values / slope).astype(dtype)
+
+
+def _set_pixels(derived: Dataset, pixels: np.ndarray, slope: float) -> None:
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.valuerep import DSfloat
+
+    derived.BitsAllocated = derived.BitsStored = 16
+    derived.HighBit = 15
+    derived.PixelRepresentation = int(pixels.dtype.kind == "i")
+    derived.PhotometricInterpretation = "MONOCHROME2"
+    derived.RescaleSlope, derived.RescaleIntercept = DSfloat(slope, auto_format=True), 0
+    derived.add_new("PixelData", "OW", pixels.astype(pixels.dtype.newbyteorder("<")).tobytes())
+    derived.file_meta = FileMetaDataset()
+    derived.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    derived.file_meta.MediaStorageSOPClassUID = derived.SOPClassUID
+    derived.file_meta.MediaStorageSOPInstanceUID = derived.SOPInstanceUID
+    derived.preamble = bytes(128)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fitted method on a user's own PET: the command `medaccel restoration apply`."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medaccel.data import (
+    DicomSeries,
+    check_output,
+    is_nifti_name,
+    load_series,
+    make_nifti,
+    open_series,
+    read_dicom_series,
+    read_nifti,
+    save_nifti,
+    voxel_spacing,
+    write_derived_pet,
+)
+from medaccel.data._fields import optional
+from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
+from medaccel.restoration.methods import load_method
+from medaccel.restoration.methods.base import Method, check_volume
+from medaccel.restoration.metrics import body_mask
+from medaccel.restoration.training_range import SECONDS_MARGIN, TrainingRange
+
+if TYPE_CHECKING:
+    from nibabel import Nifti1Image
+
+TRAINING_RANGE = "training_range"  # in a method's `fitted.parameters`: `TrainingRange.plain`
+AIR_HU = -1000.0
+_PLAUSIBLE_MEAN = 20.0  # SUV over the field of view; the body's own mean is about 1, Bq/mL are thousands
+_MISSING_CT = 0.2  # share of the body without tissue in the CT that is too much to be lungs and bowel
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What was read: the image in SUV, the series where it was DICOM, the study's CT where it has one."""
+
+    path: Path
+    image: Nifti1Image
+    series: DicomSeries | None = None
+    ct: Path | None = None
+
+
+def apply(
+    checkpoint: Path,
+    input: Path,
+    output: Path,
+    *,
+    seconds: int | None = None,
+    ct: Path | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    series_uid: str | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> tuple[Path, ...]:
+    """Restore one PET with a fitted method. For research only.
+
+    The output has the input's grid, in SUV. A warning says where the image is unlike those that the method was fitted
+    on: exposure, voxel size, noise.
+
+    Args:
+        checkpoint: what a fit stored, `checkpoints/<method>.pt` of a run.
+        input: a .nii or .nii.gz file in SUV; a folder with a PET DICOM series; or a study folder with
+            PET_<seconds>.nii.gz, of which the file of the exposure is taken.
+        output: a .nii or .nii.gz file; or, of DICOM input, a folder for a derived DICOM series in the unit of the
+            source. Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
+        seconds: the input's exposure, one that the method was fitted on; by default its primary one.
+        ct: a .nii or .nii.gz file in HU, or the folder of a CT DICOM series, in the same space; by default the study
+            folder's CT.nii.gz, where there is one. Methods that look at no CT pass over it.
+        samples: how many to draw, for methods that draw; by default their own setting.
+        seed: of the samples.
+        series_uid: SeriesInstanceUID, where the DICOM folder has several series.
+        force: overwrite the output where it exists.
+        progress: show progress on stderr.
+
+    Returns:
+        The paths that were written; the restored image is the last.
+
+    Raises:
+        ValueError: an output name of another format, or DICOM output without DICOM input; a checkpoint that is
+            damaged or of another format; an exposure that the method wasn't fitted on; an input that is damaged or no
+            SUV (negative, not finite, zero everywhere, one slice); a CT elsewhere; `samples` where the method draws
+            none.
+        OSError: no input or checkpoint; the output exists, or can't be written, and an old one stays as it was.
+
+    Warns:
+        UserWarning: the image is unlike those that the method was fitted on, or seems not to be in SUV; the CT lacks
+            a part of the body.
+    """
+    checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
+    _check_output(input, output, force)  # what can be refused is refused before anything is read
+    method = load_method(checkpoint)
+    exposure = method.seconds(seconds)
+    deviation = _deviation_path(output)
+    if method.samples:
+        check_output(deviation, force=force)
+    if samples is not None and (samples < 1 or not method.samples):
+        expected = "1 or more" if method.samples else f"none, as {method.name} draws no samples"
+        raise ValueError(f"samples is {samples} (expected {expected})")
+    read = _read(input, exposure, series_uid, progress)
+    spacing = voxel_spacing(read.image)
+    volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
+    check_volume(str(read.path), volume, spacing)
+    for sentence in _unlike(method, read, volume, spacing, exposure):
+        warnings.warn(f"{read.path}: {sentence}", stacklevel=2)
+    ct = read.ct if ct is None else Path(ct)
+    hounsfield = None if ct is None else _ct_on_grid(ct, read.image, volume, spacing, progress)
+    restored = method.restore(
+        volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
+    )
+    del volume, hounsfield
+    bad = int(np.count_nonzero(~np.isfinite(restored.volume)))
+    if bad:
+        raise ValueError(f"{read.path}: {method.name} gave {bad} voxels that are NaN or infinite; nothing is written")
+    written = []
+    if restored.std is not None:
+        # Of the activity, where the method predicts that; the image is the measured part and the rest's activity.
+        share = 1.0 if restored.activity is None else 1 - exposure / method.task.target_seconds
+        save_nifti(deviation, _image(restored.std * share, read, f"std of {method.name}"), force=force)
+        written.append(deviation)
+    what = f"{method.name}, {exposure} s to {method.task.target_seconds} s"
+    if is_nifti_name(output) or read.series is None:
+        save_nifti(output, _image(restored.volume, read, what), force=force)
+    else:
+        derivation = f"Checkpoint with SHA-256 {_digest(checkpoint)}, seed {seed}."
+        write_derived_pet(output, restored.volume, read.series, description=what, derivation=derivation, force=force)
+    return (*written, output)
+
+
+def _is_study(folder: Path) -> bool:
+    return any(folder.glob("PET_[1-9]*.nii.gz"))
+
+
+def _check_output(input: Path, output: Path, force: bool) -> None:
+    """Refuses an output that can't be, by its name, by what is there, or by what the input is."""
+    if is_nifti_name(output):
+        check_output(output, force=force)
+        return
+    if output.suffix and not output.is_dir():
+        raise ValueError(
+            f"{output}: the output's name must end in .nii or .nii.gz, or be a folder (no dot in its name) for DICOM"
+        )
+    if output.resolve() == input.resolve():
+        raise ValueError(f"{output} is the input itself; expected another folder")
+    check_series_folder(output, force=force)
+    if input.exists() and (not input.is_dir() or _is_study(input)):
+        raise ValueError(
+            f"{output}: a DICOM series as output needs one as input, but {input} is none; expected an output that "
+            "ends in .nii or .nii.gz"
+        )
+
+
+def _deviation_path(output: Path) -> Path:
+    """`pet_std.nii.gz` beside `pet.nii`, `pet.nii.gz` or the folder `pet`."""
+    name = output.name
+    if is_nifti_name(output):
+        name = name[: name.lower().rindex(".nii")]
+    return output.with_name(f"{name}_std.nii.gz")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _Input:
+    if path.is_dir() and _is_study(path):
+        pet, ct = path / f"PET_{seconds}.nii.gz", path / "CT.nii.gz"
+        if not pet.is_file():
+            found = ", ".join(sorted(p.name for p in path.glob("PET_*.nii.gz")))
+            raise FileNotFoundError(f"{pet}: missing exposure (the study has {found})")
+        return _Input(pet, read_nifti(pet), ct=ct if ct.is_file() else None)
+    if path.is_dir():
+        series = open_series(path, series_uid=series_uid, progress=progress)
+        return _Input(path, load_series(series, suv=True, progress=progress), series)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not is_nifti_name(path):
+        raise ValueError(
+            f"{path}: expected a .nii or .nii.gz file, the folder of a PET DICOM series, or a study folder"
+        )
+    return _Input(path, read_nifti(path))
+
+
+def _unlike(
+    method: Method, read: _Input, volume: np.ndarray, spacing: tuple[float, float, float], seconds: int
+) -> list[str]:
+    """What a user should know before trusting the result, a sentence each."""
+    sentences = []
+    mean = float(volume.mean(dtype=np.float64))
+    if mean > _PLAUSIBLE_MEAN:
+        sentences.append(f"the mean over the image is {mean:.4g}, far above a SUV's (is it in Bq/mL?)")
+    measured = None if read.series is None else _frame_seconds(read.series)
+    if measured is not None and abs(measured / seconds - 1) > SECONDS_MARGIN:
+        sentences.append(
+            f"ActualFrameDuration is {measured:g} s, but the method takes the image for one of {seconds} s"
+        )
+    plain = method.fitted.parameters.get(TRAINING_RANGE)
+    if plain is None:
+        sentences.append("the checkpoint doesn't say what images it was fitted on, so none can be compared with them")
+        return sentences
+    try:
+        return sentences + TrainingRange.from_plain(plain).warnings(volume, spacing, seconds)
+    except ValueError as error:
+        return [*sentences, f"can't be compared with the images that the method was fitted on: {error}"]
+
+
+def _frame_seconds(series: DicomSeries) -> float | None:
+    """The duration that the first slice's header says; None where it says none."""
+    try:
+        value = float(optional(series.headers[0], "ActualFrameDuration") or 0) / 1000
+    except (TypeError, ValueError):
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def _ct_on_grid(
+    path: Path, pet: Nifti1Image, volume: np.ndarray, spacing: tuple[float, float, float], progress: bool
+) -> np.ndarray:
+    """HU at the PET's voxels, float32, trilinear; air beyond the CT."""
+    from nibabel.processing import resample_from_to
+
+    image = read_dicom_series(path, progress=progress) if path.is_dir() else read_nifti(path)
+    values = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path}: {int((~np.isfinite(values)).sum())} voxels are NaN or infinite (expected HU)")
+    if values.shape == pet.shape and np.allclose(image.affine, pet.affine, rtol=0, atol=1e-3):
+        resampled = values
+    else:
+        like = make_nifti(values, image.affine)
+        moved = resample_from_to(like, (pet.shape, pet.affine), order=1, mode="constant", cval=AIR_HU)
+        resampled = np.asanyarray(moved.dataobj).astype(np.float32, copy=False)
+    if resampled.max() <= AIR_HU:
+        raise ValueError(f"{path}: the CT has no tissue where the PET lies (expected one in HU, in the same space)")
+    body = body_mask(volume, spacing)
+    missing = float((resampled[body] <= AIR_HU).mean()) if body.any() else 0.0
+    if missing > _MISSING_CT:
+        warnings.warn(f"{path}: the CT has no tissue in {missing:.0%} of the PET's body", stacklevel=3)
+    return resampled
+
+
+def _image(values: np.ndarray, read: _Input, what: str) -> Nifti1Image:
+    image = make_nifti(values.astype(np.float32, copy=False), read.image.affine, like=read.image)
+    image.header["descrip"] = f"{RESEARCH_ONLY}: {what}".encode()[:79]
+    return image

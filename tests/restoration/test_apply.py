@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stored method restores what a user has: NIfTI, DICOM or a study folder; or says in a sentence why not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from pydicom.dataset import Dataset
+from scipy import ndimage
+
+from medaccel.cli import main
+from medaccel.data import make_nifti, open_series, read_dicom_series, read_nifti, read_pet_series, save_nifti
+from medaccel.restoration import methods
+from medaccel.restoration.apply import TRAINING_RANGE, apply
+from medaccel.restoration.methods import load_method
+from medaccel.restoration.methods.base import Method, Restoration, Task
+from medaccel.restoration.study import Study, save_study
+from medaccel.restoration.training_range import TrainingRange, noise_level
+from tests.data.dicom_series import write_series
+
+SPACING = (4.0, 4.0, 3.0)
+AFFINE = np.array([[-4.0, 0, 0, 50], [0, 4, 0, -60], [0, 0, 3, 7], [0, 0, 0, 1]])
+
+
+class Smoother(Method):
+    """Takes a share of a Gaussian's result; what it was handed can be looked at."""
+
+    name: ClassVar[str] = "smoother"
+    defaults: ClassVar[Mapping[str, Any]] = {"sigma": 1.0}
+    handed: ClassVar[dict[str, Any]] = {}
+
+    def fit(self, studies: Sequence[Path], validation: Sequence[Path], **options: Any) -> None:
+        raise NotImplementedError("these tests only load it")
+
+    def restore(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        seconds: int | None = None,
+        ct: np.ndarray | None = None,
+        samples: int | None = None,
+        keep_samples: bool = False,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Restoration:
+        self.handed.clear()
+        self.handed.update(volume=volume, spacing=spacing, seconds=seconds, ct=ct, samples=samples)
+        return Restoration(ndimage.gaussian_filter(volume, self.settings["sigma"]))
+
+    def state(self) -> dict[str, Any]:
+        return {"weight": torch.ones(2)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if state["weight"].shape != (2,):
+            raise RuntimeError("size mismatch for weight")
+
+
+class Drawer(Smoother):
+    """A method that draws; its std is of the activity."""
+
+    name: ClassVar[str] = "drawer"
+    samples: ClassVar[bool] = True
+
+    def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
+        mean = super().restore(volume, spacing, **options).volume
+        noise = np.random.default_rng(options["seed"]).random(volume.shape).astype(np.float32)
+        return Restoration(mean, activity=mean, std=noise)
+
+
+class Broken(Smoother):
+    name: ClassVar[str] = "broken"
+
+    def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
+        return Restoration(np.full_like(volume, np.nan))
+
+
+@pytest.fixture(autouse=True)
+def _known_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Smoother, Drawer, Broken):
+        monkeypatch.setitem(methods.METHODS, kind.name, f"{__name__}:{kind.__name__}")
+
+
+def body(seed: int = 0, shape: tuple[int, int, int] = (24, 22, 20)) -> np.ndarray:
+    """A warm block in air, with noise."""
+    volume = np.zeros(shape, dtype=np.float32)
+    volume[4:-4, 4:-4, :] = 2
+    noise = np.random.default_rng(seed).standard_normal(shape)
+    return (volume * (1 + 0.1 * noise)).clip(0).astype(np.float32)
+
+
+def checkpoint(folder: Path, kind: type[Method] = Smoother, *, told: bool = True) -> Path:
+    method = kind(Task((60, 30), 90))
+    if told:
+        level = noise_level(body(), SPACING)
+        method.fitted.parameters[TRAINING_RANGE] = TrainingRange((60, 30), SPACING, SPACING, level, level).plain()
+    path = folder / f"{kind.name}.pt"
+    method.save(path)
+    return path
+
+
+def nifti(path: Path, values: np.ndarray | None = None, affine: np.ndarray = AFFINE) -> Path:
+    save_nifti(path, make_nifti(body() if values is None else values, affine))
+    return path
+
+
+def values(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+# --- What comes out ---
+
+
+def test_an_image_keeps_its_grid_and_is_the_methods_result(tmp_path: Path) -> None:
+    source, out = nifti(tmp_path / "pet.nii.gz"), tmp_path / "out.nii.gz"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is unlike
+        written = apply(checkpoint(tmp_path), source, out, progress=False)
+    assert written == (out,)
+    image = read_nifti(out)
+    np.testing.assert_array_equal(image.affine, read_nifti(source).affine)
+    assert image.get_data_dtype() == np.float32
+    np.testing.assert_array_equal(np.asarray(image.dataobj), ndimage.gaussian_filter(body(), 1.0))
+    assert bytes(image.header["descrip"].item()).startswith(b"research only: smoother, 60 s to 90 s")
+    assert Smoother.handed["seconds"] == 60
+    assert Smoother.handed["volume"].dtype == np.float32
+    assert Smoother.handed["spacing"] == pytest.approx(SPACING)
+
+
+def test_a_drawing_method_writes_the_deviation_of_the_image(tmp_path: Path) -> None:
+    source = nifti(tmp_path / "pet.nii.gz")
+    written = apply(
+        checkpoint(tmp_path, Drawer), source, tmp_path / "out.nii", seconds=30, samples=5, seed=3, progress=False
+    )
+    assert written == (tmp_path / "out_std.nii.gz", tmp_path / "out.nii")
+    assert Drawer.handed["samples"] == 5
+    # A third of the target's time is measured, so the activity's deviation counts for two thirds.
+    expected = 2 / 3 * np.random.default_rng(3).random(body().shape).astype(np.float32)
+    np.testing.assert_allclose(values(written[0]), expected, rtol=1e-6)
+
+
+def test_a_dicom_series_becomes_a_derived_one_or_nifti(tmp_path: Path) -> None:
+    source, model = write_series(tmp_path / "dicom"), checkpoint(tmp_path, Drawer)
+    with pytest.warns(UserWarning, match="fitted on"):
+        written = apply(model, source, tmp_path / "derived", progress=False)
+    assert written == (tmp_path / "derived_std.nii.gz", tmp_path / "derived")
+    suv = np.asarray(read_pet_series(source).dataobj)
+    expected = ndimage.gaussian_filter(suv, 1.0)
+    np.testing.assert_allclose(np.asarray(read_pet_series(written[1]).dataobj), expected, rtol=2e-5, atol=1e-6)
+    header = open_series(written[1]).headers[0]
+    assert header.SeriesDescription == "research only: drawer, 60 s to 90 s"
+    assert "Checkpoint with SHA-256" in header.DerivationDescription
+    with pytest.warns(UserWarning, match="fitted on"):
+        apply(model, source, tmp_path / "suv.nii.gz", progress=False)
+    np.testing.assert_allclose(values(tmp_path / "suv.nii.gz"), expected, rtol=1e-6)
+
+
+def test_a_study_folder_gives_the_exposure_and_its_ct(tmp_path: Path) -> None:
+    ct = np.full(body().shape, 40, dtype=np.float32)
+    study = Study("s", SPACING, AFFINE, {30: body(1), 60: body(2)}, ct=ct)  # no PET_90
+    save_study(tmp_path / "s", study)
+    apply(checkpoint(tmp_path), tmp_path / "s", tmp_path / "out.nii", seconds=30, progress=False)
+    np.testing.assert_array_equal(Smoother.handed["volume"], body(1))
+    np.testing.assert_array_equal(Smoother.handed["ct"], ct)
+    (tmp_path / "s" / "PET_60.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"PET_60\.nii\.gz: missing exposure \(the study has PET_30"):
+        apply(checkpoint(tmp_path), tmp_path / "s", tmp_path / "out2.nii", progress=False)
+
+
+def test_a_ct_is_brought_to_the_grid_with_air_beyond_it(tmp_path: Path) -> None:
+    # HU = 10·z in world mm, on a finer grid that ends before the PET does.
+    affine = np.diag([-2.0, 2, 2, 1])
+    affine[:3, 3] = [60, -80, 0]
+    z = affine[2, 3] + 2 * np.arange(25)
+    ct = np.broadcast_to(10 * z, (70, 80, 25)).astype(np.float32)
+    pet = nifti(tmp_path / "pet.nii.gz")
+    path = nifti(tmp_path / "ct.nii.gz", ct, affine)
+    with pytest.warns(UserWarning, match=r"ct\.nii\.gz: the CT has no tissue in \d+% of the PET's body"):
+        apply(checkpoint(tmp_path), pet, tmp_path / "out.nii", ct=path, progress=False)
+    found = Smoother.handed["ct"]
+    assert found.shape == body().shape
+    assert found.dtype == np.float32
+    inside = 7 + 3 * np.arange(20) <= 48
+    np.testing.assert_allclose(found[12, 11, inside], 10 * (7 + 3 * np.arange(20)[inside]), rtol=1e-4)
+    assert (found[12, 11, ~inside] == -1000).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+def test_a_ct_may_be_a_dicom_series(tmp_path: Path) -> None:
+    def edit(ds: Dataset, k: int) -> None:
+        ds.Modality, ds.RescaleSlope, ds.RescaleIntercept = "CT", 1, -500
+
+    ct = write_series(tmp_path / "ct", edit, series_uid="1.2.4")
+    apply(checkpoint(tmp_path), write_series(tmp_path / "pet"), tmp_path / "o.nii", ct=ct, progress=False)
+    np.testing.assert_array_equal(Smoother.handed["ct"], np.asarray(read_dicom_series(ct).dataobj))
+
+
+def test_a_ct_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "ct.nii.gz", np.full(body().shape, np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"ct\.nii\.gz: 10560 voxels are NaN or infinite \(expected HU\)"):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", ct=path, progress=False)
+
+
+def test_a_ct_elsewhere_is_refused(tmp_path: Path) -> None:
+    affine = np.diag([2.0, 2, 2, 1])
+    affine[:3, 3] = 5000
+    path = nifti(tmp_path / "ct.nii.gz", np.zeros((9, 9, 9), np.float32), affine)
+    with pytest.raises(ValueError, match=r"ct\.nii\.gz: the CT has no tissue where the PET lies"):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", ct=path, progress=False)
+
+
+# --- What a user is warned of ---
+
+
+def test_departures_from_the_training_images_are_warned_of(tmp_path: Path) -> None:
+    coarse = AFFINE @ np.diag([1, 1, 2, 1])
+    source = nifti(tmp_path / "pet.nii", affine=coarse)
+    with pytest.warns(UserWarning, match=r"pet\.nii: the voxel size along k is 6 mm.*fitted on 3 mm"):
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+
+
+def test_bq_per_ml_are_suspected(tmp_path: Path) -> None:
+    source = nifti(tmp_path / "pet.nii", 5000 * body())
+    with pytest.warns(UserWarning, match=r"far above a SUV's \(is it in Bq/mL\?\)"):
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+def test_the_duration_in_the_header_is_compared(tmp_path: Path) -> None:
+    source = write_series(tmp_path / "d", lambda ds, k: setattr(ds, "ActualFrameDuration", 240000))
+    with pytest.warns(UserWarning, match="fitted on") as record:
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+    expected = "ActualFrameDuration is 240 s, but the method takes the image for one of 60 s"
+    assert len([w for w in record if expected in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("duration", [60000, None])
+def test_a_fitting_or_unknown_duration_is_passed_over(tmp_path: Path, duration: int | None) -> None:
+    def edit(ds: Dataset, k: int) -> None:
+        ds.ActualFrameDuration = duration
+
+    with pytest.warns(UserWarning, match="fitted on") as record:
+        apply(checkpoint(tmp_path), write_series(tmp_path / "d", edit), tmp_path / "out.nii", progress=False)
+    assert not [w for w in record if "ActualFrameDuration" in str(w.message)]
+
+
+def test_a_checkpoint_that_says_nothing_of_its_images_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="doesn't say what images it was fitted on"):
+        apply(checkpoint(tmp_path, told=False), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", progress=False)
+
+
+# --- What is refused, in a sentence ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v - 1, r"pet\.nii: volume has a least value of -.*expected SUV >= 0"),
+        (lambda v: np.where(v > 2.5, np.nan, v), r"pet\.nii: volume has \d+ voxels that are NaN"),
+        (lambda v: 0 * v, r"pet\.nii: volume is zero everywhere"),
+        (lambda v: v[:, :, :1], r"pet\.nii: volume has shape \(24, 22, 1\)"),
+        (lambda v: np.stack([v, v], axis=-1), r"pet\.nii: .*expected a 3-D image"),
+    ],
+)
+def test_images_that_are_no_pet_are_refused(tmp_path: Path, change, message: str) -> None:
+    source = nifti(tmp_path / "pet.nii", change(body()))
+    with pytest.raises(ValueError, match=message):
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+    assert not (tmp_path / "out.nii").exists()
+
+
+def test_output_names_and_kinds_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    source, model = nifti(tmp_path / "pet.nii"), checkpoint(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"out\.mha: the output's name must end in \.nii or \.nii\.gz, or be a folder"
+    ):
+        apply(model, source, tmp_path / "out.mha", progress=False)
+    with pytest.raises(ValueError, match=r"a DICOM series as output needs one as input, but .*pet\.nii is none"):
+        apply(model, source, tmp_path / "folder", progress=False)
+    other = tmp_path / "model.pth"
+    other.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.pth: expected a \.nii or \.nii\.gz file, the folder of"):
+        apply(model, other, tmp_path / "out.nii", progress=False)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+        apply(model, tmp_path / "nowhere", tmp_path / "out.nii", progress=False)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_cannot_be_replaced_is_told_before_the_work(tmp_path: Path) -> None:
+    source, model = write_series(tmp_path / "dicom"), checkpoint(tmp_path)
+    Smoother.handed.clear()
+    with pytest.raises(FileExistsError, match="not empty"):
+        apply(model, source, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="is no DICOM file"):
+        apply(model, source, tmp_path, force=True, progress=False)
+    with pytest.raises(ValueError, match="dicom is the input itself"):
+        apply(model, source, source, force=True, progress=False)
+    assert not Smoother.handed
+    assert read_pet_series(source).shape == (5, 4, 6)
+
+
+def test_what_exists_is_kept_unless_forced(tmp_path: Path) -> None:
+    source, model, out = nifti(tmp_path / "pet.nii"), checkpoint(tmp_path, Drawer), tmp_path / "out.nii"
+    (tmp_path / "out_std.nii.gz").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"out_std\.nii\.gz"):
+        apply(model, source, out, progress=False)
+    apply(model, source, out, force=True, progress=False)
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match=r"out\.nii"):
+        apply(model, source, out, progress=False)
+    assert out.read_bytes() == before
+
+
+def test_exposures_and_samples_that_a_method_has_not_are_refused(tmp_path: Path) -> None:
+    source, out = nifti(tmp_path / "pet.nii"), tmp_path / "out.nii"
+    with pytest.raises(ValueError, match="smoother: seconds is 45; expected one of 60, 30"):
+        apply(checkpoint(tmp_path), source, out, seconds=45, progress=False)
+    with pytest.raises(ValueError, match=r"samples is 4 \(expected none, as smoother draws no samples\)"):
+        apply(checkpoint(tmp_path), source, out, samples=4, progress=False)
+    with pytest.raises(ValueError, match=r"samples is 0 \(expected 1 or more\)"):
+        apply(checkpoint(tmp_path, Drawer), source, out, samples=0, progress=False)
+
+
+def test_a_result_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"broken gave 10560 voxels that are NaN"):
+        apply(checkpoint(tmp_path, Broken), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", progress=False)
+    assert not (tmp_path / "out.nii").exists()
+
+
+# --- Checkpoints ---
+
+
+def test_a_checkpoint_gives_the_method_back(tmp_path: Path) -> None:
+    method = load_method(checkpoint(tmp_path))
+    assert type(method) is Smoother
+    assert method.task == Task((60, 30), 90)
+    assert method.settings == {"sigma": 1.0}
+    assert method.fitted.parameters[TRAINING_RANGE]["seconds"] == [60, 30]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "a checkpoint of format 2; expected 1"),
+        ({"method": "magic"}, "method 'magic' is unknown; expected one of gaussian1,"),
+        ({"state": None}, "'state' is a NoneType in this checkpoint; expected a dict"),
+        ({"input_seconds": [120]}, "expected 0 < input < target"),
+        ({"settings": {"depth": 3}}, r"settings \['depth'\] are unknown"),
+        ({"fitted": {"speed": 1}}, "unexpected keyword argument 'speed'"),
+        ({"state": {"weight": torch.ones(3)}}, "size mismatch"),
+        ({"state": {}}, "not a checkpoint of 'smoother' that can be used .*weight"),
+    ],
+)
+def test_another_checkpoint_is_told_with_its_file(tmp_path: Path, change: dict, message: str) -> None:
+    path = checkpoint(tmp_path)
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(ValueError, match=rf"smoother\.pt: .*{message}"):
+        load_method(path)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"format": 1, "method": "smoother"}, path)
+    with pytest.raises(ValueError, match=r"x\.pt: 'input_seconds' is missing in this checkpoint; expected a list"):
+        load_method(path)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 300, -20])
+def test_a_damaged_checkpoint_is_told(tmp_path: Path, kept: int) -> None:
+    path = checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"smoother\.pt: not a checkpoint that can be read"):
+        load_method(path)
+
+
+def test_a_file_with_code_or_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(Task(), path)  # a class, which loading would have to run
+    with pytest.raises(ValueError, match=r"x\.pt: not a checkpoint that can be read"):
+        load_method(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match=r"x\.pt: holds a list; expected a method's checkpoint"):
+        load_method(path)
+    with pytest.raises(FileNotFoundError):
+        load_method(tmp_path / "none.pt")
+
+
+# --- The command ---
+
+
+def test_the_command_restores_and_answers_with_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, model, out = nifti(tmp_path / "pet.nii"), checkpoint(tmp_path), tmp_path / "out.nii"
+    command = [
+        "restoration",
+        "apply",
+        "--checkpoint",
+        str(model),
+        str(source),
+        str(out),
+        "--quiet",
+        "--seconds",
+        "30",
+    ]
+    assert main(command) == 0
+    assert f"written: {out}" in capsys.readouterr().out
+    assert Smoother.handed["seconds"] == 30
+    assert main(command) == 1
+    assert "the file exists" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    model.write_bytes(b"junk")
+    assert main([*command, "--force"]) == 1
+    assert "smoother.pt: not a checkpoint" in capsys.readouterr().err

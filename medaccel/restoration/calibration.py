@@ -109,8 +109,9 @@ class Calibration:
     def from_json(cls, text: str) -> Calibration:
         """From `to_json`'s text. Raises ValueError where that is no calibration."""
         try:
-            content = json.loads(text)
-            return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+            content: dict[str, Any] = json.loads(text)
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+            return cls(**values)
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not the JSON of a calibration ({error})") from error
 
@@ -266,7 +267,9 @@ def coverage(calibration: Calibration, items: Iterable[Item]) -> Coverage:
 
     z = float(norm.ppf((1 + calibration.level) / 2))
     bins = len(calibration.edges) + 1
-    by_suv, by_deviation = 0.0, 0.0
+    sums = 3 + 3 * len(KINDS)  # voxels, SUV, deviation; of each kind: covered, width, score
+    by_suv = np.zeros((sums, bins))
+    by_deviation = np.zeros((sums, len(_DEVIATION_EDGES) + 1))
     studies = []
     for truth, mean, std in _inside(items):
         index = calibration.bins(mean)
@@ -276,20 +279,18 @@ def coverage(calibration: Calibration, items: Iterable[Item]) -> Coverage:
             CONSTANT: np.full(mean.shape, calibration.constant),
             BY_SUV: np.asarray(calibration.constants)[index],
         }
-        columns = [np.ones(mean.shape), mean, std]
+        columns: list[Array] = [np.ones(mean.shape), mean, std]
         for half in (halves[kind] for kind in KINDS):
             inside = np.abs(truth - mean) <= half
             columns += [inside, 2 * half, interval_score(truth, mean - half, mean + half, calibration.level)]
-        by_suv = by_suv + _sums(index, bins, columns)
-        fine = np.digitize(std, _DEVIATION_EDGES)
-        by_deviation = by_deviation + _sums(fine, len(_DEVIATION_EDGES) + 1, columns)
+        by_suv += _sums(index, bins, columns)
+        by_deviation += _sums(np.digitize(std, _DEVIATION_EDGES), len(_DEVIATION_EDGES) + 1, columns)
         studies.append(float(columns[3].mean()))
     if not studies:
         raise ValueError("coverage got no items (expected at least one study)")
-    suv, fine_sums = np.asarray(by_suv), np.asarray(by_deviation)  # (columns, bins)
-    tenths = _sums(_tenths(fine_sums[0]), _TENTHS, list(fine_sums))
-    rows = [_row("all", "all", suv.sum(axis=1))]
-    rows += [_row("suv", label, suv[:, n]) for n, label in enumerate(_bin_labels(calibration.edges))]
+    tenths = _sums(_tenths(by_deviation[0]), _TENTHS, list(by_deviation))
+    rows = [_row("all", "all", by_suv.sum(axis=1))]
+    rows += [_row("suv", label, by_suv[:, n]) for n, label in enumerate(_bin_labels(calibration.edges))]
     rows += [_row("deviation", str(n + 1), tenths[:, n]) for n in range(_TENTHS)]
     return Coverage(calibration.covers, calibration.level, tuple(rows), tuple(studies))
 

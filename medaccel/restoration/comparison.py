@@ -28,7 +28,7 @@ class PairedComparison:
     Attributes:
         method, against: the two.
         difference: method − against, in the values' unit: mean, deviation and bootstrap interval over studies.
-        larger: studies in which the method's value is the larger one.
+        larger, smaller: studies in which the method's value is the larger, the smaller one.
         t_p: two-sided, paired t-test. NaN below two studies; 1 where all differences are 0, and 0 where all are the
             same other value, t being infinite.
         wilcoxon_p: two-sided, signed-rank test. NaN without a study, 1 where all differences are 0.
@@ -39,6 +39,7 @@ class PairedComparison:
     against: str
     difference: Statistic
     larger: int
+    smaller: int
     t_p: float
     wilcoxon_p: float
     t_holm: float
@@ -90,6 +91,7 @@ def compare_methods(
             against=against,
             difference=mean_statistic(difference, level=level, seed=seed),
             larger=int(np.count_nonzero(difference > 0)),
+            smaller=int(np.count_nonzero(difference < 0)),
             t_p=t_p[n],
             wilcoxon_p=wilcoxon_p[n],
             t_holm=t_holm[n],

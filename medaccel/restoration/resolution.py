@@ -54,7 +54,7 @@ class PointResponse:
 
 @dataclass(frozen=True)
 class ResponseSummary:
-    """Medians over blobs; those whose width is NaN drop out of the median of widths.
+    """Medians over blobs; those that no Gaussian fits drop out of `fwhm` and `explained`.
 
     Attributes:
         count: blobs; `fitted` of them have a width.
@@ -152,9 +152,8 @@ def summarize_responses(responses: Sequence[PointResponse]) -> ResponseSummary:
     widths = sorted({response.added_fwhm for response in responses})
     if len(widths) > 1:
         raise ValueError(f"responses are to blobs of {widths} mm FWHM (expected one width)")
-    fwhm = np.array([response.fwhm for response in responses])  # (count, 3)
-    fitted = fwhm[np.isfinite(fwhm).all(axis=1)]
-    i, j, k = (float(m) for m in np.median(fitted, axis=0)) if len(fitted) else (math.nan,) * 3
+    fitted = [(*response.fwhm, response.explained) for response in responses if math.isfinite(response.explained)]
+    i, j, k, explained = np.median(fitted, axis=0).tolist() if fitted else (math.nan,) * 4
     return ResponseSummary(
         count=len(responses),
         fitted=len(fitted),
@@ -163,7 +162,7 @@ def summarize_responses(responses: Sequence[PointResponse]) -> ResponseSummary:
         fwhm=(i, j, k),
         peak=float(np.median([response.peak for response in responses])),
         total=float(np.median([response.total for response in responses])),
-        explained=float(np.median([response.explained for response in responses])),
+        explained=explained,
     )
 
 

@@ -51,7 +51,7 @@ def test_the_sign_turns_with_the_method_compared_with():
     backward = compare_methods({key: values[key] for key in ("gaussian", "better")}, "better")[0]
     assert backward.difference.mean == pytest.approx(-forward.difference.mean)
     assert backward.t_p == pytest.approx(forward.t_p)
-    assert (backward.method, backward.larger) == ("gaussian", 0)
+    assert (backward.method, backward.larger, backward.smaller) == ("gaussian", 0, 20)
 
 
 def test_holm_by_hand():

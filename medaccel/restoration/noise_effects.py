@@ -2,8 +2,9 @@
 """Noise and a restoration's success: how noisy each study was, what was gained there, what noise is left.
 
 The noise level of a study is that of its input. In the body it is taken from the difference of two nested exposures,
-where the patient drops out: Var(PET_t − PET_T) = λ·(1/t − 1/T), which is 1 − t/T of Var(PET_t) = λ/t. In the liver
-it is the coefficient of variation that readers of PET know, which lumpy uptake raises.
+where the patient drops out: Var(PET_t − PET_T) = λ·(1/t − 1/T), which is 1 − t/T of Var(PET_t) = λ/t; hot organs
+weigh most, as in the MSE score. In the liver it is the coefficient of variation that readers of PET know, which lumpy
+uptake raises.
 
 What is left is restored − PET_T. Its variance holds the target's own noise and any structure that was lost, so that
 it never reaches 0; its correlation tells whether fine or coarse noise was taken away.

@@ -260,7 +260,8 @@ def noise_change_blocks(
     caption = (
         f"What is left between the image and the {target_seconds} s one, Δ = image − PET{target_seconds}, inside "
         "the body: its standard deviation, and that over the input's; means over studies with 95 % intervals. The "
-        f"{target_seconds} s image's own noise is in it, so it cannot reach 0."
+        f"{target_seconds} s image's own noise is in it: even the oracle, which knows the truth, leaves √(t/T) of "
+        "the input's."
     )
     words = (
         "The same Δ divided by its local standard deviation: D_d is the difference of two voxels at a distance of d "

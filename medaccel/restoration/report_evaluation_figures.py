@@ -77,7 +77,7 @@ def response_plot(responses: Mapping[str, Sequence[PointResponse]]) -> bytes:
         responses: method's name for readers: its responses to blobs of one width.
     """
     figure = new_figure(9.0, 3.4)
-    left, right = figure.add_axes((0.07, 0.24, 0.4, 0.66)), figure.add_axes((0.57, 0.24, 0.41, 0.66))
+    left, right = figure.add_axes((0.07, 0.24, 0.4, 0.64)), figure.add_axes((0.57, 0.24, 0.41, 0.64))
     added = next(iter(responses.values()))[0].added_fwhm
     left.axhline(added, color=GREY, linestyle="--", linewidth=1.2, label=f"added, {added:g} mm")
     right.axhline(100, color=GREY, linestyle="--", linewidth=1.2, label="added")
@@ -94,7 +94,9 @@ def response_plot(responses: Mapping[str, Sequence[PointResponse]]) -> bytes:
         axes.set_xlim(-0.6, len(responses) - 0.4)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.legend(fontsize=7.5, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+        axes.legend(
+            fontsize=7.5, ncols=4, columnspacing=1.0, handlelength=1.4, loc="lower left", bbox_to_anchor=(0, 1)
+        )
     return to_png(figure)
 
 

@@ -58,6 +58,15 @@ def test_a_deviation_that_is_wrong_by_two_is_mended_by_the_factor(claimed: float
     assert row.intervals[CALIBRATED].score < row.intervals[UNCALIBRATED].score
 
 
+def test_eight_perfect_samples_need_twice_their_deviation():
+    # Student's t with 7 degrees of freedom, and the mean's own error: 1.895·√(1 + 1/8).
+    generator = np.random.default_rng(0)
+    draws = generator.normal(size=(9, *SHAPE))
+    truth, samples = draws[0], draws[1:]
+    calibration = fit_calibration([(truth, samples.mean(axis=0), samples.std(axis=0, ddof=1), MASK)], edges=())
+    assert calibration.pooled == pytest.approx(2.01, abs=0.04)
+
+
 def test_each_suv_bin_gets_its_own_factor():
     truth, mean, sd, mask = _item(0)
     hot = mean >= 4

@@ -150,3 +150,10 @@ def test_studies_that_do_not_belong_together_are_refused():
         compare_noise([one], before="input")
     with pytest.raises(ValueError, match="expected at least one"):
         compare_noise([])
+
+
+def test_the_oracle_leaves_the_root_of_t_over_T_of_the_inputs_noise():
+    image, target = _exposures(0, 2.0)
+    best = (2 * image + 2.0) / 3  # λ is 2 everywhere
+    change = compare_noise([remaining_noise({"identity": image, "oracle": best}, target, MASK, SPACING)])[1]
+    assert change.ratio.mean == pytest.approx(math.sqrt(60 / 90), rel=0.02)

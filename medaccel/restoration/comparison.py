@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods compared in pairs over the same studies: is one better than another, or was it luck with the studies?
+
+Studies differ far more than methods do, so the difference is taken within each study first. The bootstrap interval
+says how large it is; the paired t-test and Wilcoxon's (1945) signed-rank test, which asks no normal differences, say
+whether it can be chance. Of many comparisons one looks significant by chance: Holm's (1979) correction holds the
+chance of any false claim at the level of each test. All test studies of one patient are one patient: then the
+p-values say nothing about others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medaccel.restoration.statistics import LEVEL, Statistic, mean_statistic
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """A method against another over the studies that have a value of both.
+
+    Attributes:
+        method, against: the two.
+        difference: method − against, in the values' unit: mean, deviation and bootstrap interval over studies.
+        larger, smaller: studies in which the method's value is the larger, the smaller one.
+        t_p: two-sided, paired t-test. NaN below two studies; 1 where all differences are 0, and 0 where all are the
+            same other value, t being infinite.
+        wilcoxon_p: two-sided, signed-rank test. NaN without a study, 1 where all differences are 0.
+        t_holm, wilcoxon_holm: the same, corrected for the number of methods compared.
+    """
+
+    method: str
+    against: str
+    difference: Statistic
+    larger: int
+    smaller: int
+    t_p: float
+    wilcoxon_p: float
+    t_holm: float
+    wilcoxon_holm: float
+
+    def flat(self) -> dict[str, Any]:
+        """For CSV and JSON: `difference`, `difference_sd`, `difference_low`, `difference_high`, `studies`, …"""
+        row = asdict(self)
+        found = row.pop("difference")
+        row |= {"difference": found.pop("mean"), "studies": found.pop("count")}
+        return row | {f"difference_{key}": value for key, value in found.items()}
+
+
+def compare_methods(
+    values: Mapping[str, Sequence[float]], against: str, *, level: float = LEVEL, seed: int = 0
+) -> list[PairedComparison]:
+    """Each method against the named one, in the order given.
+
+    Args:
+        values: method: one value a study, such as the share of the limit, studies in the same order for all;
+            where either value is not finite, the study is left out of the comparison.
+        against: the method that the others are compared with.
+        level: of the bootstrap interval.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: `against` is not among the methods, there is no other, a method has another number of studies
+            than the first or none, or `level` is not within (0, 1).
+    """
+    if against not in values:
+        raise ValueError(f"against={against!r} is not among the methods (expected one of {', '.join(values)})")
+    counts = {method: len(row) for method, row in values.items()}
+    if len(counts) < 2 or len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ValueError(
+            f"studies a method: {counts} (expected two methods or more, with as many studies each, at least one)"
+        )
+    base = np.asarray(values[against], dtype=np.float64)
+    differences = {}
+    for method, row in values.items():
+        difference = np.asarray(row, dtype=np.float64) - base
+        if method != against:
+            differences[method] = difference[np.isfinite(difference)]
+    t_p = [_t_test(difference) for difference in differences.values()]
+    wilcoxon_p = [_wilcoxon(difference) for difference in differences.values()]
+    t_holm, wilcoxon_holm = holm(t_p), holm(wilcoxon_p)
+    return [
+        PairedComparison(
+            method=method,
+            against=against,
+            difference=mean_statistic(difference, level=level, seed=seed),
+            larger=int(np.count_nonzero(difference > 0)),
+            smaller=int(np.count_nonzero(difference < 0)),
+            t_p=t_p[n],
+            wilcoxon_p=wilcoxon_p[n],
+            t_holm=t_holm[n],
+            wilcoxon_holm=wilcoxon_holm[n],
+        )
+        for n, (method, difference) in enumerate(differences.items())
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down correction: the k-th smallest of m times m − k + 1, never decreasing, at most 1.
+
+    NaN are no tests: they stay, and don't count.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    tests = np.flatnonzero(np.isfinite(p))
+    if ((p < 0) | (p > 1)).any() or np.isinf(p).any():
+        raise ValueError(f"p_values={list(p_values)} (expected values of 0 to 1, or NaN)")
+    order = tests[np.argsort(p[tests], kind="stable")]
+    corrected = p.copy()
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return [float(value) for value in corrected]
+
+
+def _t_test(difference: NDArray[np.float64]) -> float:
+    from scipy.stats import ttest_rel
+
+    if len(difference) < 2:
+        return math.nan
+    # Equal but for rounding: SciPy would divide by a deviation of 0, or of what rounding left.
+    if np.ptp(difference) <= 1e-12 * np.abs(difference).max():
+        return 0.0 if difference.any() else 1.0
+    return float(ttest_rel(difference, np.zeros_like(difference)).pvalue)
+
+
+def _wilcoxon(difference: NDArray[np.float64]) -> float:
+    from scipy.stats import wilcoxon
+
+    if not len(difference):
+        return math.nan
+    if not difference.any():
+        return 1.0
+    return float(wilcoxon(difference).pvalue)

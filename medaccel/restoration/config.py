@@ -119,6 +119,7 @@ class ScoreConfig:
         test_phantoms: how many phantoms of the shifted generator, where neither `dicom` nor `test_studies` is given.
         methods: some of the run's; by default all.
         samples: how many samples the diffusion methods draw of a volume; by default as many as their settings say.
+        sampled_studies: on how many of the studies, the first ones, those methods are scored; by default all.
         name: of the results' folder in the run's `scored`; by default what the studies are.
     """
 
@@ -129,6 +130,7 @@ class ScoreConfig:
     test_phantoms: int = 20
     methods: tuple[str, ...] = ()
     samples: int | None = None
+    sampled_studies: int | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +141,8 @@ class ScoreConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples is {self.samples}; expected at least 2, so that they have a deviation")
+        if self.sampled_studies is not None and self.sampled_studies < 1:
+            raise ValueError(f"sampled_studies is {self.sampled_studies}; expected a whole number >= 1")
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name is {self.name!r}; expected the name of a folder, without a path")
 

@@ -106,12 +106,12 @@ class StudyEvaluator:
             }
             self._prepare_lesions(study.noise_free)
         liver = (study.organ_names or {}).get("liver")
-        self._liver_core: Mask | None = None
+        self.liver_core: Mask | None = None
         if study.organs is not None and liver is not None:
             parenchyma = study.organs == liver
             if study.lesions is not None:
                 parenchyma &= study.lesions == 0
-            self._liver_core = lesion_metrics.organ_core(parenchyma, study.spacing)
+            self.liver_core = lesion_metrics.organ_core(parenchyma, study.spacing)
 
     def evaluate(self, restored: Array) -> dict[str, float]:
         """One method's row; the keys are in this module's docstring.
@@ -135,8 +135,8 @@ class StudyEvaluator:
             row[f"score_ssim_{convention}"] = metrics.score(distances[key], before[key])
         row |= self._ceiling | self._against_truth(restored) | self._lesion_row(restored)
         row["liver_cov"] = math.nan
-        if self._liver_core is not None:
-            row["liver_cov"] = lesion_metrics.coefficient_of_variation(restored, self._liver_core)
+        if self.liver_core is not None:
+            row["liver_cov"] = lesion_metrics.coefficient_of_variation(restored, self.liver_core)
         return row
 
     def _distances(self, restored: Array) -> dict[str, float]:

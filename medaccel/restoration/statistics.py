@@ -141,26 +141,48 @@ def within_patient(
     Raises:
         ValueError: unknown `distance`; the sequences' lengths or the volumes' shapes differ.
     """
-    if distance not in ("mse", "ssim"):
-        raise ValueError(f"distance={distance!r} (expected 'mse' or 'ssim')")
     if not len(restored) == len(inputs) == len(targets) or not len(targets):
         raise ValueError(
             f"{len(restored)} restored, {len(inputs)} input and {len(targets)} target volumes "
             "(expected the same number, one a realisation)"
         )
-    starts = block_starts(mask.shape[2], spacing, block_length)
-    errors: list[Array] = []
-    input_errors: list[Array] = []
-    for output, image, target in zip(restored, inputs, targets, strict=True):
-        check_volumes(mask, restored=output, input=image, target=target)
-        for volume, sums in ((output, errors), (image, input_errors)):
-            if distance == "mse":
-                error = (volume.astype(np.float64) - target) ** 2
-            else:
-                error = np.maximum(1 - ssim_map(volume, target), 0)
-            by_slice = np.where(mask, error, 0).sum(axis=(0, 1))
-            sums.append(np.add.reduceat(by_slice, starts))
+    errors, input_errors = (
+        [
+            block_errors(volume, target, mask, spacing, distance=distance, block_length=block_length)
+            for volume, target in zip(volumes, targets, strict=True)
+        ]
+        for volumes in (restored, inputs)
+    )
     return ratio_score(np.array(errors), np.array(input_errors), seed=seed)
+
+
+def block_errors(
+    image: Array,
+    target: Array,
+    mask: Mask,
+    spacing: tuple[float, float, float],
+    *,
+    distance: str = "mse",
+    block_length: float = 50.0,
+) -> NDArray[np.float64]:
+    """Errors summed over the body in each axial block: (blocks,), what `ratio_score` is made of.
+
+    Args:
+        image, target: (i, j, k), SUV.
+        distance, block_length: as `within_patient`.
+
+    Raises:
+        ValueError: unknown `distance`; the volumes' shapes differ.
+    """
+    if distance not in ("mse", "ssim"):
+        raise ValueError(f"distance={distance!r} (expected 'mse' or 'ssim')")
+    check_volumes(mask, image=image, target=target)
+    if distance == "mse":
+        error = (image.astype(np.float64) - target) ** 2
+    else:
+        error = np.maximum(1 - ssim_map(image, target), 0)
+    by_slice = np.where(mask, error, 0).sum(axis=(0, 1), dtype=np.float64)
+    return np.asarray(np.add.reduceat(by_slice, block_starts(mask.shape[2], spacing, block_length)))
 
 
 def block_starts(slices: int, spacing: tuple[float, float, float], block_length: float) -> NDArray[np.int64]:

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on every study: rows that are kept as they are made, so that an interrupted scoring goes on.
+
+In the folder: rows/<study>_<seconds>s.json, and volumes/ with what is needed again: the restored images of the first
+studies (pictures, noise), and the mean and deviation of drawn samples in every study's body (coverage).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from medaccel.data.files import atomic_path, write_text
+from medaccel.restoration import metrics
+from medaccel.restoration.calibration import Calibration, Item, fit_calibration
+from medaccel.restoration.evaluation import StudyEvaluator
+from medaccel.restoration.methods.base import Method, Restoration
+from medaccel.restoration.noise_effects import NoiseLevel, noise_level
+from medaccel.restoration.report_text import IDENTITY, NOISE_FREE, ORACLE
+from medaccel.restoration.statistics import block_errors
+from medaccel.restoration.study import Study, load_study
+
+EXAMPLES = 3  # studies whose restored images are kept
+
+
+@dataclass
+class Scored:
+    """What scoring found of one exposure; lists have one entry a study.
+
+    Attributes:
+        seconds, target_seconds: what was restored to what.
+        paths: study folders.
+        rows: method: rows of `evaluation.evaluate`; of a study that a method was not asked for, NaN.
+        noise: how noisy each input is.
+        times: method: seconds of each restoration.
+        blocks: distance ("mse", "ssim"): method: summed errors (studies, axial blocks).
+    """
+
+    seconds: int
+    target_seconds: int
+    paths: list[Path] = field(default_factory=list)
+    rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    noise: list[NoiseLevel] = field(default_factory=list)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    blocks: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+
+    @property
+    def studies(self) -> list[str]:
+        """Names."""
+        return [path.name for path in self.paths]
+
+
+class Scorer:
+    """Scores methods on studies into a folder.
+
+    Args:
+        methods: fitted, by name.
+        folder: for rows and volumes.
+        samples: how many the drawing methods draw; None: their setting.
+        sampled_studies: on how many of the studies they are asked, the first ones; None: all.
+        one_patient: all studies are realisations of one patient; errors are kept by axial block.
+        progress: show bars.
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        folder: Path,
+        *,
+        samples: int | None = None,
+        sampled_studies: int | None = None,
+        one_patient: bool = False,
+        progress: bool = True,
+    ) -> None:
+        self.methods, self.folder, self.samples = dict(methods), folder, samples
+        self.sampled_studies, self.one_patient, self.progress = sampled_studies, one_patient, progress
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
+        (folder / "volumes").mkdir(exist_ok=True)
+
+    def score(self, paths: Sequence[Path], seconds: int, target_seconds: int) -> Scored:
+        """All methods, and the references, on all studies at one exposure."""
+        result = Scored(seconds, target_seconds, list(paths))
+        label = f"scoring {seconds} s"
+        for position, path in enumerate(tqdm(paths, desc=label, unit="study", disable=not self.progress)):
+            record = self._study(path, position, seconds, target_seconds)
+            for name, row in record["rows"].items():
+                result.rows.setdefault(name, []).append({k: math.nan if v is None else v for k, v in row.items()})
+            result.noise.append(NoiseLevel(**{k: math.nan if v is None else v for k, v in record["noise"].items()}))
+            for name, value in record["times"].items():
+                result.times.setdefault(name, []).append(value)
+            for distance, found in record["blocks"].items():
+                for name, sums in found.items():
+                    result.blocks.setdefault(distance, {}).setdefault(name, []).append(sums)
+        return result
+
+    def volumes(self, path: Path, seconds: int) -> dict[str, np.ndarray]:
+        """The restored images of one of the first studies, by method."""
+        return {
+            name: read_volume(self._volume(path, seconds, name))
+            for name in self.methods
+            if self._volume(path, seconds, name).exists()
+        }
+
+    def items(self, method: str, paths: Sequence[Path], seconds: int) -> Iterator[Item]:
+        """Truth λ, mean, deviation and body of each study that the method drew samples of."""
+        for path in paths:
+            kept = self._volume(path, seconds, f"{method}_samples")
+            if kept.exists():
+                drawn = torch.load(kept, weights_only=True)
+                mask = drawn["mask"].numpy()
+                shape = (len(drawn["mean"]), 1, 1)  # the body's voxels, as a volume of their own
+                yield (
+                    drawn["truth"].numpy().reshape(shape),
+                    drawn["mean"].numpy().reshape(shape),
+                    drawn["std"].numpy().reshape(shape),
+                    mask.reshape(-1)[mask.reshape(-1)].reshape(shape),
+                )
+
+    def _volume(self, path: Path, seconds: int, name: str) -> Path:
+        return self.folder / "volumes" / f"{path.name}_{seconds}s_{name}.pt"
+
+    def _study(self, path: Path, position: int, seconds: int, target_seconds: int) -> dict[str, Any]:
+        """A study's record, from its file where it is there."""
+        file = self.folder / "rows" / f"{path.name}_{seconds}s.json"
+        record: dict[str, Any]
+        if file.exists():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            return record
+        study = load_study(path, (seconds, target_seconds))
+        evaluator = StudyEvaluator(study, seconds, target_seconds)
+        image = study.exposures[seconds]
+        images, times = {IDENTITY: image}, {}
+        skipped = []
+        for name, method in tqdm(self.methods.items(), desc=study.name, leave=False, disable=not self.progress):
+            if method.samples and self.sampled_studies is not None and position >= self.sampled_studies:
+                skipped.append(name)
+                continue
+            start = time.perf_counter()
+            found = method.restore(image, study.spacing, seconds=seconds, ct=study.ct, samples=self.samples)
+            times[name] = time.perf_counter() - start
+            images[name] = found.volume
+            self._keep(path, position, seconds, name, found, study, evaluator.mask)
+        if study.noise_free is not None:
+            images[ORACLE] = metrics.oracle(image, study.noise_free, seconds, target_seconds)
+            images[NOISE_FREE] = study.noise_free
+        # SciPy's filters, which take the time, release the interpreter's lock.
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            rows = dict(zip(images, pool.map(evaluator.evaluate, images.values()), strict=True))
+        nothing = dict.fromkeys(rows[IDENTITY], math.nan)
+        order = [IDENTITY, *self.methods, *(name for name in (ORACLE, NOISE_FREE) if name in images)]
+        blocks: dict[str, Any] = {}
+        if self.one_patient:
+            for distance in ("mse", "ssim"):
+                blocks[distance] = {
+                    name: block_errors(
+                        volume, evaluator.target, evaluator.mask, study.spacing, distance=distance
+                    ).tolist()
+                    for name, volume in images.items()
+                }
+        level = noise_level(
+            image, evaluator.target, evaluator.mask, seconds, target_seconds, liver_core=evaluator.liver_core
+        )
+        record = {
+            "rows": {name: rows.get(name, nothing) for name in order},
+            "noise": asdict(level),
+            "times": times,
+            "blocks": blocks,
+        }
+        write_text(file, plain_json(record), force=True)
+        return dict(json.loads(plain_json(record)))
+
+    def _keep(
+        self,
+        path: Path,
+        position: int,
+        seconds: int,
+        name: str,
+        found: Restoration,
+        study: Study,
+        mask: metrics.Mask,
+    ) -> None:
+        if position < EXAMPLES:
+            with atomic_path(self._volume(path, seconds, name), force=True) as temporary:
+                torch.save(torch.from_numpy(np.ascontiguousarray(found.volume, dtype=np.float32)), temporary)
+        if found.std is not None and found.activity is not None and study.noise_free is not None:
+            kept = {"truth": study.noise_free[mask], "mean": found.activity[mask], "std": found.std[mask]}
+            content = {key: torch.from_numpy(value.astype(np.float32)) for key, value in kept.items()}
+            with atomic_path(self._volume(path, seconds, f"{name}_samples"), force=True) as temporary:
+                torch.save({**content, "mask": torch.from_numpy(mask)}, temporary)
+
+
+def read_volume(path: Path) -> np.ndarray:
+    """A volume that scoring kept."""
+    volume: np.ndarray = torch.load(path, weights_only=True).numpy()
+    return volume
+
+
+def fit_calibrations(scorer: Scorer, scored: Sequence[Scored]) -> dict[str, dict[str, Calibration]]:
+    """For each drawing method and exposure, factors that make its intervals cover 90 % of λ on these studies."""
+    found: dict[str, dict[str, Calibration]] = {}
+    for name, method in scorer.methods.items():
+        if not method.samples:
+            continue
+        for one in scored:
+            items = list(scorer.items(name, one.paths, one.seconds))
+            if items:
+                found.setdefault(name, {})[str(one.seconds)] = fit_calibration(items)
+    return found
+
+
+def plain_json(value: Any) -> str:
+    """JSON text; a number that is not finite becomes null."""
+
+    def clean(v: Any) -> Any:
+        if isinstance(v, Mapping):
+            return {str(k): clean(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [clean(x) for x in v]
+        if isinstance(v, np.generic):
+            v = v.item()
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"

@@ -286,6 +286,7 @@ class TotalVariation(Classical):
         rounds: of Bregman's iteration; 1 is plain total variation, about 3 points of the MSE score below 2.
         tolerance: it stops once the energy changes by less than this fraction of its start; scikit-image's own 2e-4
             stops after a few steps, a point short.
+            The score of two rounds does not vary smoothly with the strength at any, mostly where hot organs are.
         iterations: at most.
     """
 
@@ -317,9 +318,9 @@ class BM4D(Classical):
     """Block matching and 4-D collaborative filtering (Maggioni et al. 2013), told how the noise correlates.
 
     The noise's autocorrelation comes from PET_t − PET_T of training studies, in voxels: it holds for inputs on their
-    grid. Told of none (white noise), BM4D is 5 points of the MSE score worse. Needs the package `bm4d`, which is free
-    for non-commercial use only and so is no dependency of this one. It runs on one thread, since its results vary
-    with their number.
+    grid. It gains little: told of white noise, BM4D scores the same (27.3 and 27.2 %) at 2.2 times the strength.
+    Needs the package `bm4d`, which is free for non-commercial use only and so is no dependency of this one. It runs
+    on one thread, since its results vary with their number.
 
     Further settings:
         threshold: of the hard-thresholding stage, and

@@ -25,9 +25,16 @@ VERIFY_EXAMPLES = """examples:
 
 RUN_EXAMPLES = """examples:
   medaccel restoration run
-  medaccel restoration run --dicom path/to/pet_series --output runs/patient
-  medaccel restoration run --input_seconds 30 --test_phantoms 40 --output runs/30s
-  medaccel restoration run --config my.yaml --simulator '{dose_fraction: 0.5}'
+  medaccel restoration run --config configs/restoration_small.yaml
+  medaccel restoration run --config configs/restoration_small.yaml --resume
+  medaccel restoration run --train_studies my_studies --methods [gaussian1,swin_unetr] --output runs/mine
+  torchrun --nproc-per-node 4 -m medaccel.cli restoration run --config configs/restoration_full.yaml
+"""
+
+SCORE_EXAMPLES = """examples:
+  medaccel restoration score runs/restoration
+  medaccel restoration score runs/restoration --dicom path/to/pet_series --realisations 10
+  medaccel restoration score runs/restoration --test_studies held_out --methods [gaussian1]
 """
 
 APPLY_EXAMPLES = """examples:
@@ -86,6 +93,17 @@ def _restoration_run() -> ArgumentParser:
     parser = _parser("Fits the methods, scores them on held-out studies and writes a report.", RUN_EXAMPLES)
     parser.add_class_arguments(RunConfig)
     parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that is there; an error where there is none"
+    )
+    return parser
+
+
+def _restoration_score() -> ArgumentParser:
+    from medaccel.restoration.config import ScoreConfig
+
+    parser = _parser("Scores a finished run on test studies, which no choice has seen.", SCORE_EXAMPLES)
+    parser.add_class_arguments(ScoreConfig, as_positional=True)
     return parser
 
 
@@ -126,7 +144,8 @@ def build_parser() -> ArgumentParser:
     restoration = _parser("PET restoration: short exposures made to look like long ones.")
     commands.add_subcommand("restoration", restoration, help="PET restoration")
     steps = restoration.add_subcommands(required=True, dest="step")
-    steps.add_subcommand("run", _restoration_run(), help="fit, score and report")
+    steps.add_subcommand("run", _restoration_run(), help="fit, choose on validation studies, and report")
+    steps.add_subcommand("score", _restoration_score(), help="score a finished run on test studies")
     steps.add_subcommand("apply", _restoration_apply(), help="restore a PET with a fitted method")
     commands.add_subcommand("demo", _demo(), help="a small restoration study, from phantoms to a report")
     return parser
@@ -164,19 +183,27 @@ def _call(arguments: Namespace) -> int:
         options = _options(arguments.restoration.apply, "quiet")
         for path in apply(**options, progress=not arguments.restoration.apply.quiet):
             print(f"written: {path}")
+    elif command == "restoration" and arguments.restoration.step == "score":
+        from medaccel.restoration.config import ScoreConfig
+        from medaccel.restoration.pipeline import score
+
+        options = _options(arguments.restoration.score)
+        score(ScoreConfig(methods=tuple(options.pop("methods")), **options))
     elif command == "restoration":
         from medaccel.restoration.config import RunConfig
         from medaccel.restoration.pipeline import run
 
         options = _options(arguments.restoration.run)
-        force = options.pop("force")
-        methods: tuple[str, ...] = tuple(options.pop("methods"))
-        run(RunConfig(methods=methods, **options), force=force)
+        force, resume = options.pop("force"), options.pop("resume")
+        tuples = ("methods", "also_seconds", "phantom_spacings")
+        listed: dict[str, Any] = {name: tuple(options.pop(name)) for name in tuples}
+        run(RunConfig(**listed, **options), force=force, resume=resume)
     elif command == "demo":
-        from medaccel.restoration.config import DEMO
-        from medaccel.restoration.pipeline import run
+        from medaccel.restoration.config import DEMO_RUN, DEMO_TEST_PHANTOMS, ScoreConfig
+        from medaccel.restoration.pipeline import run, score
 
-        run(dataclasses.replace(DEMO, output=arguments.demo.output), force=arguments.demo.force)
+        run(dataclasses.replace(DEMO_RUN, output=arguments.demo.output), force=arguments.demo.force)
+        score(ScoreConfig(arguments.demo.output, test_phantoms=DEMO_TEST_PHANTOMS))
     return 0
 
 

@@ -26,6 +26,7 @@ class RunConfig:
         validation_fraction: share of the patients of `train_studies` that are set aside, at least one.
         train_phantoms: how many phantoms are fitted on where there are no `train_studies`.
         validation_phantoms: how many more of the same generator are chosen on.
+        phantom_spacings: voxel sizes of those phantoms, mm, in turn; they cover 384 × 288 × 448 mm.
         input_seconds: exposure to restore from, s.
         also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
@@ -44,6 +45,7 @@ class RunConfig:
     validation_fraction: float = 0.2
     train_phantoms: int = 6
     validation_phantoms: int = 2
+    phantom_spacings: tuple[tuple[float, float, float], ...] = ((4.0, 4.0, 4.0),)
     input_seconds: int = 60
     also_seconds: tuple[int, ...] = ()
     target_seconds: int = 90
@@ -68,6 +70,11 @@ class RunConfig:
         for name in ("train_phantoms", "validation_phantoms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
+        for spacing in self.phantom_spacings:
+            if len(spacing) != 3 or not all(0 < step <= 6 for step in spacing):
+                raise ValueError(f"phantom_spacings holds {list(spacing)}; expected three sizes in mm, at most 6")
+        if not self.phantom_spacings:
+            raise ValueError("phantom_spacings is empty; expected at least one voxel size")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; expected a share in (0, 1)")
         if self.validation_studies is not None and self.train_studies is None:
@@ -101,6 +108,7 @@ class RunConfig:
                 values[name] = Path(values[name])
         for name in ("methods", "also_seconds"):
             values[name] = tuple(values.get(name, ()))
+        values["phantom_spacings"] = tuple(tuple(spacing) for spacing in values.get("phantom_spacings", ()))
         try:
             return cls(output=output, **values)
         except TypeError as error:
@@ -185,7 +193,7 @@ DEMO_RUN = RunConfig(
         "gaussian1": {"epochs": 4},
         "gaussian3": {"epochs": 4},
         "gaussian_mix": {"epochs": 4},
-        "swin_unetr": {"steps": 20, "steps_per_epoch": 5, "roi_size": [32, 32, 32], "batch_size": 2},
+        "swin_unetr": {"steps": 15, "steps_per_epoch": 5},
         "diffusion_sdedit": {
             "steps": 20,
             "steps_per_epoch": 5,

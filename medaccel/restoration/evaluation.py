@@ -8,6 +8,7 @@ liver):
     score_mse, score_ssim[_range|_axial]               percent, 0 = the unrestored input
     share_of_limit, equivalent_seconds                 of the MSE score: fraction, seconds
     ceiling_score_ssim, ceiling_weight                 of the study: the best blend of input and truth
+    share_of_ceiling                                   of the 1 − SSIM score: fraction
     truth_mse, truth_psnr, truth_ssim_distance         against the noise-free reconstruction
     truth_score_mse, truth_score_ssim                  percent, 0 = the unrestored input
     implied_truth_score                                truth_score_mse of `metrics.implied_truth`
@@ -134,6 +135,8 @@ class StudyEvaluator:
             key = f"ssim_distance_{convention}"
             row[f"score_ssim_{convention}"] = metrics.score(distances[key], before[key])
         row |= self._ceiling | self._against_truth(restored) | self._lesion_row(restored)
+        # Where a blend with the truth hardly helps, a share of that help says nothing.
+        row["share_of_ceiling"] = row["score_ssim"] / max(row["ceiling_score_ssim"], 1.0)
         row["liver_cov"] = math.nan
         if self.liver_core is not None:
             row["liver_cov"] = lesion_metrics.coefficient_of_variation(restored, self.liver_core)

@@ -181,11 +181,11 @@ def choose_best(scored: Sequence[Scored]) -> str:
         shares, truths = [], []
         for one in scored:
             for row in one.rows[name]:
-                ceiling = row["ceiling_score_ssim"]
-                ceiling = max(ceiling, 1.0) if math.isfinite(ceiling) else 100.0
-                shares.append(0.5 * (row["share_of_limit"] + row["score_ssim"] / ceiling))
+                ssim = row["share_of_ceiling"]  # unknown without a noise-free image: the plain score stands for it
+                ssim = ssim if math.isfinite(ssim) else row["score_ssim"] / 100
+                shares.append(0.5 * (row["share_of_limit"] + ssim))
                 truths.append(row["truth_score_mse"])
-        criteria[name] = float(np.mean(shares))
+        criteria[name] = float(np.nanmean(shares))
         if not np.isfinite(truths).all() or np.mean(truths) > 0:
             honest.add(name)
     return max(honest or criteria, key=lambda name: criteria[name])

@@ -64,6 +64,7 @@ class RestorationResults:
             given.
         data: what the test studies are, to complete "scored on 20 studies …: ", such as "phantoms of the
             shifted generator".
+        best: the method that was chosen on validation studies, which the summary speaks of; "" for the best here.
         simulated: whether the exposures' counts are simulated; the report says which.
         examples: studies to show as pictures.
         noise: name: noise analysis, such as {"Simulated": …, "A real PET": …}.
@@ -79,6 +80,7 @@ class RestorationResults:
     studies: Sequence[str]
     per_study: Mapping[str, Sequence[Mapping[str, float]]]
     data: str
+    best: str = ""
     simulated: bool = True
     examples: Sequence[Example] = ()
     noise: Mapping[str, NoiseAnalysis] = field(default_factory=dict)
@@ -120,6 +122,7 @@ def build_page(results: RestorationResults) -> Page:
         simulated=results.simulated,
         input_seconds=results.input_seconds,
         target_seconds=results.target_seconds,
+        chosen=results.best or None,
     )
     sections = [Section(f"Against the {target_name} image", _target_blocks(results, rows))]
     if any(math.isfinite(row.metrics["truth_mse"].mean) for row in rows):
@@ -164,6 +167,7 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         Column("Share of the limit", "%", digits=0, best="max"),
         Column("As good as a scan of", "s", digits=0, best="max"),
         Column("1 − SSIM score", "%, 3-D, range 10 SUV", signed=True, best="max"),
+        Column("Share of the ceiling", "%", digits=0, best="max"),
         Column("1 − SSIM score", "%, study's range", signed=True, best="max"),
         Column("1 − SSIM score", "%, axial 2-D", signed=True, best="max"),
         Column("PSNR", "dB", best="max"),
@@ -179,6 +183,7 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
             # Of the references, only the input is an image that a scan could give.
             math.nan if row.method in (ORACLE, NOISE_FREE) else metrics.equivalent_seconds(share, t),
             _interval(m["score_ssim"]),
+            100 * m["share_of_ceiling"].mean,
             m["score_ssim_range"].mean,
             m["score_ssim_axial"].mean,
             m["psnr"].mean,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from medaccel.data import open_series, read_pet_series, voxel_spacing, write_text
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.generate import simulate_study, write_studies
+from medaccel.restoration.phantoms import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.restoration.simulator import Progress, SimulatorConfig
 from medaccel.restoration.study import find_studies, is_complete, read_parameters, save_study
 
@@ -91,9 +93,10 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
         say(
             f"studies: {config.train_phantoms} simulated phantoms to fit to and {config.validation_phantoms} to choose on"
         )
-        train = _phantoms(config, "train", config.train_phantoms, "standard", config.seed)
+        spacings = config.phantom_spacings
+        train = _phantoms(config, "train", config.train_phantoms, "standard", config.seed, spacings)
         first = config.seed + VALIDATION_SEED
-        validation = _phantoms(config, "validation", config.validation_phantoms, "standard", first)
+        validation = _phantoms(config, "validation", config.validation_phantoms, "standard", first, spacings)
     names = {
         role: [{"study": str(p), "patient": patient(p)} for p in paths]
         for role, paths in (("training", train), ("validation", validation))
@@ -128,11 +131,29 @@ def test_studies(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], No
     return paths
 
 
-def _phantoms(config: RunConfig, role: str, count: int, generator: str, first_seed: int) -> list[Path]:
+def _phantoms(
+    config: RunConfig,
+    role: str,
+    count: int,
+    generator: str,
+    first_seed: int,
+    spacings: Sequence[tuple[float, float, float]] = (DEFAULT_SPACING,),
+) -> list[Path]:
+    paths: list[Path] = []
+    simulator, folder = simulator_of(config), config.output / "studies" / role
     with _percent(f"{role} phantoms") as report:
-        seeds = range(first_seed, first_seed + count)
-        folder = config.output / "studies" / role
-        return write_studies(folder, seeds, generator, config=simulator_of(config), progress=report)
+        for number in range(count):
+            spacing = spacings[number % len(spacings)]
+            paths += write_studies(
+                folder,
+                [first_seed + number],
+                generator,
+                config=simulator,
+                shape=[math.ceil(n * d / s) for n, d, s in zip(DEFAULT_SHAPE, DEFAULT_SPACING, spacing, strict=True)],
+                spacing=spacing,
+                progress=lambda share, message, number=number: report((number + share) / count, message),  # type: ignore[misc]
+            )
+    return paths
 
 
 def _real_patient(config: RunConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]) -> list[Path]:

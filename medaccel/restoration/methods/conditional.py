@@ -76,7 +76,7 @@ class DiffusionConditional(DiffusionMethod):
         for seconds in self.task.input_seconds:
             for study in validation:
                 image = study.exposures[seconds]
-                mean = self.draw(image, study.spacing, seconds, study.ct, seeds, progress).mean(axis=0)
+                mean = self.drawn(image, study.spacing, seconds, study.ct, seeds, progress).mean(axis=0)
                 for weight in (0.0, *weights(seconds, self.task.target_seconds)):
                     candidates.add(f"weight {weight:g}", study, seconds, weight * image + (1 - weight) * mean)
             best = candidates.best(seconds)

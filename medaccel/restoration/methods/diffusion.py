@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medaccel.diffusion import VPSDE, noised, small_unet
 from medaccel.diffusion.sde import _Sde
 from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
-from medaccel.restoration.methods.network import NetworkMethod
+from medaccel.restoration.methods.network import NetworkMethod, body_box
 from medaccel.restoration.networks import whole
 from medaccel.restoration.training import NetworkFit
 
@@ -148,7 +148,7 @@ class DiffusionMethod(NetworkMethod):
         if count < 1:
             raise ValueError(f"{self.name}: samples is {count}; expected a whole number >= 1")
         t = self.seconds(seconds)
-        drawn = self.draw(volume, spacing, t, ct, [seed * 1000 + k for k in range(count)], progress)
+        drawn = self.drawn(volume, spacing, t, ct, [seed * 1000 + k for k in range(count)], progress)
         activity = drawn.mean(axis=0)
         weight = np.float32(self.weight(t))
         return Restoration(
@@ -157,6 +157,23 @@ class DiffusionMethod(NetworkMethod):
             std=drawn.std(axis=0, ddof=1) if count > 1 else None,
             samples=drawn if keep_samples else None,
         )
+
+    def drawn(
+        self,
+        volume: np.ndarray,
+        spacing: Sequence[float],
+        seconds: int,
+        ct: np.ndarray | None,
+        seeds: Sequence[int],
+        progress: bool,
+        **options: Any,
+    ) -> np.ndarray:
+        """As `draw`, of the body alone; the air far from it stays as it is in every sample."""
+        box = body_box(volume, spacing)
+        samples = np.repeat(volume.astype(np.float32)[None], len(seeds), axis=0)
+        around = None if ct is None else ct[box]
+        samples[(slice(None), *box)] = self.draw(volume[box], spacing, seconds, around, seeds, progress, **options)
+        return samples
 
     def weight(self, seconds: int) -> float:
         """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""

@@ -268,15 +268,17 @@ def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]
 class _Gaussian(Method):
     """A Gaussian method for each exposure of the task: how much to smooth depends on the noise.
 
-    Settings: `epochs`, of up to 5 L-BFGS iterations over all studies each.
+    Settings: `epochs`, of up to 5 L-BFGS iterations over all studies each; `studies`, how many of those there are
+    are used, the first ones: a handful of parameters needs no more than a handful.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 10}
+    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 10, "studies": 8}
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        if self.settings["epochs"] < 1:
-            raise ValueError(f"{self.name}: epochs is {self.settings['epochs']}; expected a whole number >= 1")
+        for key in ("epochs", "studies"):
+            if self.settings[key] < 1:
+                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
         self.filters = {seconds: METHODS[self.name]() for seconds in task.input_seconds}
 
     def fit(
@@ -288,11 +290,11 @@ class _Gaussian(Method):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """A handful of parameters on all voxels of all studies can't overfit: `validation` is not looked at."""
+        """A handful of parameters on all voxels of several studies can't overfit: `validation` is not looked at."""
         if ranks.rank() != 0:  # seconds of work, which the first process does alone
             return
         task, self.fitted = self.task, Fitted()
-        loaded = [load_study(path, (*task.input_seconds, task.target_seconds)) for path in studies]
+        loaded = [load_study(path, (*task.input_seconds, task.target_seconds)) for path in studies[: self.settings["studies"]]]
         for seconds in task.input_seconds:
             self.filters[seconds], found = fit(
                 self.name,

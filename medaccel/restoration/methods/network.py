@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from medaccel.restoration.training import TRAINING, NetworkFit, train
 
 #: Weights of PET_t beyond t/T among which the blend with the activity is chosen: SSIM asks for a little more noise.
 EXTRA_WEIGHTS = (0.0, 0.03, 0.06, 0.09)
+_MARGIN = 16.0  # mm
 
 
 class NetworkMethod(Method):
@@ -198,6 +200,18 @@ class _Scorer:
         after = self._distances(restored)
         scores = [metrics.score(new, old) for new, old in zip(after, self.before, strict=True)]
         return scores[0], scores[1], 0.5 * (scores[0] / self.limit + scores[1] / self.ceiling)
+
+
+def body_box(volume: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice, slice]:
+    """The body and 16 mm of air around it, all that a network need look at; the whole volume where none is found."""
+    steps = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+    body = metrics.body_mask(volume, steps)
+    if not body.any():
+        body = np.ones_like(body)
+    where = [np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+    margins = [math.ceil(_MARGIN / s) for s in steps]
+    i, j, k = (slice(max(int(w[0]) - m, 0), int(w[-1]) + 1 + m) for w, m in zip(where, margins, strict=True))
+    return i, j, k
 
 
 def weights(seconds: int, target_seconds: int) -> Iterator[float]:

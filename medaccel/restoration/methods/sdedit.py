@@ -56,12 +56,11 @@ class DiffusionSDEdit(DiffusionMethod):
         ct: np.ndarray | None,
         seeds: Sequence[int],
         progress: bool,
+        t0: int | None = None,
     ) -> np.ndarray:
-        t0 = self.fitted.choices.get("t0", {}).get(str(seconds), self.settings["t0"][len(self.settings["t0"]) // 2])
-        return self.draw_from(volume, int(t0), seeds, progress)
-
-    def draw_from(self, volume: np.ndarray, t0: int, seeds: Sequence[int], progress: bool) -> np.ndarray:
-        """Samples (K, i, j, k), SUV, with a certain t0."""
+        if t0 is None:
+            middle = self.settings["t0"][len(self.settings["t0"]) // 2]
+            t0 = int(self.fitted.choices.get("t0", {}).get(str(seconds), middle))
         scale = scaling(self.settings["scaling"])
         guide = scale.forward(torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None])
         steps = min(t0, self.settings["sampling_steps"])
@@ -80,7 +79,8 @@ class DiffusionSDEdit(DiffusionMethod):
             for t0 in self.settings["t0"]:
                 for study in validation:
                     image = study.exposures[seconds]
-                    mean = self.draw_from(image, t0, seeds, progress).mean(axis=0)
+                    drawn = self.drawn(image, study.spacing, seconds, study.ct, seeds, progress, t0=t0)
+                    mean = drawn.mean(axis=0)
                     for weight in (0.0, *weights(seconds, self.task.target_seconds)):
                         name = f"t0 {t0}, weight {weight:g}"
                         candidates.add(name, study, seconds, weight * image + (1 - weight) * mean)

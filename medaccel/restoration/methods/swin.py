@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from medaccel.restoration import losses
 from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
-from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, weights
+from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
 from medaccel.restoration.networks import ActivityNet, Conditioning, blend, swin_unetr
 from medaccel.restoration.study import Study
 from medaccel.restoration.training import NetworkFit
@@ -122,8 +122,9 @@ class SwinUNETRMethod(NetworkMethod):
     def predict(
         self, volume: np.ndarray, spacing: Sequence[float], seconds: int, ct: np.ndarray | None
     ) -> np.ndarray:
-        """What the network predicts of one PET, SUV."""
-        image, steps, exposure, hu = as_batch(volume, spacing, seconds, ct)
+        """What the network predicts of one PET, SUV; the air far from the body stays as it is."""
+        box = body_box(volume, spacing)
+        image, steps, exposure, hu = as_batch(volume[box], spacing, seconds, None if ct is None else ct[box])
         stacked = image if hu is None or not self.settings["use_ct"] else torch.cat([image, hu], dim=1)
 
         def window(patch: Tensor) -> Tensor:
@@ -131,7 +132,9 @@ class SwinUNETRMethod(NetworkMethod):
             other = patch[:, 1:] if patch.shape[1] > 1 else None
             return self.network(patch[:, :1], steps.expand(count, 3), exposure.expand(count), other)
 
-        return np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)
+        predicted = volume.astype(np.float32)
+        predicted[box] = np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)
+        return predicted
 
     def restore(
         self,

@@ -58,6 +58,18 @@ def _for_convolution(x: Tensor) -> Tensor:
     return y
 
 
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """The convolution, in fp32 where torch's own in bf16 is wrong.
+
+    On a CPU with AVX-512 BF16, torch 2.13's 3-D convolution of a map that is two slices deep leaves parts of its
+    weight's gradient unwritten: whatever lay in that memory. A Swin UNETR's deepest map at 64³ is 2³.
+    """
+    if x.dim() == 5 and x.shape[2] == 2 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return torch.as_tensor(conv(x.float()))
+    return torch.as_tensor(conv(x))
+
+
 class UnetResBlock(MonaiUnetResBlock):
     """Drop-in for `monai.networks.blocks.dynunet_block.UnetResBlock`, same constructor and state_dict.
 
@@ -71,8 +83,8 @@ class UnetResBlock(MonaiUnetResBlock):
             return super().forward(inp)
         slope = _slope(self.lrelu)
         inp = _for_convolution(inp)
-        y = _normalise(self.norm1, self.conv1(inp), slope=slope)
-        y = self.conv2(_for_convolution(y))
+        y = _normalise(self.norm1, _convolve(self.conv1, inp), slope=slope)
+        y = _convolve(self.conv2, _for_convolution(y))
         residual = _normalise(self.norm3, self.conv3(inp)) if self.downsample else inp
         return _normalise(self.norm2, y, residual, slope)
 
@@ -85,8 +97,8 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
         if not _served(self, inp):
             return super().forward(inp)
         slope = _slope(self.lrelu)
-        y = _normalise(self.norm1, self.conv1(_for_convolution(inp)), slope=slope)
-        return _normalise(self.norm2, self.conv2(_for_convolution(y)), slope=slope)
+        y = _normalise(self.norm1, _convolve(self.conv1, _for_convolution(inp)), slope=slope)
+        return _normalise(self.norm2, _convolve(self.conv2, _for_convolution(y)), slope=slope)
 
 
 def block_unsupported(module: Any) -> str | None:

@@ -45,9 +45,11 @@ def ssim_distance(
     def blur(volume: Tensor) -> Tensor:
         return gaussian_filter(volume, SSIM_SIGMA, truncated=3.5, approx="sampled", mode="reflect", normalize=True)
 
-    mean_x, mean_y, xx, yy, xy = blur(
-        torch.cat([restored, reference, restored * restored, reference * reference, restored * reference], dim=1)
-    ).split(1, dim=1)
+    # A variance is the small difference of two large numbers, for which autocast's half precision is too coarse.
+    with torch.autocast(restored.device.type, enabled=False):
+        mean_x, mean_y, xx, yy, xy = blur(
+            torch.cat([restored, reference, restored * restored, reference * reference, restored * reference], dim=1)
+        ).split(1, dim=1)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     covariance, product = xy - mean_x * mean_y, mean_x * mean_y
     powers = mean_x.square() + mean_y.square()

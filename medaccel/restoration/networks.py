@@ -14,8 +14,9 @@ from medaccel.ops import gaussian_filter
 from medaccel.restoration.scaling import scaling
 
 # σ in mm of the smoothed copies that a network sees beside the PET: about the width of the noise, and twice that.
-# The narrower one is also what its output is added to: a network then starts as a Gaussian filter.
+# With the base "gaussian" the narrower one is what its output is added to: a network then starts as a filter.
 SMOOTHING = (4.0, 8.0)
+BASES = ("gaussian", "nlm")
 REFERENCE_SECONDS = 60.0
 _CT_SCALE = 1000.0  # HU
 
@@ -26,16 +27,25 @@ class Conditioning(nn.Module):
     Args:
         name: of the scaling.
         use_ct: add two channels: HU/1000, and whether there is a CT.
+        base: what residuals are added to: the narrower smoothed copy ("gaussian"), or the PET denoised by non-local
+            means ("nlm"), which is a channel then.
     """
 
-    def __init__(self, name: str = "asinh", use_ct: bool = False) -> None:
+    def __init__(self, name: str = "asinh", use_ct: bool = False, base: str = "gaussian") -> None:
         super().__init__()
+        if base not in BASES:
+            raise ValueError(f"base is {base!r}; expected one of {', '.join(BASES)}")
         self.scaling = scaling(name)
-        self.use_ct = use_ct
-        self.channels = 2 + len(SMOOTHING) + 2 * use_ct
+        self.use_ct, self.base = use_ct, base
+        self.channels = 2 + len(SMOOTHING) + 2 * use_ct + (base == "nlm")
 
     def forward(
-        self, volume: Tensor, spacing: Tensor, seconds: Tensor, ct: Tensor | None = None
+        self,
+        volume: Tensor,
+        spacing: Tensor,
+        seconds: Tensor,
+        ct: Tensor | None = None,
+        denoised: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The channels (B, C, i, j, k), and the scaled base (B, 1, i, j, k) that a residual is added to.
 
@@ -44,26 +54,34 @@ class Conditioning(nn.Module):
             spacing: (B, 3), mm.
             seconds: (B,), the exposure.
             ct: (B, 1, i, j, k), HU; NaN throughout a sample that has none; None: no sample has one.
+            denoised: (B, 1, i, j, k), SUV, for the base "nlm".
         """
         scaled = [self.scaling.forward(volume)]
-        for sigma in SMOOTHING:
-            # Samples of one batch may have other voxel sizes.
-            smooth = [
-                gaussian_filter(v[None], sigma / s.to("cpu", torch.float64), mode="nearest", normalize=True)
-                for v, s in zip(volume, spacing, strict=True)
-            ]
-            scaled.append(self.scaling.forward(torch.cat(smooth)))
+        # Residuals are added to this: it keeps its precision under autocast.
+        with torch.autocast(volume.device.type, enabled=False):
+            for sigma in SMOOTHING:
+                # Samples of one batch may have other voxel sizes.
+                smooth = [
+                    gaussian_filter(v[None], sigma / s.to("cpu", torch.float64), mode="nearest", normalize=True)
+                    for v, s in zip(volume, spacing, strict=True)
+                ]
+                scaled.append(self.scaling.forward(torch.cat(smooth)))
         exposure = (seconds.to(volume) / REFERENCE_SECONDS).log2()
         channels = [*scaled, exposure[:, None, None, None, None].expand_as(volume)]
         if self.use_ct:
             known = torch.zeros_like(volume) if ct is None else (~ct.isnan()).to(volume)
             hu = torch.zeros_like(volume) if ct is None else ct.nan_to_num(0.0).clamp(-1024, 3000) / _CT_SCALE
             channels += [hu, known]
-        return torch.cat(channels, dim=1), scaled[1]
+        base = scaled[1]
+        if self.base == "nlm":
+            assert denoised is not None
+            base = self.scaling.forward(denoised)
+            channels.append(base)
+        return torch.cat(channels, dim=1), base
 
 
 class ActivityNet(nn.Module):
-    """A PET's smoothed copy plus what a network adds to it, in the scaled domain: the activity, or the target itself.
+    """A PET's smoothed or denoised copy plus what a network adds to it, in the scaled domain: the activity, or the target itself.
 
     Args:
         network: (B, `Conditioning.channels`, i, j, k) → (B, 1, i, j, k).
@@ -74,9 +92,16 @@ class ActivityNet(nn.Module):
         super().__init__()
         self.network, self.conditioning = network, conditioning
 
-    def forward(self, volume: Tensor, spacing: Tensor, seconds: Tensor, ct: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        volume: Tensor,
+        spacing: Tensor,
+        seconds: Tensor,
+        ct: Tensor | None = None,
+        denoised: Tensor | None = None,
+    ) -> Tensor:
         """Arguments as `Conditioning`'s; (B, 1, i, j, k), SUV."""
-        channels, base = self.conditioning(volume, spacing, seconds, ct)
+        channels, base = self.conditioning(volume, spacing, seconds, ct, denoised)
         return self.conditioning.scaling.inverse(base + self.network(channels).to(base.dtype))
 
 

@@ -7,7 +7,8 @@ numbers come from (seed, n) alone. So a run that was killed goes on with the ite
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
+from medaccel.restoration.base_image import base_image
 from medaccel.restoration.losses import ssim_distance
 from medaccel.restoration.methods.base import Task
 from medaccel.restoration.metrics import body_mask
@@ -31,7 +33,7 @@ from medaccel.restoration.study import load_study
 
 REFERENCES = ("auto", "noise_free", "target")
 CACHES = ("memory", "disk", "none")
-_IMAGES = ("input", "target", "noise_free", "ct")
+_IMAGES = ("input", "target", "noise_free", "denoised", "ct")
 
 
 class PrepareStudy(MapTransform):
@@ -41,13 +43,14 @@ class PrepareStudy(MapTransform):
         task: whose exposures are needed.
         reference: "noise_free" (simulated studies have one), "target", or "auto": the first where there is one.
         use_ct: read the CT where there is one.
+        base: of the network's `Conditioning`; "nlm" denoises each exposure.
     """
 
-    def __init__(self, task: Task, reference: str = "auto", use_ct: bool = False) -> None:
+    def __init__(self, task: Task, reference: str = "auto", use_ct: bool = False, base: str = "gaussian") -> None:
         super().__init__(keys=["study"])
         if reference not in REFERENCES:
             raise ValueError(f"reference is {reference!r}; expected one of {', '.join(REFERENCES)}")
-        self.task, self.reference, self.use_ct = task, reference, use_ct
+        self.task, self.reference, self.use_ct, self.base = task, reference, use_ct, base
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         path = Path(data["study"])
@@ -86,6 +89,8 @@ class PrepareStudy(MapTransform):
                     "nothing to train on"
                 )
             result[f"input_{seconds}"] = image
+            if self.base == "nlm":
+                result[f"denoised_{seconds}"] = torch.from_numpy(base_image(study.exposures[seconds], study.spacing))[None]
             result[f"errors_{seconds}"] = torch.tensor([*errors, distance])
         return result
 
@@ -95,7 +100,7 @@ class Patches(torch.utils.data.Dataset):
 
     Args:
         studies: folders.
-        task, reference, use_ct: of `PrepareStudy`.
+        task, reference, use_ct, base: of `PrepareStudy`.
         roi_size: voxels along each axis.
         seed: with an item's number, of all that is random in it.
         cache: "memory", "disk" (in `cache_folder`) or "none".
@@ -113,6 +118,7 @@ class Patches(torch.utils.data.Dataset):
         roi_size: Sequence[int],
         reference: str = "auto",
         use_ct: bool = False,
+        base: str = "gaussian",
         seed: int = 0,
         cache: str = "memory",
         cache_folder: Path | None = None,
@@ -124,10 +130,10 @@ class Patches(torch.utils.data.Dataset):
         if cache not in CACHES:
             raise ValueError(f"cache is {cache!r}; expected one of {', '.join(CACHES)}")
         self.task, self.seed, self.roi_size = task, seed, tuple(roi_size)
-        prepare = PrepareStudy(task, reference, use_ct)
+        prepare = PrepareStudy(task, reference, use_ct, base)
         items = [{"study": str(path)} for path in studies]
         if cache == "memory":
-            self.studies: Any = CacheDataset(items, prepare, num_workers=None, progress=progress, copy_cache=False)
+            self.studies: Any = CacheDataset(items, prepare, num_workers=2, progress=progress, copy_cache=False)
         elif cache == "disk":
             self.studies = PersistentDataset(items, prepare, cache_dir=cache_folder)
         else:
@@ -143,6 +149,7 @@ class Patches(torch.utils.data.Dataset):
         seconds = int(rng.choice(self.task.input_seconds))
         item = {key: prepared[key] for key in ("target", "noise_free", "mask", "weight", "ct")}
         item["input"] = prepared[f"input_{seconds}"]
+        item["denoised"] = prepared.get(f"denoised_{seconds}", item["input"])
         self.random.set_random_state(seed=int(rng.integers(2**31)))
         cropped = self.random(item)
         if isinstance(cropped, list):  # RandWeightedCropd gives a list of its samples
@@ -158,7 +165,7 @@ class Patches(torch.utils.data.Dataset):
 
 
 def _random_transforms(roi_size: Sequence[int], augment: bool) -> Compose:
-    images = ["input", "target", "noise_free"]
+    images = ["input", "target", "noise_free", "denoised"]
     spatial = [*images, "ct", "mask", "weight"]
     steps: list[Any] = [
         SpatialPadd(spatial, roi_size),
@@ -174,24 +181,22 @@ def _random_transforms(roi_size: Sequence[int], augment: bool) -> Compose:
 
 
 class Numbered(torch.utils.data.Sampler):
-    """The numbers of a process's items, epoch after epoch; Lightning calls `set_epoch`.
+    """The numbers of a process's items, from the step that training has reached when it is iterated.
 
     Args:
-        per_epoch: items an epoch, of all processes.
+        batch_size: items a step, of all processes.
         rank, world_size: this process, and how many there are.
+        step: gives the optimizer steps that were made; a resumed run goes on with the next one's items.
     """
 
-    def __init__(self, per_epoch: int, rank: int = 0, world_size: int = 1) -> None:
-        if per_epoch % world_size:
-            raise ValueError(f"{per_epoch} items an epoch do not divide among {world_size} processes")
-        self.per_epoch, self.rank, self.world_size, self.epoch = per_epoch, rank, world_size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.per_epoch // self.world_size
+    def __init__(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, step: Callable[[], int] = lambda: 0
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size is {batch_size}; expected a multiple of the {world_size} processes that share it"
+            )
+        self.batch_size, self.rank, self.world_size, self.step = batch_size, rank, world_size, step
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.per_epoch
-        return iter(range(first + self.rank, first + self.per_epoch, self.world_size))
+        return itertools.count(self.step() * self.batch_size + self.rank, self.world_size)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 import signal
@@ -87,31 +88,13 @@ class NetworkFit(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class _ByTheClock(ModelCheckpoint):
-    """Stores at the first epoch's end after so many minutes, and after the last epoch.
-
-    Only at an epoch's end does a resumed run draw the very items that it would have drawn.
-    """
-
-    def __init__(self, folder: Path, minutes: float) -> None:
-        super().__init__(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
-        self.seconds, self.stored = 60 * minutes, time.monotonic()
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        last = trainer.global_step >= trainer.max_steps
-        if torch.distributed.is_initialized():  # one clock for all processes
-            last = trainer.strategy.broadcast(last or time.monotonic() - self.stored >= self.seconds)
-        if last or time.monotonic() - self.stored >= self.seconds:
-            super().on_train_epoch_end(trainer, pl_module)
-            self.stored = time.monotonic()
-
-
 class _Clock(lightning.Callback):
     """Seconds of each epoch and its mean loss; kept in the checkpoint, so that a resumed run reports them all."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.losses: dict[str, list[float]] = {}
+        self.steps = 0
         self._start = 0.0
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -119,15 +102,17 @@ class _Clock(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.seconds.append(time.perf_counter() - self._start)
+        self.steps = trainer.global_step
         for key, value in trainer.callback_metrics.items():
             if key.startswith("train/"):
                 self.losses.setdefault(key.removeprefix("train/"), []).append(float(value))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "losses": self.losses}
+        return {"seconds": self.seconds, "losses": self.losses, "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds, self.losses = list(state_dict["seconds"]), dict(state_dict["losses"])
+        self.steps = state_dict["steps"]
 
 
 def train(
@@ -151,11 +136,9 @@ def train(
         KeyboardInterrupt: Ctrl-C.
     """
     s, world = module.settings, max(ranks.world_size(), 1)
-    if s["batch_size"] % world:
-        raise ValueError(f"batch_size is {s['batch_size']}; expected a multiple of the {world} processes")
     if s["steps"] % s["steps_per_epoch"]:
         raise ValueError(f"steps is {s['steps']}; expected a multiple of steps_per_epoch, {s['steps_per_epoch']}")
-    sampler = Numbered(s["steps_per_epoch"] * s["batch_size"], ranks.rank(), world)
+    sampler = Numbered(s["batch_size"], ranks.rank(), world, lambda: trainer.global_step)
     loader = torch.utils.data.DataLoader(
         patches, batch_size=s["batch_size"] // world, sampler=sampler, num_workers=s["num_workers"]
     )
@@ -168,6 +151,7 @@ def train(
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
             max_steps=s["steps"],
+            limit_train_batches=s["steps_per_epoch"],  # what is called an epoch in logs and on the bar
             accelerator=s["accelerator"],
             devices=s["devices"],
             num_nodes=s["num_nodes"],
@@ -178,7 +162,12 @@ def train(
             logger=[CSVLogger(folder, "csv", version=""), TensorBoardLogger(folder, "tensorboard", version="")],
             callbacks=[
                 EMAWeightAveraging(decay=s["ema_decay"], use_buffers=False),  # an index table has no average
-                _ByTheClock(folder, s["checkpoint_minutes"]),
+                ModelCheckpoint(
+                    folder,
+                    filename="last",
+                    train_time_interval=datetime.timedelta(minutes=s["checkpoint_minutes"]),
+                    enable_version_counter=False,
+                ),
                 clock,
             ],
             enable_model_summary=False,
@@ -194,4 +183,4 @@ def train(
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from None
     seconds = sum(clock.seconds)
-    return clock.losses, seconds, seconds / max(len(clock.seconds) * s["steps_per_epoch"], 1)
+    return clock.losses, seconds, seconds / max(clock.steps, 1)

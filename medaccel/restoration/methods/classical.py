@@ -153,7 +153,7 @@ class Classical(Method):
         if choice is None:
             raise ValueError(f"{self.name}: not fitted to {seconds} s yet (fit it, or load a fitted one)")
         lengths = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
-        denoised = self._denoised(volume, body_mask(volume, lengths), choice["strength"])
+        denoised = self.denoised(volume, body_mask(volume, lengths), choice["strength"])
         if not choice["combined"]:
             return Restoration(denoised)
         return Restoration(self._combined(volume, denoised, seconds), activity=denoised)
@@ -172,7 +172,7 @@ class Classical(Method):
     def _prepare(self, studies: Sequence[Path]) -> None:
         """Learns what the denoiser needs before the search."""
 
-    def _denoised(self, volume: Array, mask: Mask, strength: float) -> Array:
+    def denoised(self, volume: Array, mask: Mask, strength: float) -> Array:
         """D, SUV, float32; `mask` is where the noise level is estimated."""
         forward, backward = STABILISERS[self.settings["stabiliser"]]
         mapped = forward(volume.astype(np.float32))
@@ -232,7 +232,7 @@ class Classical(Method):
         """Combined or not: mean MSE and 1 − SSIM score over the examples, %."""
         rows: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for example in examples:
-            denoised = self._denoised(example.image, body_mask(example.image, example.spacing), strength)
+            denoised = self.denoised(example.image, body_mask(example.image, example.spacing), strength)
             for combined, results in rows.items():
                 result = self._combined(example.image, denoised, seconds) if combined else denoised
                 results.append(

@@ -31,7 +31,7 @@ class DiffusionConditional(DiffusionMethod):
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
         chosen = {**self.defaults, **(settings or {})}
-        self.conditioning = Conditioning(chosen["scaling"], chosen["use_ct"])
+        self.conditioning = Conditioning(chosen["scaling"], chosen["use_ct"], chosen["base"])
         super().__init__(task, settings)
         if not self.settings["spread"] > 0:
             raise ValueError(f"{self.name}: spread is {self.settings['spread']}; expected a number > 0")
@@ -42,7 +42,7 @@ class DiffusionConditional(DiffusionMethod):
 
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
         ct = batch["ct"] if self.settings["use_ct"] else None
-        known, base = self.conditioning(batch["input"], batch["spacing"], batch["seconds"], ct)
+        known, base = self.conditioning(batch["input"], batch["spacing"], batch["seconds"], ct, batch["denoised"])
         residual = self.conditioning.scaling.forward(batch["noise_free"]) - base
         return residual / self.settings["spread"], [known]
 
@@ -58,7 +58,8 @@ class DiffusionConditional(DiffusionMethod):
     ) -> np.ndarray:
         from tqdm import tqdm
 
-        known, base = self.conditioning(*as_batch(volume, spacing, seconds, ct if self.settings["use_ct"] else None))
+        around = ct if self.settings["use_ct"] else None
+        known, base = self.conditioning(*as_batch(volume, spacing, seconds, around, self.settings["base"]))
         sampler = Sampler(self.sde, "ancestral", prediction="v_prediction", check_finite=True)
         samples = np.empty((len(seeds), *volume.shape), dtype=np.float32)
         for k, seed in enumerate(tqdm(seeds, desc="samples", disable=not progress, leave=False)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.restoration import metrics, ranks
+from medaccel.restoration.base_image import base_image
 from medaccel.restoration.methods.base import Fitted, Method, Task
 from medaccel.restoration.metrics import Array, Mask
 from medaccel.restoration.study import Study, load_study
@@ -29,7 +30,7 @@ class NetworkMethod(Method):
 
     Settings beside `medaccel.restoration.training.TRAINING`'s: `roi_size` (voxels a window and training patch),
     `overlap` and `sw_batch_size` (of windows), `reference` ("noise_free", "target" or "auto": what it is trained
-    to), `use_ct`, `scaling`, `validation_studies` (on how many the choice is made).
+    to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made).
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -40,6 +41,7 @@ class NetworkMethod(Method):
         "reference": "auto",
         "use_ct": False,
         "scaling": "asinh",
+        "base": "gaussian",
         "validation_studies": 4,
     }
     multiple: ClassVar[int] = 32  # that windows must be of
@@ -87,6 +89,7 @@ class NetworkMethod(Method):
             roi_size=self.settings["roi_size"],
             reference=self.settings["reference"],
             use_ct=self.settings["use_ct"],
+            base=self.settings["base"],
             seed=seed,
             cache=self.settings["cache"],
             cache_folder=folder / "cache",
@@ -221,15 +224,17 @@ def weights(seconds: int, target_seconds: int) -> Iterator[float]:
 
 
 def as_batch(
-    volume: np.ndarray, spacing: Sequence[float], seconds: int, ct: np.ndarray | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    volume: np.ndarray, spacing: Sequence[float], seconds: int, ct: np.ndarray | None, base: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """One volume as `Conditioning`'s arguments."""
     image = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None]
     hu = None if ct is None else torch.from_numpy(np.ascontiguousarray(ct, dtype=np.float32))[None, None]
+    denoised = torch.from_numpy(base_image(volume, spacing))[None, None] if base == "nlm" else None
     return (
         image,
         torch.tensor([[float(s) for s in spacing]], dtype=torch.float64),
         torch.tensor([float(seconds)]),
         hu,
+        denoised,
     )
 

@@ -43,7 +43,8 @@ class ActivityFit(NetworkFit):
 
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
         s, mask, image = self.settings, batch["mask"], batch["input"]
-        predicted = self.network(image, batch["spacing"], batch["seconds"], batch["ct"] if s["use_ct"] else None)
+        ct = batch["ct"] if s["use_ct"] else None
+        predicted = self.network(image, batch["spacing"], batch["seconds"], ct, batch["denoised"])
         predicted = predicted.float()
         to_target, to_truth, distance = batch["errors"].float().unbind(1)
         if s["predict"] == "target":
@@ -95,7 +96,7 @@ class SwinUNETRMethod(NetworkMethod):
         super().__init__(task, settings)
 
     def build(self) -> nn.Module:
-        conditioning = Conditioning(self.settings["scaling"], self.settings["use_ct"])
+        conditioning = Conditioning(self.settings["scaling"], self.settings["use_ct"], self.settings["base"])
         return ActivityNet(swin_unetr(conditioning.channels, self.settings), conditioning)
 
     def module(self) -> NetworkFit:
@@ -124,13 +125,16 @@ class SwinUNETRMethod(NetworkMethod):
     ) -> np.ndarray:
         """What the network predicts of one PET, SUV; the air far from the body stays as it is."""
         box = body_box(volume, spacing)
-        image, steps, exposure, hu = as_batch(volume[box], spacing, seconds, None if ct is None else ct[box])
-        stacked = image if hu is None or not self.settings["use_ct"] else torch.cat([image, hu], dim=1)
+        around = None if ct is None or not self.settings["use_ct"] else ct[box]
+        image, steps, exposure, hu, denoised = as_batch(volume[box], spacing, seconds, around, self.settings["base"])
+        # Windows are cut from all volumes at once.
+        stacked = torch.cat([image, *(other for other in (hu, denoised) if other is not None)], dim=1)
 
         def window(patch: Tensor) -> Tensor:
-            count = patch.shape[0]
-            other = patch[:, 1:] if patch.shape[1] > 1 else None
-            return self.network(patch[:, :1], steps.expand(count, 3), exposure.expand(count), other)
+            count, others = patch.shape[0], list(patch[:, 1:].split(1, dim=1))
+            copy = others.pop() if denoised is not None else None
+            chart = others.pop() if hu is not None else None
+            return self.network(patch[:, :1], steps.expand(count, 3), exposure.expand(count), chart, copy)
 
         predicted = volume.astype(np.float32)
         predicted[box] = np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)

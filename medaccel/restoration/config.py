@@ -22,7 +22,7 @@ class RunConfig:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
         train_studies: folder of study folders to fit on (`PET_60.nii.gz`, `PET_90.nii.gz`, …). Phantoms of the
             standard generator by default.
-        validation_studies: folder of study folders to choose on. By default patients of `train_studies` are set aside.
+        validation_studies: folder of study folders to choose on. By default, some patients of `train_studies`.
         validation_fraction: share of the patients of `train_studies` that are set aside, at least one.
         train_phantoms: how many phantoms are fitted on where there are no `train_studies`.
         validation_phantoms: how many more of the same generator are chosen on.
@@ -59,8 +59,8 @@ class RunConfig:
         for seconds in (self.input_seconds, *self.also_seconds):
             if not 0 < seconds < self.target_seconds:
                 raise ValueError(
-                    f"input_seconds is {self.input_seconds}, also_seconds {list(self.also_seconds)} and target_seconds "
-                    f"{self.target_seconds}; expected exposures above 0 and below the target's"
+                    f"input_seconds is {self.input_seconds}, also_seconds {list(self.also_seconds)} and "
+                    f"target_seconds {self.target_seconds}; expected exposures above 0 and below the target's"
                 )
         if not self.methods or set(self.methods) - set(METHODS) or len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods is {list(self.methods)}; expected some of {', '.join(METHODS)}, each once")
@@ -188,7 +188,15 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 DEMO_RUN = RunConfig(
     train_phantoms=2,
     validation_phantoms=1,
-    methods=("gaussian1", "gaussian3", "gaussian_mix", "nlm", "swin_unetr", "diffusion_sdedit", "diffusion_conditional"),
+    methods=(
+        "gaussian1",
+        "gaussian3",
+        "gaussian_mix",
+        "nlm",
+        "swin_unetr",
+        "diffusion_sdedit",
+        "diffusion_conditional",
+    ),
     settings={
         "gaussian1": {"epochs": 4},
         "gaussian3": {"epochs": 4},

@@ -26,9 +26,7 @@ def squared_error(restored: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     return ((restored - reference).square() * mask).flatten(1).sum(1) / inside.clamp_min(1)
 
 
-def ssim_distance(
-    restored: Tensor, reference: Tensor, mask: Tensor, *, data_range: float = SSIM_RANGE
-) -> Tensor:
+def ssim_distance(restored: Tensor, reference: Tensor, mask: Tensor, *, data_range: float = SSIM_RANGE) -> Tensor:
     """1 − SSIM averaged over the body, a value a sample: `metrics.ssim_distance`, differentiable.
 
     MONAI's SSIMLoss convolves with the dense 11³ window and drops the border; the window is separable, and our

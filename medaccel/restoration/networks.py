@@ -81,7 +81,9 @@ class Conditioning(nn.Module):
 
 
 class ActivityNet(nn.Module):
-    """A PET's smoothed or denoised copy plus what a network adds to it, in the scaled domain: the activity, or the target itself.
+    """A PET's smoothed or denoised copy plus what a network adds to it in the scaled domain.
+
+    The sum is meant to be the activity, or the target itself.
 
     Args:
         network: (B, `Conditioning.channels`, i, j, k) → (B, 1, i, j, k).
@@ -107,8 +109,9 @@ class ActivityNet(nn.Module):
 
 def swin_unetr(channels: int, settings: Mapping[str, Any]) -> nn.Module:
     """MONAI's Swin UNETR with our kernels in it, its last layer near zero: the residual starts small."""
-    import medaccel
     from monai.networks.nets import SwinUNETR
+
+    import medaccel
 
     network = SwinUNETR(
         in_channels=channels,

@@ -89,7 +89,19 @@ def write_outcome(
     remaining = _remaining(scorer, primary)
     within = {one.seconds: _within_patient(one) for one in scored}
     page = _page(
-        config, scorer, scored, covered, compared, responses, remaining, within, data, calibrations, best, chosen, choices
+        config,
+        scorer,
+        scored,
+        covered,
+        compared,
+        responses,
+        remaining,
+        within,
+        data,
+        calibrations,
+        best,
+        chosen,
+        choices,
     )
     per_study = [
         {"seconds": one.seconds, "study": study, "method": method, **row}
@@ -143,7 +155,10 @@ def printed(table: Sequence[SummaryRow], one: Scored) -> str:
     lines = [f"{f'{one.seconds} s -> {one.target_seconds} s':<22}" + "".join(f"{t:>{w}}" for t, w, _, _ in columns)]
     for row in table:
         values = (factor * row.metrics[key].mean for _, _, key, factor in columns)
-        cells = (f"{v:>{w}.1f}" if math.isfinite(v) else f"{'-':>{w}}" for v, (_, w, _, _) in zip(values, columns, strict=True))
+        cells = (
+            f"{v:>{w}.1f}" if math.isfinite(v) else f"{'-':>{w}}"
+            for v, (_, w, _, _) in zip(values, columns, strict=True)
+        )
         lines.append(f"{row.method:<22}" + "".join(cells))
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,14 @@ class PrepareStudy(MapTransform):
             distance = float(ssim_distance(image[None], result["target"][None], mask[None]))
             if not min(errors) > 0 or not distance > 0:
                 raise ValueError(
-                    f"{path}: the {seconds} s and the {self.task.target_seconds} s image do not differ within the body; "
-                    "nothing to train on"
+                    f"{path}: the {seconds} s and the {self.task.target_seconds} s image do not differ within the "
+                    "body, which leaves nothing to train on"
                 )
             result[f"input_{seconds}"] = image
             if self.base == "nlm":
-                result[f"denoised_{seconds}"] = torch.from_numpy(base_image(study.exposures[seconds], study.spacing))[None]
+                result[f"denoised_{seconds}"] = torch.from_numpy(base_image(study.exposures[seconds], study.spacing))[
+                    None
+                ]
             result[f"errors_{seconds}"] = torch.tensor([*errors, distance])
         return result
 
@@ -133,7 +136,8 @@ class Patches(torch.utils.data.Dataset):
         prepare = PrepareStudy(task, reference, use_ct, base)
         items = [{"study": str(path)} for path in studies]
         if cache == "memory":
-            self.studies: Any = CacheDataset(items, prepare, num_workers=2, progress=progress, copy_cache=False)
+            with _plain_errors():
+                self.studies: Any = CacheDataset(items, prepare, num_workers=2, progress=progress, copy_cache=False)
         elif cache == "disk":
             self.studies = PersistentDataset(items, prepare, cache_dir=cache_folder)
         else:
@@ -145,7 +149,8 @@ class Patches(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, index])
-        prepared = self.studies[int(rng.integers(len(self.studies)))]
+        with _plain_errors():
+            prepared = self.studies[int(rng.integers(len(self.studies)))]
         seconds = int(rng.choice(self.task.input_seconds))
         item = {key: prepared[key] for key in ("target", "noise_free", "mask", "weight", "ct")}
         item["input"] = prepared[f"input_{seconds}"]
@@ -162,6 +167,17 @@ class Patches(torch.utils.data.Dataset):
             "has_noise_free": prepared["has_noise_free"],
             "noise_seed": int(rng.integers(2**62)),
         }
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """MONAI wraps what a transform raises in a RuntimeError about the transform; the user's file is what matters."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, ValueError | OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _random_transforms(roi_size: Sequence[int], augment: bool) -> Compose:

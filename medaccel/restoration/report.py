@@ -26,30 +26,11 @@ from medaccel.report.html import (
 from medaccel.restoration import metrics, report_text
 from medaccel.restoration.evaluation import SummaryRow, summarize
 from medaccel.restoration.noise import AXES, NoiseAnalysis
-from medaccel.restoration.report_figures import Example, example_figures, loss_figure, noise_figure
+from medaccel.restoration.report_figures import Example, example_figures, noise_figure
 from medaccel.restoration.report_text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
 from medaccel.restoration.statistics import Agreement, Statistic
 
 _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 for white noise. Axes are the volume's own."
-
-
-@dataclass(frozen=True)
-class FittedMethod:
-    """A method's fitted parameters and how it got there.
-
-    Attributes:
-        sigma_mm: (σ_i, σ_j, σ_k) in mm of each Gaussian; all 0 for the identity.
-        weights: of a mix, one a Gaussian; None where the Gaussians follow one another.
-        losses: the training loss of each epoch.
-    """
-
-    sigma_mm: Sequence[tuple[float, float, float]]
-    weights: Sequence[float] | None = None
-    losses: Sequence[float] = ()
-
-    def __post_init__(self) -> None:
-        if self.weights is not None and len(self.weights) != len(self.sigma_mm):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.sigma_mm)} Gaussians (expected one each)")
 
 
 @dataclass(frozen=True)
@@ -68,7 +49,6 @@ class RestorationResults:
         simulated: whether the exposures' counts are simulated; the report says which.
         examples: studies to show as pictures.
         noise: name: noise analysis, such as {"Simulated": …, "A real PET": …}.
-        fitted: method: its parameters and losses.
         within_patient: method: {"mse": …, "ssim": …} from `statistics.within_patient`, for one real study.
         config: the run's configuration, as YAML text.
         labels: names of further methods for readers; ours have theirs.
@@ -84,7 +64,6 @@ class RestorationResults:
     simulated: bool = True
     examples: Sequence[Example] = ()
     noise: Mapping[str, NoiseAnalysis] = field(default_factory=dict)
-    fitted: Mapping[str, FittedMethod] = field(default_factory=dict)
     within_patient: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
     config: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -141,8 +120,6 @@ def build_page(results: RestorationResults) -> Page:
         difference = f"PET{results.input_seconds} − PET{results.target_seconds}"
         plots = [noise_figure(name, analysis, difference) for name, analysis in results.noise.items()]
         sections.append(Section("Noise", [*plots, _noise_table(results)]))
-    if results.fitted:
-        sections.append(Section("Fitted methods", _fitted_blocks(results)))
     sections.append(Section("Each study", [_study_table(results, key) for key in ("mse", "ssim")]))
     sections.append(Section("Published results", [report_text.published_table()]))
     found = versions()
@@ -299,27 +276,6 @@ def _noise_table(results: RestorationResults) -> Table:
             cells += [found[d].variance if d in found else math.nan for d in distances]
             body.append(Row(f"{name}, axis {AXES[axis]} ({millimetres:.3g} mm)", cells))
     return Table(subscripts(_CORRELATION), columns, body, "Noise")
-
-
-def _fitted_blocks(results: RestorationResults) -> list[Block]:
-    columns = [Column(f"σ along {axis}", "mm", digits=2) for axis in AXES] + [Column("Weight", digits=3)]
-    body = []
-    for method, fit in results.fitted.items():
-        name = label(method, results.labels)
-        for number, sigma in enumerate(fit.sigma_mm):
-            weight = math.nan if fit.weights is None else fit.weights[number]
-            part = "" if len(fit.sigma_mm) == 1 else f" – {number + 1}"
-            if not any(sigma):
-                part += " (identity)"
-            body.append(Row(name + part, [*sigma, weight]))
-        if fit.weights is None and len(fit.sigma_mm) > 1:
-            together = [math.sqrt(sum(s[axis] ** 2 for s in fit.sigma_mm)) for axis in range(3)]
-            body.append(Row(f"{name}, as one Gaussian", [*together, math.nan], reference=True))
-    blocks: list[Block] = [Table("Fitted parameters; FWHM = 2.3548·σ.", columns, body)]
-    losses = {label(m, results.labels): fit.losses for m, fit in results.fitted.items() if len(fit.losses)}
-    if losses:
-        blocks.append(loss_figure(losses))
-    return blocks
 
 
 def _study_table(results: RestorationResults, distance: str) -> Table:

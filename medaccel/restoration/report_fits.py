@@ -30,8 +30,8 @@ def fit_blocks(methods: Mapping[str, Method], best: str) -> list[Block]:
     if candidates:
         columns = [Column("MSE score", "%", signed=True), Column("1 − SSIM score", "%", signed=True)]
         caption = (
-            "What was tried on validation studies. Networks choose by the mean of the MSE score's share of its limit and "
-            "the 1 − SSIM score's share of its ceiling, the classical methods by the MSE score."
+            "What was tried on validation studies. Networks choose by the mean of the MSE score's share of its limit "
+            "and the 1 − SSIM score's share of its ceiling, the classical methods by the MSE score."
         )
         blocks.append(Table(caption, columns, candidates, "Candidate"))
     for name, fitted in fits.items():
@@ -40,8 +40,8 @@ def fit_blocks(methods: Mapping[str, Method], best: str) -> list[Block]:
             said = ", ".join(f"{cap:+.1f} % at {seconds} s" for seconds, cap in caps.items())
             blocks.append(
                 Note(
-                    f"{label(name, {})}: the plain mean of K posterior samples of the target can't exceed an MSE score "
-                    f"of 1 − (t/T)·(1 + 1/K): {said}, with K = {methods[name].settings['samples']}. Samples of the "
+                    f"{label(name, {})}: the plain mean of K posterior samples of the target can't exceed an MSE "
+                    f"score of 1 − (t/T)·(1 + 1/K): {said}, with K = {methods[name].settings['samples']}. Samples of the "
                     "activity, blended with the input, are not bound by it."
                 )
             )
@@ -67,7 +67,9 @@ def _fits_table(fits: Mapping[str, Fitted], best: str) -> Table:
     rows = []
     for name, fitted in fits.items():
         found = fitted.parameters
-        chosen = json.dumps({k: v for k, v in fitted.choices.items() if k != "calibration"}) if fitted.choices else "–"
+        chosen = (
+            json.dumps({k: v for k, v in fitted.choices.items() if k != "calibration"}) if fitted.choices else "–"
+        )
         cells = [
             fitted.seconds,
             *(found.get(key, math.nan) for key in ("parameters", "steps", "seconds_per_step")),

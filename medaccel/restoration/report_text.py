@@ -130,7 +130,10 @@ def finding(
     if not candidates:
         return [done, "No restoration method has a score to report."]
     best = max(candidates, key=lambda row: (row.method == chosen, row.metrics["score_mse"].mean))
-    paragraphs = [done, _against_target(best, by_method, labels, input_seconds, target_seconds, best.method == chosen)]
+    paragraphs = [
+        done,
+        _against_target(best, by_method, labels, input_seconds, target_seconds, best.method == chosen),
+    ]
     if math.isfinite(best.metrics["truth_score_mse"].mean):
         paragraphs.append(_against_truth(best, candidates, labels))
     if {"gaussian1", "gaussian3"} <= by_method.keys():

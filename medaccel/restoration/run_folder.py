@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: its options, its split, what it chose, and a record of every time that it was scored.
 
-    config.yaml          the options and, once the choices are made, `frozen`: what was chosen, and hashes of it
-    splits.json          which studies were fitted on and chosen on
-    studies/             simulated ones, in the layout of `medaccel.restoration.study`
-    fits/<method>/       logs and what an interrupted fit goes on from
-    checkpoints/         one file a fitted method
-    scored/<name>/       results on test studies; scored.json says when they were made, and with what
-    metrics.json|csv, figures/, report.html    on the validation studies
+config.yaml          the options and, once the choices are made, `frozen`: what was chosen, and hashes of it
+splits.json          which studies were fitted on and chosen on
+studies/             simulated ones, in the layout of `medaccel.restoration.study`
+fits/<method>/       logs and what an interrupted fit goes on from
+checkpoints/         one file a fitted method
+scored/<name>/       results on test studies; scored.json says when they were made, and with what
+metrics.json|csv, figures/, report.html    on the validation studies
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class RunFolder:
         changed = [name for name, found in self._hashes(config).items() if content["checkpoints"].get(name) != found]
         if changed:
             raise ValueError(
-                f"{self.path / 'checkpoints'}: {', '.join(changed)} changed since the choices were made; expected the "
-                "files that were chosen"
+                f"{self.path / 'checkpoints'}: {', '.join(changed)} changed since the choices were made; expected "
+                "the files that were chosen"
             )
         return config, content | {"digest": recorded}
 

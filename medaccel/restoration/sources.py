@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's studies come from: folders, phantoms, or simulated exposures of a measured PET; and who is in which."""
+"""Where a run's studies come from, folders, phantoms or a measured PET; and who is fitted to, and who not."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
         say(f"studies: {len(train)} to fit to, {len(validation)} to choose on")
     else:
         say(
-            f"studies: {config.train_phantoms} simulated phantoms to fit to and {config.validation_phantoms} to choose on"
+            f"studies: {config.train_phantoms} simulated phantoms to fit to, {config.validation_phantoms} to choose on"
         )
         spacings = config.phantom_spacings
         train = _phantoms(config, "train", config.train_phantoms, "standard", config.seed, spacings)
@@ -126,7 +126,9 @@ def test_studies(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], No
     seen = {patient(p) for role in known_studies(config) for p in role}
     shared = sorted(seen & {patient(p) for p in paths})
     if shared:
-        raise ValueError(f"patient {shared[0]} of {chosen.test_studies} was fitted to or chosen on; it can't be a test")
+        raise ValueError(
+            f"patient {shared[0]} of {chosen.test_studies} was fitted to or chosen on; it can't be a test"
+        )
     say(f"test studies: {len(paths)} in {chosen.test_studies}")
     return paths
 

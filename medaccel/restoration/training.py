@@ -65,8 +65,8 @@ class NetworkFit(lightning.LightningModule):
         if not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"step {self.global_step}: the loss is {float(loss.detach())} "
-                f"({', '.join(f'{k} {float(v.detach()):.3g}' for k, v in terms.items())}); training stops here, and its "
-                "last checkpoint is from before"
+                f"({', '.join(f'{k} {float(v.detach()):.3g}' for k, v in terms.items())}); training stops "
+                "here, and its last checkpoint is from before"
             )
         values = {f"train/{key}": value.detach() for key, value in terms.items()}
         self.log_dict(values, batch_size=len(batch["seconds"]), on_step=False, on_epoch=True, sync_dist=True)

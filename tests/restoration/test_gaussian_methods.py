@@ -9,7 +9,6 @@ import pytest
 import scipy.ndimage
 import torch
 
-from medaccel.restoration import config
 from medaccel.restoration.methods import gaussian
 from medaccel.restoration.methods.gaussian import GaussianCascade, GaussianMix, fit, restore
 from medaccel.restoration.study import Study
@@ -38,8 +37,9 @@ def fits(studies: list[Study]) -> dict:
     return {name: fit(name, studies, 60, 90, epochs=8, progress=False) for name in gaussian.METHODS}
 
 
-def test_the_options_name_the_methods_that_there_are():
-    assert tuple(gaussian.METHODS) == config.METHODS  # a copy: options are read without importing Lightning
+def test_a_fit_needs_a_weight_for_each_gaussian():
+    with pytest.raises(ValueError, match="1 weights for 2 Gaussians"):
+        gaussian.FittedMethod([(1, 1, 1), (2, 2, 2)], weights=[1.0])
 
 
 def test_a_cascade_is_the_one_gaussian_whose_variance_is_the_sum():

@@ -10,9 +10,9 @@ import torch
 
 from medaccel.restoration import metrics
 from medaccel.restoration.activity import denoise_activity
-from medaccel.restoration.methods.gaussian import fit
 from medaccel.restoration.generate import phantom_study, write_studies
 from medaccel.restoration.lesion_metrics import coefficient_of_variation, organ_core
+from medaccel.restoration.methods.gaussian import fit
 from medaccel.restoration.noise import analyse_noise
 from medaccel.restoration.simulator import SimulatorConfig, draw_counts, expected_projections, simulate
 from medaccel.restoration.study import Study, load_study

@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_it_says_where_and_leaves_the_last_check
         return {"loss": terms["loss"] * float("nan")} if module.global_step == 5 else terms
 
     module.losses = losses  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"step 5: the loss is nan .* last checkpoint is from before"):
+    with pytest.raises(ValueError, match=r"step 5: the loss is nan .*last checkpoint is from before"):
         train(module, _patches(studies), tmp_path, progress=False)
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 5

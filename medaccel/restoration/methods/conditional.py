@@ -8,7 +8,7 @@ spread says how unsure it is; the calibration of that spread is measured, not as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,21 +55,19 @@ class DiffusionConditional(DiffusionMethod):
         ct: np.ndarray | None,
         seeds: Sequence[int],
         progress: bool,
-    ) -> np.ndarray:
+    ) -> Iterator[np.ndarray]:
         from tqdm import tqdm
 
         around = ct if self.settings["use_ct"] else None
         known, base = self.conditioning(*as_batch(volume, spacing, seconds, around, self.settings["base"]))
         sampler = Sampler(self.sde, "ancestral", prediction="v_prediction", check_finite=True)
-        samples = np.empty((len(seeds), *volume.shape), dtype=np.float32)
-        for k, seed in enumerate(tqdm(seeds, desc="samples", disable=not progress, leave=False)):
+        for seed in tqdm(seeds, desc="samples", disable=not progress, leave=False):
             start = sampler.start(tuple(base.shape), seed=seed, like=base)
             drawn = sampler.sample(
                 lambda x, time: self.evaluate(x, time, known), start, seed=seed, steps=self.settings["sampling_steps"]
             )
             activity = self.conditioning.scaling.inverse(base + self.settings["spread"] * drawn)
-            samples[k] = activity[0, 0].clamp_min(0).numpy()
-        return samples
+            yield activity[0, 0].clamp_min(0).numpy()
 
     def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
         candidates = Candidates(self.task, validation)
@@ -77,7 +75,7 @@ class DiffusionConditional(DiffusionMethod):
         for seconds in self.task.input_seconds:
             for study in validation:
                 image = study.exposures[seconds]
-                mean = self.drawn(image, study.spacing, seconds, study.ct, seeds, progress).mean(axis=0)
+                mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress)
                 for weight in (0.0, *weights(seconds, self.task.target_seconds)):
                     candidates.add(f"weight {weight:g}", study, seconds, weight * image + (1 - weight) * mean)
             best = candidates.best(seconds)

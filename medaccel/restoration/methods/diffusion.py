@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -110,8 +110,8 @@ class DiffusionMethod(NetworkMethod):
         ct: np.ndarray | None,
         seeds: Sequence[int],
         progress: bool,
-    ) -> np.ndarray:
-        """Samples of the activity of one PET: (K, i, j, k), SUV."""
+    ) -> Iterator[np.ndarray]:
+        """Samples of the activity of one PET, one after the other: (i, j, k), SUV, float32."""
 
     def evaluate(self, x: Tensor, time: Tensor, known: Tensor | None = None) -> Tensor:
         """The network on a whole volume (1, 1, i, j, k); in windows where it is larger than eight of them."""
@@ -148,32 +148,50 @@ class DiffusionMethod(NetworkMethod):
         if count < 1:
             raise ValueError(f"{self.name}: samples is {count}; expected a whole number >= 1")
         t = self.seconds(seconds)
-        drawn = self.drawn(volume, spacing, t, ct, [seed * 1000 + k for k in range(count)], progress)
-        activity = drawn.mean(axis=0)
+        seeds = [seed * 1000 + k for k in range(count)]
+        kept: list[np.ndarray] | None = [] if keep_samples else None
+        activity, std = self.moments(volume, spacing, t, ct, seeds, progress, kept=kept)
         weight = np.float32(self.weight(t))
         return Restoration(
             weight * volume + (1 - weight) * activity,
             activity=activity,
-            std=drawn.std(axis=0, ddof=1) if count > 1 else None,
-            samples=drawn if keep_samples else None,
+            std=std if count > 1 else None,
+            samples=None if kept is None else np.stack(kept),
         )
 
-    def drawn(
+    def moments(
         self,
         volume: np.ndarray,
         spacing: Sequence[float],
         seconds: int,
         ct: np.ndarray | None,
         seeds: Sequence[int],
-        progress: bool,
+        progress: bool = False,
+        kept: list[np.ndarray] | None = None,
         **options: Any,
-    ) -> np.ndarray:
-        """As `draw`, of the body alone; the air far from it stays as it is in every sample."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
+
+        The air far from the body stays as it is. Samples are appended to `kept`, where it is given; `options` are
+        `draw`'s further ones.
+        """
         box = body_box(volume, spacing)
-        samples = np.repeat(volume.astype(np.float32)[None], len(seeds), axis=0)
         around = None if ct is None else ct[box]
-        samples[(slice(None), *box)] = self.draw(volume[box], spacing, seconds, around, seeds, progress, **options)
-        return samples
+        mean = np.zeros([s.stop - s.start for s in box], dtype=np.float32)
+        squares = np.zeros_like(mean)
+        drawn = self.draw(volume[box], spacing, seconds, around, seeds, progress, **options)
+        for number, sample in enumerate(drawn, start=1):  # Welford's sums, which lose no digits
+            change = sample - mean
+            mean += change / np.float32(number)
+            squares += change * (sample - mean)
+            if kept is not None:
+                whole = volume.astype(np.float32)
+                whole[box] = sample
+                kept.append(whole)
+        activity, std = volume.astype(np.float32), np.zeros(volume.shape, dtype=np.float32)
+        activity[box] = mean
+        std[box] = np.sqrt(squares / np.float32(max(len(seeds) - 1, 1)))
+        return activity, std
 
     def weight(self, seconds: int) -> float:
         """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""

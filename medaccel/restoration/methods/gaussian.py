@@ -12,7 +12,7 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,6 @@ from medaccel.ops import gaussian_filter
 from medaccel.restoration import ranks
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
 from medaccel.restoration.metrics import body_mask
-from medaccel.restoration.report import FittedMethod
 from medaccel.restoration.study import Study, load_study
 
 
@@ -38,6 +37,25 @@ def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
     than a Gaussian's there, so they are cut at 6σ.
     """
     return gaussian_filter(volume, sigma, truncated=6.0, approx="scalespace", mode="reflect", normalize=True)
+
+
+@dataclass(frozen=True)
+class FittedMethod:
+    """A method's fitted parameters and how it got there.
+
+    Attributes:
+        sigma_mm: (σ_i, σ_j, σ_k) in mm of each Gaussian; all 0 for the identity.
+        weights: of a mix, one a Gaussian; None where the Gaussians follow one another.
+        losses: the training loss of each epoch.
+    """
+
+    sigma_mm: Sequence[tuple[float, float, float]]
+    weights: Sequence[float] | None = None
+    losses: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and len(self.weights) != len(self.sigma_mm):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.sigma_mm)} Gaussians (expected one each)")
 
 
 class GaussianCascade(nn.Module):
@@ -294,7 +312,10 @@ class _Gaussian(Method):
         if ranks.rank() != 0:  # seconds of work, which the first process does alone
             return
         task, self.fitted = self.task, Fitted()
-        loaded = [load_study(path, (*task.input_seconds, task.target_seconds)) for path in studies[: self.settings["studies"]]]
+        loaded = [
+            load_study(path, (*task.input_seconds, task.target_seconds))
+            for path in studies[: self.settings["studies"]]
+        ]
         for seconds in task.input_seconds:
             self.filters[seconds], found = fit(
                 self.name,

@@ -213,7 +213,10 @@ def body_box(volume: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice
         body = np.ones_like(body)
     where = [np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     margins = [math.ceil(_MARGIN / s) for s in steps]
-    i, j, k = (slice(max(int(w[0]) - m, 0), int(w[-1]) + 1 + m) for w, m in zip(where, margins, strict=True))
+    i, j, k = (
+        slice(max(int(w[0]) - m, 0), min(int(w[-1]) + 1 + m, n))
+        for w, m, n in zip(where, margins, volume.shape, strict=True)
+    )
     return i, j, k
 
 
@@ -237,4 +240,3 @@ def as_batch(
         hu,
         denoised,
     )
-

@@ -9,7 +9,7 @@ better on validation, blended with the PET as (t·PET_t + (T − t)·λ̂)/T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -57,7 +57,7 @@ class DiffusionSDEdit(DiffusionMethod):
         seeds: Sequence[int],
         progress: bool,
         t0: int | None = None,
-    ) -> np.ndarray:
+    ) -> Iterator[np.ndarray]:
         if t0 is None:
             middle = self.settings["t0"][len(self.settings["t0"]) // 2]
             t0 = int(self.fitted.choices.get("t0", {}).get(str(seconds), middle))
@@ -65,11 +65,9 @@ class DiffusionSDEdit(DiffusionMethod):
         guide = scale.forward(torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None])
         steps = min(t0, self.settings["sampling_steps"])
         edit = SDEdit(self.evaluate, self.sde, t0, steps, prediction="v_prediction", check_finite=True)
-        samples = np.empty((len(seeds), *volume.shape), dtype=np.float32)
-        for k, seed in enumerate(seeds):
+        for seed in seeds:
             drawn = edit(guide, seeds=[seed], progress=progress).samples[0, 0, 0]
-            samples[k] = scale.inverse(drawn).clamp_min(0).numpy()
-        return samples
+            yield scale.inverse(drawn).clamp_min(0).numpy()
 
     def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
         candidates = Candidates(self.task, validation)
@@ -79,8 +77,7 @@ class DiffusionSDEdit(DiffusionMethod):
             for t0 in self.settings["t0"]:
                 for study in validation:
                     image = study.exposures[seconds]
-                    drawn = self.drawn(image, study.spacing, seconds, study.ct, seeds, progress, t0=t0)
-                    mean = drawn.mean(axis=0)
+                    mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress, t0=t0)
                     for weight in (0.0, *weights(seconds, self.task.target_seconds)):
                         name = f"t0 {t0}, weight {weight:g}"
                         candidates.add(name, study, seconds, weight * image + (1 - weight) * mean)
@@ -88,8 +85,8 @@ class DiffusionSDEdit(DiffusionMethod):
                 worse = 0 if best != before else worse + 1
                 if worse == 2:
                     break
-            level, weight = best.removeprefix("t0 ").split(", weight ")
+            level, share = best.removeprefix("t0 ").split(", weight ")
             fitted.choices.setdefault("t0", {})[str(seconds)] = int(level)
-            fitted.choices.setdefault("weight", {})[str(seconds)] = float(weight)
+            fitted.choices.setdefault("weight", {})[str(seconds)] = float(share)
             self.cap(seconds, fitted)
         fitted.scores = candidates.scores()

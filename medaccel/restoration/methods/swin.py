@@ -92,7 +92,9 @@ class SwinUNETRMethod(NetworkMethod):
         if chosen["loss"] not in losses.LOSSES:
             raise ValueError(f"swin_unetr: loss is {chosen['loss']!r}; expected one of {', '.join(losses.LOSSES)}")
         if chosen["predict"] not in PREDICTIONS:
-            raise ValueError(f"swin_unetr: predict is {chosen['predict']!r}; expected one of {', '.join(PREDICTIONS)}")
+            raise ValueError(
+                f"swin_unetr: predict is {chosen['predict']!r}; expected one of {', '.join(PREDICTIONS)}"
+            )
         super().__init__(task, settings)
 
     def build(self) -> nn.Module:

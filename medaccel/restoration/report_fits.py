@@ -41,8 +41,8 @@ def fit_blocks(methods: Mapping[str, Method], best: str) -> list[Block]:
             blocks.append(
                 Note(
                     f"{label(name, {})}: the plain mean of K posterior samples of the target can't exceed an MSE "
-                    f"score of 1 − (t/T)·(1 + 1/K): {said}, with K = {methods[name].settings['samples']}. Samples of the "
-                    "activity, blended with the input, are not bound by it."
+                    f"score of 1 − (t/T)·(1 + 1/K): {said}, with K = {methods[name].settings['samples']}. Samples of "
+                    "the activity, blended with the input, are not bound by it."
                 )
             )
     losses = {

@@ -90,9 +90,7 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
         train, validation = split(config)
         say(f"studies: {len(train)} to fit to, {len(validation)} to choose on")
     else:
-        say(
-            f"studies: {config.train_phantoms} simulated phantoms to fit to, {config.validation_phantoms} to choose on"
-        )
+        say(f"studies: {config.train_phantoms} phantoms to fit to, {config.validation_phantoms} to choose on")
         spacings = config.phantom_spacings
         train = _phantoms(config, "train", config.train_phantoms, "standard", config.seed, spacings)
         first = config.seed + VALIDATION_SEED

@@ -205,7 +205,8 @@ def _fit(
         say(f"{name}: fitting to {len(train)} studies")
     start = time.perf_counter()
     method = make_method(name, task_of(config), settings_of(config, name))
-    method.fit(train, validation, folder=config.output / "fits" / name, seed=config.seed)
+    if method.distributed or ranks.rank() == 0:
+        method.fit(train, validation, folder=config.output / "fits" / name, seed=config.seed)
     if ranks.rank() == 0:
         method.fitted.parameters["training_range"] = TrainingRange.of(train, config.exposures).plain()
         method.fitted.seconds = method.fitted.seconds or time.perf_counter() - start

@@ -153,8 +153,8 @@ def train(
             max_steps=s["steps"],
             limit_train_batches=s["steps_per_epoch"],  # what is called an epoch in logs and on the bar
             accelerator=s["accelerator"],
-            devices=s["devices"],
-            num_nodes=s["num_nodes"],
+            devices=ranks.local_world_size() if world > 1 else s["devices"],
+            num_nodes=world // ranks.local_world_size() if world > 1 else s["num_nodes"],
             strategy="ddp" if s["strategy"] == "auto" and world > 1 else s["strategy"],
             precision=s["precision"],
             gradient_clip_val=s["gradient_clip"],

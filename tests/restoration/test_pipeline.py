@@ -323,6 +323,20 @@ def test_simulated_phantoms_go_from_nothing_to_two_reports(tmp_path: Path):
     assert "From 30 s: against the 90 s image" in report.read_text()
 
 
+@pytest.mark.slow
+def test_two_processes_make_one_run(folders: tuple[Path, Path], tmp_path: Path):
+    settings = {"gaussian1": {"epochs": 1}, "diffusion_conditional": TINY | {"batch_size": 2}}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "medaccel.cli", "restoration", "run", "--output", str(tmp_path / "run")]
+    command += ["--train_studies", str(folders[0]), "--methods", "[gaussian1,diffusion_conditional]"]
+    command += ["--settings", json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=400, env=environment)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("gaussian1: fitted in") == 1  # one process speaks, and writes
+    assert score(ScoreConfig(tmp_path / "run", test_studies=folders[1])).exists()
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(folders: tuple[Path, Path], tmp_path: Path):
     output = tmp_path / "run"
     command = [sys.executable, "-m", "medaccel.cli", "restoration", "run", "--output", str(output)]

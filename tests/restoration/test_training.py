@@ -143,7 +143,7 @@ class Recorded(lightning.Trainer):
 
 training.lightning.Trainer = Recorded
 ranks.join()
-method = _method(steps=2, devices=ranks.world_size(), gradient_clip=None)
+method = _method(steps=2, gradient_clip=None)
 training.train(method.module(), _patches(sorted(Path(sys.argv[1]).iterdir())), Path(sys.argv[3]), progress=False)
 """
 

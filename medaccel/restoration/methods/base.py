@@ -91,6 +91,7 @@ class Method(abc.ABC):
     #: Settings and their defaults.
     defaults: ClassVar[Mapping[str, Any]] = {}
     samples: ClassVar[bool] = False  # whether restore can draw several
+    distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
         unknown = set(settings or {}) - set(self.defaults)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
 from medaccel.ops import gaussian_filter
-from medaccel.restoration import ranks
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
 from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.study import Study, load_study
@@ -309,8 +308,6 @@ class _Gaussian(Method):
         progress: bool = True,
     ) -> None:
         """A handful of parameters on all voxels of several studies can't overfit: `validation` is not looked at."""
-        if ranks.rank() != 0:  # seconds of work, which the first process does alone
-            return
         task, self.fitted = self.task, Fitted()
         loaded = [
             load_study(path, (*task.input_seconds, task.target_seconds))

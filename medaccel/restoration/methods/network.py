@@ -45,6 +45,7 @@ class NetworkMethod(Method):
         "validation_studies": 4,
     }
     multiple: ClassVar[int] = 32  # that windows must be of
+    distributed = True
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)

@@ -18,14 +18,16 @@ def image(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [["smooth"], ["restoration", "run"], ["restoration", "apply"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [["smooth"], ["restoration", "run"], ["restoration", "score"], ["restoration", "apply"], ["demo"]]
+)
 def test_help_has_examples_one_a_line(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     examples = text[text.index("examples:") :].splitlines()[1:]
-    assert all(line.strip().startswith("medaccel ") for line in examples if line.strip())
+    assert all(line.strip().startswith(("medaccel ", "torchrun ")) for line in examples if line.strip())
     assert "--config" in text
 
 

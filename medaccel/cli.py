@@ -90,7 +90,7 @@ def _smooth() -> ArgumentParser:
 def _restoration_run() -> ArgumentParser:
     from medaccel.restoration.config import RunConfig
 
-    parser = _parser("Fits the methods, scores them on held-out studies and writes a report.", RUN_EXAMPLES)
+    parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
     parser.add_class_arguments(RunConfig)
     parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
     parser.add_argument(

@@ -14,7 +14,7 @@ from medaccel.data.files import (
     write_bytes,
     write_text,
 )
-from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, save_nifti, voxel_spacing
+from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, resample, save_nifti, voxel_spacing
 from medaccel.data.suv import suv_factors
 
 _VIEWS = ("TwoViews", "feature_affine")  # on MONAI, which is imported when they are first used
@@ -33,6 +33,7 @@ __all__ = [
     "read_dicom_series",
     "read_nifti",
     "read_pet_series",
+    "resample",
     "save_nifti",
     "suv_factors",
     "voxel_spacing",

@@ -140,6 +140,22 @@ def make_nifti(array: np.ndarray, affine: np.ndarray, like: Nifti1Image | None =
     return image
 
 
+def resample(image: Nifti1Image, like: Nifti1Image, *, outside: float = 0.0) -> Nifti1Image:
+    """An image's values at another's voxels, trilinear, float32; the image itself where both have one grid.
+
+    Args:
+        image, like: 3-D.
+        outside: value beyond the image.
+    """
+    from nibabel.processing import resample_from_to
+
+    if image.shape == like.shape and np.allclose(image.affine, like.affine, rtol=0, atol=1e-3):
+        return image
+    values = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
+    plain = make_nifti(values, image.affine)
+    return resample_from_to(plain, (like.shape, like.affine), order=1, mode="constant", cval=outside)
+
+
 def voxel_spacing(image: Nifti1Image) -> tuple[float, float, float]:
     """Distance in mm between neighbours along i, j and k, from the affine and the header's unit of length."""
     unit = _MM_PER_UNIT.get(int(image.header["xyzt_units"]) & 7, 1.0)

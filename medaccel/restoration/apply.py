@@ -20,6 +20,7 @@ from medaccel.data import (
     open_series,
     read_dicom_series,
     read_nifti,
+    resample,
     save_nifti,
     voxel_spacing,
     write_derived_pet,
@@ -29,13 +30,13 @@ from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, check_volume
 from medaccel.restoration.metrics import body_mask
+from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.training_range import SECONDS_MARGIN, TrainingRange
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
 TRAINING_RANGE = "training_range"  # in a method's `fitted.parameters`: `TrainingRange.plain`
-AIR_HU = -1000.0
 _PLAUSIBLE_MEAN = 20.0  # SUV over the field of view; the body's own mean is about 1, Bq/mL are thousands
 _MISSING_CT = 0.2  # share of the body without tissue in the CT that is too much to be lungs and bowel
 
@@ -125,8 +126,8 @@ def apply(
     written = []
     if restored.std is not None:
         # Of the activity, where the method predicts that; the image is the measured part and the rest's activity.
-        share = 1.0 if restored.activity is None else 1 - exposure / method.task.target_seconds
-        save_nifti(deviation, _image(restored.std * share, read, f"std of {method.name}"), force=force)
+        share = 1.0 if restored.activity is None else 1 - restored.weight
+        save_nifti(deviation, _image(restored.std * share, read, f"std of {method.name}, uncalibrated"), force=force)
         written.append(deviation)
     what = f"{method.name}, {exposure} s to {method.task.target_seconds} s"
     if is_nifti_name(output) or read.series is None:
@@ -231,18 +232,12 @@ def _ct_on_grid(
     path: Path, pet: Nifti1Image, volume: np.ndarray, spacing: tuple[float, float, float], progress: bool
 ) -> np.ndarray:
     """HU at the PET's voxels, float32, trilinear; air beyond the CT."""
-    from nibabel.processing import resample_from_to
-
     image = read_dicom_series(path, progress=progress) if path.is_dir() else read_nifti(path)
     values = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         raise ValueError(f"{path}: {int((~np.isfinite(values)).sum())} voxels are NaN or infinite (expected HU)")
-    if values.shape == pet.shape and np.allclose(image.affine, pet.affine, rtol=0, atol=1e-3):
-        resampled = values
-    else:
-        like = make_nifti(values, image.affine)
-        moved = resample_from_to(like, (pet.shape, pet.affine), order=1, mode="constant", cval=AIR_HU)
-        resampled = np.asanyarray(moved.dataobj).astype(np.float32, copy=False)
+    moved = resample(image, pet, outside=AIR_HU)
+    resampled = np.asanyarray(moved.dataobj).astype(np.float32, copy=False)
     if resampled.max() <= AIR_HU:
         raise ValueError(f"{path}: the CT has no tissue where the PET lies (expected one in HU, in the same space)")
     body = body_mask(volume, spacing)

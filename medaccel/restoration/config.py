@@ -33,8 +33,8 @@ class RunConfig:
         methods: what is fitted: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (where that package is installed),
             swin_unetr, diffusion_sdedit, diffusion_conditional.
         settings: of methods, by name, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
-        trainer: of every network: accelerator, devices, num_nodes, strategy, precision, num_workers, cache and
-            checkpoint_minutes, as Lightning's Trainer and `medaccel.restoration.training` take them.
+        trainer: of every network: accelerator, strategy, precision, num_workers, cache, checkpoint_minutes and the
+            other settings of `medaccel.restoration.training`. Several devices: start it with `torchrun`.
         seed: of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
         simulator: physical parameters that differ from the frozen defaults, by name.
     """
@@ -70,6 +70,12 @@ class RunConfig:
         for name in ("train_phantoms", "validation_phantoms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
+        # Seeds: training from 0, validation from 500, test from 1000 on.
+        if self.train_phantoms > 500 or self.validation_phantoms > 500:
+            raise ValueError(
+                f"train_phantoms is {self.train_phantoms} and validation_phantoms {self.validation_phantoms}; "
+                "expected at most 500 of each, so that no person is in two sets"
+            )
         for spacing in self.phantom_spacings:
             if len(spacing) != 3 or not all(0 < step <= 6 for step in spacing):
                 raise ValueError(f"phantom_spacings holds {list(spacing)}; expected three sizes in mm, at most 6")

@@ -74,7 +74,9 @@ def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: flo
     labels, count = ndimage.label(smooth > threshold)
     if not count:
         return np.zeros(suv.shape, dtype=bool)
-    body = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    # Slice by slice: a whole body's labels as the integers that bincount wants are a gigabyte.
+    sizes = sum(np.bincount(labels[:, :, k].ravel(), minlength=count + 1) for k in range(suv.shape[2]))
+    body = labels == 1 + int(np.argmax(np.asarray(sizes)[1:]))
     filled = ndimage.binary_fill_holes(body)
     # The field of view cuts the airways open at its ends, so that lungs are holes only slice by slice.
     slices = [ndimage.binary_fill_holes(filled[:, :, k]) for k in range(suv.shape[2])]

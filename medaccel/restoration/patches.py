@@ -65,7 +65,6 @@ class PrepareStudy(MapTransform):
             raise FileNotFoundError(f"{path}: has no noise_free.nii.gz, which reference 'noise_free' asks for")
         mask = torch.from_numpy(body)[None].float()
         result: dict[str, Any] = {
-            "name": study.name,
             "spacing": torch.tensor(study.spacing, dtype=torch.float64),
             "target": torch.from_numpy(target)[None],
             "noise_free": torch.from_numpy(target if reference is None else reference)[None],
@@ -105,6 +104,7 @@ class Patches(torch.utils.data.Dataset):
         studies: folders.
         task, reference, use_ct, base: of `PrepareStudy`.
         roi_size: voxels along each axis.
+        ct_dropout: share of the patches that are shown as if there were no CT.
         seed: with an item's number, of all that is random in it.
         cache: "memory", "disk" (in `cache_folder`) or "none".
         augment: flips, rotations by 90° in the axial plane, and ±10 % of intensity.
@@ -122,6 +122,7 @@ class Patches(torch.utils.data.Dataset):
         reference: str = "auto",
         use_ct: bool = False,
         base: str = "gaussian",
+        ct_dropout: float = 0.0,
         seed: int = 0,
         cache: str = "memory",
         cache_folder: Path | None = None,
@@ -142,6 +143,7 @@ class Patches(torch.utils.data.Dataset):
             self.studies = PersistentDataset(items, prepare, cache_dir=cache_folder)
         else:
             self.studies = Dataset(items, prepare)
+        self.ct_dropout = ct_dropout
         self.random = _random_transforms(self.roi_size, augment)
 
     def __len__(self) -> int:
@@ -155,6 +157,8 @@ class Patches(torch.utils.data.Dataset):
         item = {key: prepared[key] for key in ("target", "noise_free", "mask", "weight", "ct")}
         item["input"] = prepared[f"input_{seconds}"]
         item["denoised"] = prepared.get(f"denoised_{seconds}", item["input"])
+        if rng.random() < self.ct_dropout:
+            item["ct"] = torch.full_like(item["ct"], torch.nan)
         self.random.set_random_state(seed=int(rng.integers(2**31)))
         cropped = self.random(item)
         if isinstance(cropped, list):  # RandWeightedCropd gives a list of its samples
@@ -184,7 +188,8 @@ def _random_transforms(roi_size: Sequence[int], augment: bool) -> Compose:
     images = ["input", "target", "noise_free", "denoised"]
     spatial = [*images, "ct", "mask", "weight"]
     steps: list[Any] = [
-        SpatialPadd(spatial, roi_size),
+        SpatialPadd([key for key in spatial if key != "ct"], roi_size),
+        SpatialPadd("ct", roi_size, mode="constant", value=float("nan")),  # unknown, not water
         RandWeightedCropd(spatial, w_key="weight", spatial_size=roi_size, num_samples=1),
     ]
     if augment:

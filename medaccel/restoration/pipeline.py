@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,13 @@ import numpy as np
 from medaccel.restoration import ranks
 from medaccel.restoration.calibration import Calibration
 from medaccel.restoration.config import RunConfig, ScoreConfig, digest
-from medaccel.restoration.methods import load_method, make_method, method_class
+from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
 from medaccel.restoration.methods.base import Method, Task
 from medaccel.restoration.outcome import write_outcome
 from medaccel.restoration.report_text import REFERENCES
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
-from medaccel.restoration.sources import check_sources, describe, known_studies, test_studies, training_studies
+from medaccel.restoration.sources import check_sources, describe, known_studies, studies_to_score, training_studies
 from medaccel.restoration.study import read_parameters
 from medaccel.restoration.training_range import TrainingRange
 
@@ -50,23 +52,28 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
         ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
     """
     check_sources(config)
+    known = set().union(*(method_class(name).defaults for name in METHODS))
+    if set(config.trainer) - known:
+        raise ValueError(f"trainer names {sorted(set(config.trainer) - known)}; expected some of {sorted(known)}")
     for name in config.methods:  # settings that are refused are refused before the first fit
         make_method(name, task_of(config), settings_of(config, name))
         reason = getattr(method_class(name), "unavailable", lambda: None)()
         if reason is not None:
             raise ValueError(f"methods: {name} can't run here: {reason}")
     folder = RunFolder(config.output)
-    ranks.join()
+    ranks.join(str(config.trainer.get("accelerator", "auto")))
     with ranks.first_process() as first:
         if first:
             folder.start(config, force, resume, say)
             training_studies(config, say)
     train, validation = known_studies(config)
-    fitted = {name: _fit(config, folder, name, train, validation, say) for name in config.methods}
+    trained_on = cache(lambda: TrainingRange.of(train, config.exposures).plain())  # read once, and only if needed
+    fitted = {name: _fit(config, folder, name, train, validation, trained_on, say) for name in config.methods}
     if ranks.rank() != 0:
         ranks.barrier()
         return config.output / "report.html"
     say(f"scoring on the {len(validation)} validation studies")
+    _discard_other_rows(config.output / "validation", {"checkpoints": folder.hashes(config)})
     scorer = Scorer(fitted, config.output / "validation")
     scored = [scorer.score(validation, seconds, config.target_seconds) for seconds in config.exposures]
     calibrations = fit_calibrations(scorer, scored)
@@ -116,10 +123,29 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         }
         for name in names
     }
-    paths = test_studies(config, chosen, say)
     output = chosen.run / "scored" / chosen.label
     identity = {"options": chosen.plain(), "frozen": frozen["digest"]}
-    _check_same_scoring(output, identity)
+    first = _check_same_scoring(output, identity)
+    paths = studies_to_score(config, chosen, say)
+    if not first:
+        say(f"{output}: scored before with these choices; what is there is kept")
+    record = {
+        "name": chosen.label,
+        "frozen": frozen["digest"],
+        "studies": len(paths),
+        "studies_digest": digest([[path.name, read_parameters(path)] for path in paths]),
+        "methods": list(names),
+    }
+    times = folder.note_score(record) if first else 1
+    if times > 1:
+        say(f"note: these studies have been scored {times} times with this run's choices (scored.json)")
+    for name in list(calibrations):
+        drawn = methods[name].settings.get("samples")
+        if calibrations[name] and chosen.samples not in (None, drawn):
+            say(
+                f"{name}: its intervals were calibrated with {drawn} samples, not {chosen.samples}; they are left out"
+            )
+            calibrations[name] = {}
     scorer = Scorer(
         methods,
         output,
@@ -128,17 +154,6 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         one_patient=chosen.dicom is not None,
     )
     scored = [scorer.score(paths, seconds, config.target_seconds) for seconds in config.exposures]
-    times = folder.note_score(
-        {
-            "name": chosen.label,
-            "frozen": frozen["digest"],
-            "studies": len(paths),
-            "studies_digest": digest([[path.name, read_parameters(path)] for path in paths]),
-            "methods": list(names),
-        }
-    )
-    if times > 1:
-        say(f"note: these studies have been scored {times} times with this run's choices (scored.json)")
     report = write_outcome(
         output,
         config,
@@ -192,7 +207,13 @@ def choose_best(scored: Sequence[Scored]) -> str:
 
 
 def _fit(
-    config: RunConfig, folder: RunFolder, name: str, train: Sequence[Path], validation: Sequence[Path], say: Say
+    config: RunConfig,
+    folder: RunFolder,
+    name: str,
+    train: Sequence[Path],
+    validation: Sequence[Path],
+    trained_on: Callable[[], dict[str, Any]],
+    say: Say,
 ) -> Method:
     """A method from its checkpoint, or fitted and stored there."""
     checkpoint = folder.checkpoint(name)
@@ -208,7 +229,7 @@ def _fit(
     if method.distributed or ranks.rank() == 0:
         method.fit(train, validation, folder=config.output / "fits" / name, seed=config.seed)
     if ranks.rank() == 0:
-        method.fitted.parameters["training_range"] = TrainingRange.of(train, config.exposures).plain()
+        method.fitted.parameters["training_range"] = trained_on()
         method.fitted.seconds = method.fitted.seconds or time.perf_counter() - start
         method.save(checkpoint)
         say(f"{name}: fitted in {time.perf_counter() - start:.0f} s")
@@ -216,8 +237,17 @@ def _fit(
     return method
 
 
-def _check_same_scoring(output: Path, identity: Mapping[str, Any]) -> None:
-    """Rows of another scoring are not mixed with this one's."""
+def _discard_other_rows(output: Path, identity: Mapping[str, Any]) -> None:
+    """Removes validation rows that other checkpoints made."""
+    try:
+        _check_same_scoring(output, identity)
+    except ValueError:
+        shutil.rmtree(output)
+        _check_same_scoring(output, identity)
+
+
+def _check_same_scoring(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Rows of another scoring are not mixed with this one's; True where this is the first."""
     from medaccel.data.files import write_text
 
     record, text = output / "scoring.json", json.dumps(identity, indent=1, sort_keys=True) + "\n"
@@ -227,6 +257,7 @@ def _check_same_scoring(output: Path, identity: Mapping[str, Any]) -> None:
                 f"{output} holds a scoring with other options or of other choices; expected the same ones, or "
                 "another --name"
             )
-        return
+        return False
     output.mkdir(parents=True, exist_ok=True)
     write_text(record, text)
+    return True

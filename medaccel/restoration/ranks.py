@@ -29,11 +29,18 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join() -> None:
-    """Makes the process group, where there are several processes and none has made it."""
+def join(accelerator: str = "auto") -> None:
+    """Makes the process group, where there are several processes and none has made it.
+
+    Raises:
+        ValueError: more processes on this machine than it has GPUs, unless `accelerator` is "cpu".
+    """
     if world_size() > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
+        gpus = 0 if accelerator == "cpu" else torch.cuda.device_count()
+        if 0 < gpus < local_world_size():
+            raise ValueError(f"torchrun started {local_world_size()} processes; expected at most {gpus}, one a GPU")
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        if gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group(backend, timeout=_PATIENCE)
 

@@ -47,11 +47,10 @@ class RunFolder:
             OSError: it can't be made.
         """
         if self.record.exists():
-            before = self._read()
+            before = {} if force else self._read()
             before.pop("frozen", None)
             now = config.plain()
-            same = before == now
-            if same and not force:
+            if before == now:
                 say(f"{self.path}: resuming the run that is there (the same options); --force starts clean")
                 return
             if not force:
@@ -83,7 +82,16 @@ class RunFolder:
             choices: by method, plain values.
             best: the method chosen among all.
         """
-        content = {"best": best, "choices": dict(choices), "checkpoints": self._hashes(config)}
+        content: dict[str, Any] = {
+            "options": config.digest(),
+            "best": best,
+            "choices": dict(choices),
+            "checkpoints": self.hashes(config),
+        }
+        if (self.path / "scored.json").exists() and self._read().get("frozen", {}).get("digest") != digest(content):
+            raise ValueError(
+                f"{self.path}: this run has been scored on test studies with other choices; --force starts clean"
+            )
         self._write(config.plain() | {"frozen": content | {"digest": digest(content)}})
 
     def frozen(self) -> tuple[RunConfig, dict[str, Any]]:
@@ -105,7 +113,9 @@ class RunFolder:
         recorded = content.pop("digest")
         if digest(content) != recorded:
             raise ValueError(f"{self.record}: what was chosen has been changed since (its digest is not {recorded})")
-        changed = [name for name, found in self._hashes(config).items() if content["checkpoints"].get(name) != found]
+        if content["options"] != config.digest():
+            raise ValueError(f"{self.record}: its options have been changed since the choices were made")
+        changed = [name for name, found in self.hashes(config).items() if content["checkpoints"].get(name) != found]
         if changed:
             raise ValueError(
                 f"{self.path / 'checkpoints'}: {', '.join(changed)} changed since the choices were made; expected "
@@ -125,7 +135,8 @@ class RunFolder:
         write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
-    def _hashes(self, config: RunConfig) -> dict[str, str]:
+    def hashes(self, config: RunConfig) -> dict[str, str]:
+        """SHA-256 of each method's checkpoint that is there."""
         found = {}
         for name in config.methods:
             path = self.checkpoint(name)

@@ -27,7 +27,11 @@ def check_sources(config: RunConfig) -> None:
     """Fails before the fits at what would fail after them: options and folders that can't be used."""
     simulator_of(config)
     if config.train_studies is not None:
-        split(config)
+        # A study that lacks an exposure is found now, and not where a worker draws it after hours.
+        for path in (p for role in split(config) for p in role):
+            for seconds in (*config.exposures, config.target_seconds):
+                if not (path / f"PET_{seconds}.nii.gz").is_file():
+                    raise FileNotFoundError(f"{path / f'PET_{seconds}.nii.gz'}: missing exposure")
 
 
 def simulator_of(config: RunConfig) -> SimulatorConfig:
@@ -73,7 +77,7 @@ def split(config: RunConfig) -> tuple[list[Path], list[Path]]:
             f"train_studies: {config.train_studies} holds one patient only; expected at least two, one to fit to and "
             "one to choose on (or validation_studies)"
         )
-    aside = max(1, round(config.validation_fraction * len(patients)))
+    aside = min(max(1, round(config.validation_fraction * len(patients))), len(patients) - 1)
     order = np.random.default_rng(config.seed).permutation(len(patients))
     held = {patients[i] for i in order[:aside]}
     return [p for p in train if patient(p) not in held], [p for p in train if patient(p) in held]
@@ -109,7 +113,7 @@ def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
     return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
 
 
-def test_studies(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
+def studies_to_score(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
     """Study folders to score on.
 
     Raises:
@@ -206,7 +210,7 @@ def describe(chosen: ScoreConfig) -> str:
     return "phantoms of the shifted generator, which no method was fitted on"
 
 
-def notes_on(chosen: ScoreConfig, parameters: Sequence[Any] = ()) -> list[str]:
+def notes_on(chosen: ScoreConfig) -> list[str]:
     """What a reader must know of where the truth comes from."""
     if chosen.dicom is None:
         return []

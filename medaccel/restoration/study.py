@@ -9,8 +9,9 @@
     organs.nii.gz                     simulated studies: labels, named in study.json
     study.json                        durations, organ names, parameters; written by `save_study`
 
-All volumes lie on one grid. A folder with nothing but PET files is a study too. `save_study` marks the folder
-incomplete before it writes and complete when it is done, so that an interrupted writing shows.
+All volumes lie on one grid, but for the CT, which is resampled to it when it is read. A folder with nothing but PET
+files is a study too. `save_study` marks the folder incomplete before it writes and complete when it is done, so that
+an interrupted writing shows.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from medaccel.data import make_nifti, read_nifti, save_nifti, voxel_spacing, write_text
+from medaccel.data import make_nifti, read_nifti, resample, save_nifti, voxel_spacing, write_text
 
 STUDY_JSON = "study.json"
 FORMAT = 1
+AIR_HU = -1000.0
 _PET_NAME = re.compile(r"PET_([1-9]\d*)\.nii\.gz")
 # Attribute of Study -> file, values >= 0, whole numbers.
 _OPTIONAL = {
@@ -118,7 +120,9 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> St
         study.exposures[seconds] = array
     for attribute, (name, not_negative, labels) in _OPTIONAL.items():
         path = folder / name
-        if path.exists():
+        if path.exists() and attribute == "ct":  # scanners have finer voxels for it
+            study.ct = _checked(resample(read_nifti(path), first, outside=AIR_HU), path, first, not_negative, labels)
+        elif path.exists():
             setattr(study, attribute, _checked(read_nifti(path), path, first, not_negative, labels))
     return study
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
+from medaccel.data.files import atomic_path
 from medaccel.restoration import ranks
+from medaccel.restoration.config import digest
 from medaccel.restoration.patches import Numbered, Patches
 
 #: Settings that every network has, and their defaults.
@@ -36,8 +39,6 @@ TRAINING: dict[str, Any] = {
     "cache": "memory",
     "num_workers": 0,
     "accelerator": "auto",
-    "devices": "auto",
-    "num_nodes": 1,
     "strategy": "auto",
     "precision": "32-true",
 }
@@ -73,6 +74,15 @@ class NetworkFit(lightning.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["seconds"]))
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A gradient that isn't finite would make weights that aren't, and the next checkpoint hold them."""
+        for name, parameter in self.network.named_parameters():
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+                raise ValueError(
+                    f"step {self.global_step}: the gradient of {name} is not finite; training stops here, and its "
+                    "last checkpoint is from before"
+                )
+
     def configure_optimizers(self) -> Any:
         s = self.settings
         optimizer = torch.optim.AdamW(
@@ -88,31 +98,46 @@ class NetworkFit(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class _Clock(lightning.Callback):
-    """Seconds of each epoch and its mean loss; kept in the checkpoint, so that a resumed run reports them all."""
+class _Record(lightning.Callback):
+    """Steps, their seconds and mean losses, and whose they are; kept in the checkpoint, for the run that resumes.
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    Args:
+        identity: of the settings and the seed: a checkpoint of others is refused.
+    """
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.steps, self.seconds = 0, 0.0
         self.losses: dict[str, list[float]] = {}
-        self.steps = 0
-        self._start = 0.0
+        self._last = 0.0
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._start = time.perf_counter()
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._last
+        self._last, self.steps = now, trainer.global_step
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-        self.steps = trainer.global_step
         for key, value in trainer.callback_metrics.items():
             if key.startswith("train/"):
                 self.losses.setdefault(key.removeprefix("train/"), []).append(float(value))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "losses": self.losses, "steps": self.steps}
+        return {"identity": self.identity, "steps": self.steps, "seconds": self.seconds, "losses": self.losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.losses = list(state_dict["seconds"]), dict(state_dict["losses"])
-        self.steps = state_dict["steps"]
+        self.steps, self.seconds = state_dict["steps"], state_dict["seconds"]
+        self.losses = dict(state_dict["losses"])
+
+
+class _Atomic(TorchCheckpointIO):
+    """A checkpoint is there whole or not at all, also where the folder is on another file system than /tmp."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_path(Path(path), force=True) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 def train(
@@ -142,8 +167,12 @@ def train(
     loader = torch.utils.data.DataLoader(
         patches, batch_size=s["batch_size"] // world, sampler=sampler, num_workers=s["num_workers"]
     )
-    last, clock = folder / "last.ckpt", _Clock()
+    last = folder / "last.ckpt"
+    record = _Record(digest([s, seed]))
     folder.mkdir(parents=True, exist_ok=True)
+    begun = _take_up(last, module, record) if last.exists() else 0
+    if begun >= s["steps"]:
+        return record.losses, record.seconds, record.seconds / max(record.steps, 1)
     lightning.seed_everything(seed, verbose=False)
     # Lightning's hints on worker counts and accelerators repeat what the settings say.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
@@ -153,13 +182,17 @@ def train(
             max_steps=s["steps"],
             limit_train_batches=s["steps_per_epoch"],  # what is called an epoch in logs and on the bar
             accelerator=s["accelerator"],
-            devices=ranks.local_world_size() if world > 1 else s["devices"],
-            num_nodes=world // ranks.local_world_size() if world > 1 else s["num_nodes"],
+            # Several processes are torchrun's to start: Lightning's own would begin the whole command anew.
+            devices=ranks.local_world_size(),
+            num_nodes=world // ranks.local_world_size(),
             strategy="ddp" if s["strategy"] == "auto" and world > 1 else s["strategy"],
             precision=s["precision"],
             gradient_clip_val=s["gradient_clip"],
             use_distributed_sampler=False,  # `Numbered` shares the items out
-            logger=[CSVLogger(folder, "csv", version=""), TensorBoardLogger(folder, "tensorboard", version="")],
+            logger=[
+                CSVLogger(folder, "csv", version=f"from_step_{begun}"),
+                TensorBoardLogger(folder, "tensorboard", version=""),
+            ],
             callbacks=[
                 EMAWeightAveraging(decay=s["ema_decay"], use_buffers=False),  # an index table has no average
                 ModelCheckpoint(
@@ -168,8 +201,9 @@ def train(
                     train_time_interval=datetime.timedelta(minutes=s["checkpoint_minutes"]),
                     enable_version_counter=False,
                 ),
-                clock,
+                record,
             ],
+            plugins=[_Atomic()],
             enable_model_summary=False,
             enable_progress_bar=progress,
             log_every_n_steps=s["steps_per_epoch"],
@@ -182,5 +216,20 @@ def train(
                 raise
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from None
-    seconds = sum(clock.seconds)
-    return clock.losses, seconds, seconds / max(clock.steps, 1)
+    return record.losses, record.seconds, record.seconds / max(record.steps, 1)
+
+
+def _take_up(path: Path, module: NetworkFit, record: _Record) -> int:
+    """Checks a checkpoint, and returns its step; of a finished training, the module gets the running average."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state, step = content["callbacks"][record.state_key], int(content["global_step"])
+    except Exception as error:  # an unpickler of damaged bytes can stumble in any way
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint that can be read ({reason}); delete it to train anew") from error
+    if state["identity"] != record.identity:
+        raise ValueError(f"{path}: a checkpoint of other settings or another seed; delete it to train anew")
+    if step >= module.settings["steps"]:
+        module.load_state_dict(content["state_dict"])
+        record.load_state_dict(state)
+    return step

@@ -72,7 +72,7 @@ class Drawer(Smoother):
     def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
         mean = super().restore(volume, spacing, **options).volume
         noise = np.random.default_rng(options["seed"]).random(volume.shape).astype(np.float32)
-        return Restoration(mean, activity=mean, std=noise)
+        return Restoration(mean, activity=mean, weight=self.seconds(options.get("seconds")) / 90, std=noise)
 
 
 class Broken(Smoother):

@@ -197,7 +197,7 @@ def test_bm4d_says_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch, path
     reason = BM4D.unavailable()
     assert reason is not None
     assert "bm4d" in reason
-    with pytest.raises(RuntimeError, match="can't be imported"):
+    with pytest.raises(ValueError, match="can't be imported"):
         BM4D(Task()).fit(paths, [], folder=tmp_path, progress=False)
     assert NonLocalMeans.unavailable() is None
 

@@ -70,6 +70,7 @@ def test_a_restoration_is_the_blend_that_was_chosen_and_survives_storing(
     assert found.volume.shape == image.shape
     assert found.volume.dtype == np.float32
     assert np.isfinite(found.volume).all()
+    assert found.weight == pytest.approx(weight)
     np.testing.assert_allclose(found.volume, weight * image + (1 - weight) * found.activity, rtol=1e-5, atol=1e-6)
     again = load_method(fits["folder"] / f"{name}.pt", name).restore(image, SPACING)
     np.testing.assert_array_equal(again.volume, found.volume)
@@ -191,6 +192,7 @@ def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str
         ({"base": "median"}, "base is 'median'; expected one of gaussian, nlm"),
         ({"scaling": "log"}, "scaling is 'log'"),
         ({"roi_size": [64, 64]}, "expected three multiples of 32"),
+        ({"roi_size": [32, 32, 32]}, "from 64 on"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):

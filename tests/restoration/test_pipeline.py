@@ -145,9 +145,11 @@ def test_a_second_run_and_a_second_score_compute_nothing_again_and_say_so(
     score(chosen, say=lines.append)
     assert "resuming the run that is there" in lines[0]
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert any("scored before with these choices" in line for line in lines)
+    score(dataclasses.replace(chosen, name="again"), say=lines.append)
     assert any("these studies have been scored 2 times" in line for line in lines)
     entries = json.loads((quick.output / "scored.json").read_text())
-    assert [entry["name"] for entry in entries] == ["test", "test"]
+    assert [entry["name"] for entry in entries] == ["test", "again"]
     assert entries[0]["frozen"] == yaml.safe_load((quick.output / "config.yaml").read_text())["frozen"]["digest"]
 
 
@@ -165,6 +167,9 @@ def test_what_was_frozen_is_refused_when_it_changed(quick: RunConfig, folders: t
     text = record.read_text()
     record.write_text(text.replace("best: gaussian1", "best: swin_unetr"))
     with pytest.raises(ValueError, match="what was chosen has been changed"):
+        score(chosen)
+    record.write_text(text.replace("seed: 0", "seed: 7"))
+    with pytest.raises(ValueError, match="its options have been changed"):
         score(chosen)
     record.write_text(text)
     checkpoint = config.output / "checkpoints" / "gaussian1.pt"
@@ -363,6 +368,8 @@ BAD = {
     "method": (["--methods", "[median]"], "methods is ['median']"),
     "count": (["--train_phantoms", "0"], "train_phantoms is 0; expected a whole number >= 1"),
     "epochs": (["--settings", "{gaussian1: {epochs: 0}}"], "epochs is 0; expected a whole number >= 1"),
+    "trainer": (["--trainer", "{precison: 32-true}"], "trainer names ['precison']"),
+    "too many": (["--train_phantoms", "600"], "so that no person is in two sets"),
     "setting": (["--settings", "{gaussian1: {speed: 9}}"], "settings ['speed'] are unknown"),
     "loss": (
         ["--methods", "[swin_unetr]", "--settings", "{swin_unetr: {loss: l7}}"],

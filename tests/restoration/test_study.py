@@ -63,6 +63,19 @@ def test_a_folder_without_record_is_read_too(folder: Path):
     assert sorted(load_study(folder).exposures) == [60, 90]
 
 
+def test_a_ct_of_its_own_grid_is_resampled_to_the_pet(folder: Path):
+    pet = nibabel.load(folder / "PET_60.nii.gz")
+    fine = np.diag([0.5, 0.5, 1.0, 1.0])
+    shape = (2 * pet.shape[0], 2 * pet.shape[1], pet.shape[2] - 2)  # and two slices short
+    i = np.arange(shape[0], dtype=np.float32)[:, None, None]
+    nibabel.save(nibabel.Nifti1Image(np.broadcast_to(10 * i, shape).copy(), pet.affine @ fine), folder / "CT.nii.gz")
+    study = load_study(folder)
+    assert study.ct is not None
+    assert study.ct.shape == pet.shape
+    np.testing.assert_allclose(study.ct[1:-1, 0, 0], 20 * np.arange(1, pet.shape[0] - 1), atol=1e-2)
+    assert (study.ct[..., -2:] == -1000).all()
+
+
 BROKEN = {
     "missing exposure": (lambda f: (f / "PET_90.nii.gz").unlink(), "PET_90"),
     "truncated": (lambda f: (f / "PET_90.nii.gz").write_bytes((f / "PET_90.nii.gz").read_bytes()[:200]), "PET_90"),

@@ -31,7 +31,6 @@ TINY: dict[str, Any] = {
     "batch_size": 2,
     "checkpoint_minutes": 1e-6,
     "accelerator": "cpu",
-    "devices": 1,
 }
 
 
@@ -60,12 +59,12 @@ def _weights(method: DiffusionConditional) -> dict[str, torch.Tensor]:
 
 
 def test_it_learns_and_writes_both_logs(studies: list[Path], tmp_path: Path):
-    method = _method(steps=60, steps_per_epoch=20, learning_rate=5e-3, warm_up=5)
+    method = _method(steps=60, steps_per_epoch=4, learning_rate=5e-3, warm_up=5)
     losses, seconds, per_step = train(method.module(), _patches(studies), tmp_path, progress=False)
-    assert len(losses["loss"]) == 3
-    assert losses["loss"][-1] < 0.8 * losses["loss"][0]
+    assert len(losses["loss"]) == 15
+    assert sum(losses["loss"][-5:]) / 5 < 0.8 * losses["loss"][0]
     assert per_step == pytest.approx(seconds / 60)
-    assert (tmp_path / "csv" / "metrics.csv").read_text().count("\n") >= 3
+    assert (tmp_path / "csv" / "from_step_0" / "metrics.csv").read_text().count("\n") >= 3
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -184,9 +183,54 @@ def test_a_loss_that_is_not_finite_stops_it_says_where_and_leaves_the_last_check
     assert all(bool(value.isfinite().all()) for value in kept["state_dict"].values())
 
 
+def test_a_gradient_that_is_not_finite_stops_it_before_it_is_in_the_weights(studies: list[Path], tmp_path: Path):
+    method = _method()
+    module = method.module()
+    good = module.losses
+    # The square root's gradient at zero is infinite, and times zero no number; the loss is as it was.
+    spoilt = next(module.network.parameters())
+
+    def losses(batch: Any, index: int) -> dict[str, torch.Tensor]:
+        terms = good(batch, index)
+        return {"loss": terms["loss"] + (0 * spoilt).sum().sqrt() * 0} if module.global_step == 5 else terms
+
+    module.losses = losses  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"step 5: the gradient of .* is not finite"):
+        train(module, _patches(studies), tmp_path, progress=False)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 5
+    assert all(bool(value.isfinite().all()) for value in kept["current_model_state"].values())
+
+
+def test_a_finished_training_is_taken_up_with_its_running_average_and_record(studies: list[Path], tmp_path: Path):
+    method = _method()
+    losses, seconds, _ = train(method.module(), _patches(studies), tmp_path, progress=False)
+    again = _method()
+    assert train(again.module(), _patches(studies), tmp_path, progress=False)[1] == pytest.approx(seconds, rel=0.2)
+    expected = _weights(method)
+    for key, value in _weights(again).items():
+        assert torch.equal(value, expected[key]), key
+    assert len(losses["loss"]) == 4
+
+
+def test_a_checkpoint_of_other_settings_or_damaged_is_refused(studies: list[Path], tmp_path: Path):
+    train(_method().module(), _patches(studies), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="a checkpoint of other settings or another seed; delete it"):
+        train(_method(learning_rate=1.0).module(), _patches(studies), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="a checkpoint of other settings or another seed; delete it"):
+        train(_method().module(), _patches(studies), tmp_path, seed=9, progress=False)
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="not a checkpoint that can be read"):
+        train(_method().module(), _patches(studies), tmp_path, progress=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"steps_per_epoch": 0}, "steps_per_epoch is 0; expected a whole number >= 1"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number >= 1"),
+        ({"roi_size": 16}, "roi_size is 16; expected a list"),
+        ({"samples": "many"}, "samples is 'many'; expected a whole number"),
         ({"steps": 7}, "steps is 7; expected a multiple of steps_per_epoch, 2"),
         ({"roi_size": [20, 16, 16]}, "roi_size is .*expected three multiples of 8"),
         ({"samples": 0}, "samples is 0; expected a whole number >= 1"),

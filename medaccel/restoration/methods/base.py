@@ -46,13 +46,15 @@ class Restoration:
 
     Args:
         volume: the prediction of the target exposure.
-        activity: the activity λ that it implies, where the method predicts that: volume = (t·PET_t + (T − t)·λ)/T.
+        activity: the activity λ, where the method predicts that: volume = weight·PET_t + (1 − weight)·λ.
+        weight: of the PET in that blend; t/T is the one of least squared error.
         std: standard deviation of the activity's samples, where the method draws any.
         samples: (K, i, j, k), the activity's samples, where they were asked for.
     """
 
     volume: np.ndarray
     activity: np.ndarray | None = None
+    weight: float = 0.0
     std: np.ndarray | None = None
     samples: np.ndarray | None = None
 
@@ -99,6 +101,8 @@ class Method(abc.ABC):
             raise ValueError(
                 f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
             )
+        for key, value in (settings or {}).items():
+            _check_type(self.name, key, value, self.defaults[key])
         self.task = task
         self.settings: dict[str, Any] = {**self.defaults, **(settings or {})}
         self.fitted = Fitted()
@@ -184,6 +188,24 @@ class Method(abc.ABC):
                 "which the method was fitted to"
             )
         return chosen
+
+
+def _check_type(method: str, key: str, value: Any, default: Any) -> None:
+    """Raises ValueError unless a setting is of its default's type: a word about it, before hours of work."""
+    if default is None or value is None:
+        return
+    for kinds, said in (
+        (bool, "true or false"),
+        (int, "a whole number"),
+        (float, "a number"),
+        (str, "text"),
+        ((list, tuple), "a list"),
+    ):
+        if isinstance(default, kinds):
+            fits = isinstance(value, (int, float) if kinds is float else kinds)
+            if not fits or (isinstance(value, bool) and kinds is not bool):
+                raise ValueError(f"{method}: {key} is {value!r}; expected {said}")
+            return
 
 
 def check_volume(name: str, volume: np.ndarray, spacing: Sequence[float]) -> None:

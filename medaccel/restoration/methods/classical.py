@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medaccel.restoration.methods.base import Method, Restoration, check_volume
+from medaccel.restoration.methods.base import Fitted, Method, Restoration, check_volume
 from medaccel.restoration.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
 from medaccel.restoration.noise import normalised_noise
 from medaccel.restoration.study import load_study
@@ -114,12 +114,13 @@ class Classical(Method):
 
         Raises:
             ValueError: no studies, or one whose input equals its target within the body.
-            RuntimeError: the method is not available.
+            ValueError: the method is not available.
         """
         self._check_available()
         if not studies:
             raise ValueError(f"{self.name}: no training studies")
         start = time.monotonic()
+        self.fitted = Fitted()
         self._prepare(studies)
         paths = list(validation or studies)[: self.settings["search_studies"]]
         bar = tqdm(desc=f"{self.name}: search", total=0, unit="candidate", disable=not progress, leave=False)
@@ -144,7 +145,7 @@ class Classical(Method):
 
         Raises:
             ValueError: a volume that isn't SUV or has fewer than three slices; an exposure that was not fitted.
-            RuntimeError: the method is not available.
+            ValueError: the method is not available.
         """
         self._check_available()
         check_volume(self.name, volume, spacing)
@@ -156,7 +157,8 @@ class Classical(Method):
         denoised = self.denoised(volume, body_mask(volume, lengths), choice["strength"])
         if not choice["combined"]:
             return Restoration(denoised)
-        return Restoration(self._combined(volume, denoised, seconds), activity=denoised)
+        weight = seconds / self.task.target_seconds
+        return Restoration(self._combined(volume, denoised, seconds), activity=denoised, weight=weight)
 
     def state(self) -> dict[str, Any]:
         return {"choices": self.fitted.choices}
@@ -167,7 +169,7 @@ class Classical(Method):
     def _check_available(self) -> None:
         reason = self.unavailable()
         if reason is not None:
-            raise RuntimeError(f"{self.name}: {reason}")
+            raise ValueError(f"{self.name}: {reason}")
 
     def _prepare(self, studies: Sequence[Path]) -> None:
         """Learns what the denoiser needs before the search."""

@@ -74,7 +74,7 @@ class DiffusionMethod(NetworkMethod):
         "validation_studies": 2,
         "validation_samples": 2,
     }
-    multiple = 8
+    multiple = least = 8
     samples = True
     sde: _Sde
     levels: int
@@ -155,6 +155,7 @@ class DiffusionMethod(NetworkMethod):
         return Restoration(
             weight * volume + (1 - weight) * activity,
             activity=activity,
+            weight=float(weight),
             std=std if count > 1 else None,
             samples=None if kept is None else np.stack(kept),
         )

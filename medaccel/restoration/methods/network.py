@@ -23,6 +23,7 @@ from medaccel.restoration.training import TRAINING, NetworkFit, train
 #: Weights of PET_t beyond t/T among which the blend with the activity is chosen: SSIM asks for a little more noise.
 EXTRA_WEIGHTS = (0.0, 0.03, 0.06, 0.09)
 _MARGIN = 16.0  # mm
+_CT_DROPOUT = 0.2  # of the patches are shown without their CT, so that a PET without one is nothing new
 
 
 class NetworkMethod(Method):
@@ -45,14 +46,19 @@ class NetworkMethod(Method):
         "validation_studies": 4,
     }
     multiple: ClassVar[int] = 32  # that windows must be of
+    least: ClassVar[int] = 64  # voxels of a window: at 32 a single one is left of the last map, which has no norm
     distributed = True
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
+        for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
+            if self.settings[key] < 1:
+                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
         roi = self.settings["roi_size"]
-        if len(roi) != 3 or any(n < self.multiple or n % self.multiple for n in roi):
+        if len(roi) != 3 or any(n < self.least or n % self.multiple for n in roi):
             raise ValueError(
-                f"{self.name}: roi_size is {list(roi)}; expected three multiples of {self.multiple} voxels"
+                f"{self.name}: roi_size is {list(roi)}; expected three multiples of {self.multiple} voxels, from "
+                f"{self.least} on"
             )
         with torch.random.fork_rng(devices=[]):  # the weights of a method that isn't fitted yet depend on nothing
             torch.manual_seed(0)
@@ -91,6 +97,7 @@ class NetworkMethod(Method):
             reference=self.settings["reference"],
             use_ct=self.settings["use_ct"],
             base=self.settings["base"],
+            ct_dropout=_CT_DROPOUT if self.settings["use_ct"] else 0.0,
             seed=seed,
             cache=self.settings["cache"],
             cache_folder=folder / "cache",

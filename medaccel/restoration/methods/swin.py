@@ -161,4 +161,5 @@ class SwinUNETRMethod(NetworkMethod):
             return Restoration(predicted)
         chosen = self.fitted.choices.get("weight", {})
         weight = np.float32(chosen.get(str(t), t / self.task.target_seconds))
-        return Restoration(weight * volume + (1 - weight) * predicted, activity=predicted)
+        blended = weight * volume + (1 - weight) * predicted
+        return Restoration(blended, activity=predicted, weight=float(weight))

@@ -70,7 +70,7 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
     trained_on = cache(lambda: TrainingRange.of(train, config.exposures).plain())  # read once, and only if needed
     fitted = {name: _fit(config, folder, name, train, validation, trained_on, say) for name in config.methods}
     if ranks.rank() != 0:
-        ranks.barrier()
+        ranks.leave()
         return config.output / "report.html"
     say(f"scoring on the {len(validation)} validation studies")
     _discard_other_rows(config.output / "validation", {"checkpoints": folder.hashes(config)})
@@ -95,7 +95,7 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
     )
     say(f"report: {report.resolve()}")
     say(f"score on test studies, once: medaccel restoration score {config.output}")
-    ranks.barrier()
+    ranks.leave()
     return report
 
 

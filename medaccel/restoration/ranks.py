@@ -51,6 +51,13 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def leave() -> None:
+    """Waits for all processes and takes the group apart; one that ended earlier would take the others with it."""
+    barrier()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def first_process() -> Iterator[bool]:
     """True in the process that does the work of the block; the others wait at its end."""

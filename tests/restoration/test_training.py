@@ -144,6 +144,7 @@ training.lightning.Trainer = Recorded
 ranks.join()
 method = _method(steps=2, gradient_clip=None)
 training.train(method.module(), _patches(sorted(Path(sys.argv[1]).iterdir())), Path(sys.argv[3]), progress=False)
+ranks.leave()
 """
 
 

@@ -18,6 +18,9 @@ from medaccel.restoration.methods.network import NetworkMethod, body_box
 from medaccel.restoration.networks import whole
 from medaccel.restoration.training import NetworkFit
 
+# Voxels that the U-Net sees at once: a torso of 4 mm voxels has half a million, and two take 1–2 GB.
+_WHOLE = 2_000_000
+
 
 def sample_cap(samples: int, seconds: float, target_seconds: float) -> float:
     """The largest MSE score (%) that the plain mean of K posterior samples of PET_T can have.
@@ -114,7 +117,7 @@ class DiffusionMethod(NetworkMethod):
         """Samples of the activity of one PET, one after the other: (i, j, k), SUV, float32."""
 
     def evaluate(self, x: Tensor, time: Tensor, known: Tensor | None = None) -> Tensor:
-        """The network on a whole volume (1, 1, i, j, k); in windows where it is larger than eight of them."""
+        """The network on a whole volume (1, 1, i, j, k); in windows where it is larger than a torso."""
         inputs = x if known is None else torch.cat([x, known.to(x)], dim=1)
 
         def window(patch: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class DiffusionMethod(NetworkMethod):
                 return self.network(patch, time[:1].expand(patch.shape[0]).to(patch.device)).float()
 
         sizes = [whole(n, self.multiple) for n in x.shape[2:]]
-        if np.prod(sizes) > 8 * np.prod(self.settings["roi_size"]):
+        if np.prod(sizes) > _WHOLE:
             return self.windows(inputs, window)
         # Small enough to be seen whole: no seams, and no voxel computed twice.
         pads = [side for n, size in zip(x.shape[:1:-1], sizes[::-1], strict=True) for side in (0, size - n)]

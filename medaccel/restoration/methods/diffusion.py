@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from monai.networks.utils import pixelshuffle, pixelunshuffle
 from torch import Tensor, nn
 
 from medaccel.diffusion import VPSDE, noised, small_unet
@@ -29,6 +30,21 @@ def sample_cap(samples: int, seconds: float, target_seconds: float) -> float:
     1 − (t/T)·(1 + 1/K). At 60 s of 90 s, K = 1 gives −33 %, K = 8 gives 25 %, many the limit, 33 %.
     """
     return 100 * (1 - seconds / target_seconds * (1 + 1 / samples))
+
+
+class _Shuffled(nn.Module):
+    """A network on blocks of voxels as channels: at this size most of a U-Net's time goes into its finest level.
+
+    Zhang et al., "FFDNet", IEEE TIP 2018, denoise so without loss; the blocks' voxels are all there, in and out.
+    """
+
+    def __init__(self, network: nn.Module, side: int) -> None:
+        super().__init__()
+        self.network, self.side = network, side
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x: (B, C, i, j, k), multiples of the side; time: (B,)."""
+        return pixelshuffle(self.network(pixelunshuffle(x, 3, self.side), time), 3, self.side)
 
 
 class DiffusionFit(NetworkFit):
@@ -65,13 +81,17 @@ class DiffusionFit(NetworkFit):
 class DiffusionMethod(NetworkMethod):
     """Settings beside `NetworkMethod`'s: `channels` of the U-Net, `samples` (K), `sampling_steps`.
 
+    `shuffle`: the U-Net sees blocks of so many voxels a side as channels of one; 2 takes about a fifth of the time
+    that 1 does, at the same number of channels.
+
     The `precision` of training, where it is bf16-mixed, is that of sampling too.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **NetworkMethod.defaults,
         "roi_size": [64, 64, 64],
-        "channels": [16, 32, 64],
+        "channels": [32, 64, 64],
+        "shuffle": 2,
         "samples": 20,
         "sampling_steps": 5,
         "validation_studies": 2,
@@ -95,7 +115,14 @@ class DiffusionMethod(NetworkMethod):
         return 0
 
     def build(self) -> nn.Module:
-        return small_unet(in_channels=1 + self.inputs, channels=self.settings["channels"])
+        channels, side = self.settings["channels"], self.settings["shuffle"]
+        if side < 1 or self.multiple % (side * 2 ** (len(channels) - 1)):
+            raise ValueError(
+                f"{self.name}: shuffle is {side} with {len(channels)} channels; expected shuffle · 2^(channels − 1) "
+                f"to divide {self.multiple}, which volumes are padded to a multiple of"
+            )
+        net = small_unet(in_channels=(1 + self.inputs) * side**3, out_channels=side**3, channels=channels)
+        return net if side == 1 else _Shuffled(net, side)
 
     def module(self) -> NetworkFit:
         return DiffusionFit(self)

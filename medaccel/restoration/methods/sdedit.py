@@ -19,9 +19,15 @@ from torch import Tensor
 from medaccel.diffusion import SDEdit
 from medaccel.restoration.methods.base import Fitted, Task
 from medaccel.restoration.methods.diffusion import DiffusionMethod
-from medaccel.restoration.methods.network import Candidates, weights
+from medaccel.restoration.methods.network import Candidates
 from medaccel.restoration.scaling import scaling
 from medaccel.restoration.study import Study
+
+
+def _weights(seconds: int, target_seconds: int) -> list[float]:
+    """Weights of PET_t to try: none, t/T, and more on the way to 1, for a prior that deserves less."""
+    share = seconds / target_seconds
+    return [0.0, *(round(share + k / 6 * (1 - share), 4) for k in range(6))]
 
 
 class DiffusionSDEdit(DiffusionMethod):
@@ -78,7 +84,7 @@ class DiffusionSDEdit(DiffusionMethod):
                 for study in validation:
                     image = study.exposures[seconds]
                     mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress, t0=t0)
-                    for weight in (0.0, *weights(seconds, self.task.target_seconds)):
+                    for weight in _weights(seconds, self.task.target_seconds):
                         name = f"t0 {t0}, weight {weight:g}"
                         candidates.add(name, study, seconds, weight * image + (1 - weight) * mean)
                 before, best = best, candidates.best(seconds)

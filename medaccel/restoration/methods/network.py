@@ -46,7 +46,9 @@ class NetworkMethod(Method):
         "validation_studies": 4,
     }
     multiple: ClassVar[int] = 32  # that windows must be of
-    least: ClassVar[int] = 64  # voxels of a window: at 32 a single one is left of the last map, which has no norm
+    least: ClassVar[int] = (
+        64  # voxels of a window's longest side: at 32 one is left of the last map, which has no norm
+    )
     distributed = True
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
@@ -55,10 +57,10 @@ class NetworkMethod(Method):
             if self.settings[key] < 1:
                 raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
         roi = self.settings["roi_size"]
-        if len(roi) != 3 or any(n < self.least or n % self.multiple for n in roi):
+        if len(roi) != 3 or max(roi) < self.least or any(n < 1 or n % self.multiple for n in roi):
             raise ValueError(
-                f"{self.name}: roi_size is {list(roi)}; expected three multiples of {self.multiple} voxels, from "
-                f"{self.least} on"
+                f"{self.name}: roi_size is {list(roi)}; expected three multiples of {self.multiple} voxels, one of "
+                f"them {self.least} or more"
             )
         with torch.random.fork_rng(devices=[]):  # the weights of a method that isn't fitted yet depend on nothing
             torch.manual_seed(0)

@@ -12,7 +12,7 @@ from medaccel.report.html import Page, Section, render
 from medaccel.restoration import metrics
 from medaccel.restoration.methods import load_method, make_method
 from medaccel.restoration.methods.base import Task
-from medaccel.restoration.methods.diffusion import DiffusionMethod, sample_cap
+from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
 from medaccel.restoration.methods.network import Candidates, body_box
 from medaccel.restoration.report_fits import fit_blocks
 from medaccel.restoration.study import Study, save_study
@@ -192,14 +192,29 @@ def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str
         ({"base": "median"}, "base is 'median'; expected one of gaussian, nlm"),
         ({"scaling": "log"}, "scaling is 'log'"),
         ({"roi_size": [64, 64]}, "expected three multiples of 32"),
-        ({"roi_size": [32, 32, 32]}, "from 64 on"),
+        ({"roi_size": [32, 32, 32]}, "one of them 64 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make_method("swin_unetr", Task(), settings)
+    with pytest.raises(ValueError, match="channels.*to divide 8"):
+        make_method("diffusion_sdedit", Task(), {"shuffle": 4, "channels": [8, 8, 8]})
     with pytest.raises(ValueError, match="expected increasing levels"):
         make_method("diffusion_sdedit", Task(), {"t0": [10, 5]})
+
+
+class _FirstChannel(torch.nn.Module):
+    """Of blocks of two voxels a side, what the first of the shuffled channels holds."""
+
+    def forward(self, blocks: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        assert blocks.shape[1] == 16
+        return blocks[:, :8]
+
+
+def test_a_network_on_blocks_of_voxels_puts_every_voxel_back():
+    x = torch.rand(1, 2, 8, 16, 24)
+    assert torch.equal(_Shuffled(_FirstChannel(), 2)(x, torch.tensor([3.0])), x[:, :1])
 
 
 def test_the_report_tells_the_fits(fits: dict[str, Any]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.data.painting import random_field, superellipsoid
 from medaccel.restoration.lesions import LesionConfig
 
 ORGANS = {
@@ -276,22 +277,18 @@ class _Painter:
         suv: float | None = None,
     ) -> None:
         """Paint a superellipsoid, given in mm of a person of nominal size, with the tissue's uptake and CT number."""
-        box, terms = [], []
-        margin = 4.0 * self.config.deformation + self.edge
-        for axis, coordinates in enumerate((self.x, self.y, self.z)):
-            mid, semi = (float(value[axis]) * self.stretch[axis] for value in (centre, semi_axes))
-            near = np.flatnonzero(np.abs(coordinates - mid) < semi + margin)
-            if not near.size:
-                return  # outside the window
-            box.append(slice(int(near[0]), int(near[-1]) + 1))
-            terms.append((mid, semi))
-        region = tuple(box)
-        radius = sum(
-            (np.abs(self.position[axis][region] - mid) / semi) ** exponent for axis, (mid, semi) in enumerate(terms)
-        ) ** (1.0 / exponent)
-        # Distance to the surface to first order, of the thinner half of a long organ.
-        width = float(np.sqrt(np.prod(sorted(semi for _, semi in terms)[:2])))
-        cover = np.clip(0.5 + (1.0 - radius) * width / self.edge, 0.0, 1.0).astype(np.float32)
+        drawn = superellipsoid(
+            self.position,
+            (self.x, self.y, self.z),
+            [float(value) * stretch for value, stretch in zip(centre, self.stretch, strict=True)],
+            [float(value) * stretch for value, stretch in zip(semi_axes, self.stretch, strict=True)],
+            exponent=exponent,
+            margin=4.0 * self.config.deformation + self.edge,
+            edge=self.edge,
+        )
+        if drawn is None:
+            return  # outside the window
+        region, cover = drawn
         self._blend(tissue, cover * self.interior[region], region, organ=organ, suv=suv)
 
     def _blend(
@@ -323,12 +320,4 @@ class _Painter:
         return coverage, min(max(_LIVER_BOTTOM - jitter - 20.0, _BOTTOM), _TOP - length)
 
     def _field(self, shape: tuple[int, ...], sigma: float) -> np.ndarray:
-        """Band-limited Gaussian random field, mean 0, standard deviation 1; σ of the low pass in mm."""
-        from scipy.ndimage import gaussian_filter
-
-        widths = [sigma / step for step in self.spacing]
-        noise = self.rng.standard_normal(shape, dtype=np.float32)
-        low = gaussian_filter(noise, widths, mode="wrap", truncate=3.0)
-        # Without its slowest part the field does not tilt a whole organ.
-        low -= gaussian_filter(low, [2.5 * width for width in widths], mode="wrap", truncate=2.0)
-        return low / low.std()
+        return random_field(shape, self.spacing, sigma, self.rng)

@@ -198,7 +198,7 @@ def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make_method("swin_unetr", Task(), settings)
-    with pytest.raises(ValueError, match="channels.*to divide 8"):
+    with pytest.raises(ValueError, match=r"channels.*to divide 8"):
         make_method("diffusion_sdedit", Task(), {"shuffle": 4, "channels": [8, 8, 8]})
     with pytest.raises(ValueError, match="expected increasing levels"):
         make_method("diffusion_sdedit", Task(), {"t0": [10, 5]})

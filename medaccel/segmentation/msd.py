@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks in the layout of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022).
+
+    dataset.json   name, labels {"0": "background", "1": "spleen"}, training [{"image": …, "label": …}]
+    imagesTr/      the cases' CT, NIfTI, HU
+    labelsTr/      their label maps, on the same grids
+
+imagesTs has no public labels and is not read. Files named `._*`, which macOS leaves in the published archives, are
+no cases.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Image
+
+from medaccel.data import read_nifti
+
+DATASET_JSON = "dataset.json"
+# Affines of one grid may differ by what float32 headers lose, mm.
+_AFFINE_TOLERANCE = 1e-2
+_NAMED = 3  # of many missing files, this many are named
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled scan: its name (the file's, without endings) and its files."""
+
+    name: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class MSDDataset:
+    """A task: its name, folder, labels (value to name, 0 the background) and labelled cases in the order of names."""
+
+    name: str
+    folder: Path
+    labels: Mapping[int, str]
+    cases: tuple[Case, ...]
+
+
+def read_dataset(folder: str | Path) -> MSDDataset:
+    """Reads and checks dataset.json; the volumes stay where they are until `load_case`.
+
+    Args:
+        folder: of the task, such as Task09_Spleen.
+
+    Raises:
+        FileNotFoundError: no folder, no dataset.json, or files that it names are missing.
+        ValueError: not JSON, fields missing or of another kind, a file outside the folder, one case twice.
+    """
+    root = Path(folder)
+    path = root / DATASET_JSON
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found (expected a task of the Medical Segmentation Decathlon's layout)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected an object with labels and training")
+    labels = _labels(content.get("labels"), path)
+    entries = content.get("training")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: training is {entries!r}; expected a list of {{image, label}}")
+    cases: dict[str, Case] = {}
+    for entry in entries:
+        if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
+            raise ValueError(f"{path}: training holds {entry!r}; expected {{image, label}}")
+        image, label = (_inside(root, entry[key], path) for key in ("image", "label"))
+        if image.name.startswith("._"):
+            continue
+        name = image.name.removesuffix(".gz").removesuffix(".nii")
+        if name in cases:
+            raise ValueError(f"{path}: case {name} is named twice")
+        cases[name] = Case(name, image, label)
+    missing = [file for case in cases.values() for file in (case.image, case.label) if not file.is_file()]
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        names = ", ".join(str(file.relative_to(root)) for file in missing[:_NAMED])
+        raise FileNotFoundError(f"{path}: names files that are missing: {names}{more}")
+    name = content.get("name")
+    ordered = tuple(cases[key] for key in sorted(cases))
+    return MSDDataset(name if isinstance(name, str) and name else root.resolve().name, root, labels, ordered)
+
+
+def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image]:
+    """The CT (HU) and the label map (whole numbers) of a case.
+
+    A label map without foreground is no error: what measures make of it is theirs to say.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is missing or damaged; grids that differ; labels that dataset.json
+            doesn't name.
+    """
+    image, label = read_nifti(case.image), read_nifti(case.label)
+    if image.shape != label.shape or not np.allclose(image.affine, label.affine, atol=_AFFINE_TOLERANCE):
+        raise ValueError(
+            f"{case.label}: its grid {label.shape} with affine {_short(label.affine)} differs from the image's, "
+            f"{image.shape} with {_short(image.affine)}"
+        )
+    found = np.unique(np.asarray(label.dataobj))
+    outside = [float(value) for value in found if float(value) not in dataset.labels]
+    if outside:
+        raise ValueError(
+            f"{case.label}: holds {', '.join(f'{v:g}' for v in outside[:_NAMED])}; expected the labels of "
+            f"{DATASET_JSON}, {', '.join(str(v) for v in sorted(dataset.labels))}"
+        )
+    return image, label
+
+
+def _labels(content: Any, path: Path) -> dict[int, str]:
+    if not isinstance(content, dict):
+        raise ValueError(f'{path}: labels is {content!r}; expected such as {{"0": "background", "1": "spleen"}}')
+    try:
+        labels = {int(value): str(name) for value, name in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: labels is {content!r}; expected whole numbers as keys") from error
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+        raise ValueError(f"{path}: labels has the values {sorted(labels)}; expected 0, 1, … without a gap")
+    return labels
+
+
+def _inside(root: Path, name: Any, path: Path) -> Path:
+    """A file that dataset.json names, as long as it lies in the task's folder."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path}: names the file {name!r}; expected a path such as ./imagesTr/case.nii.gz")
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name or ":" in name:
+        raise ValueError(f"{path}: names the file {name!r}; expected one within the task's folder")
+    return root / relative
+
+
+def _short(affine: np.ndarray) -> str:
+    return "; ".join(" ".join(f"{value:g}" for value in row) for row in affine[:3])

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the Decathlon's layout: what is there, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medaccel.data import make_nifti, save_nifti
+from medaccel.segmentation.msd import load_case, read_dataset
+
+AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
+LABELS = {"0": "background", "1": "spleen"}
+
+
+def entry(name: str) -> dict[str, str]:
+    return {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+
+
+def volume(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_nifti(path, make_nifti(array, affine))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """Two cases, and the stray file of macOS beside them."""
+    for name in ("b", "a"):
+        volume(tmp_path / f"imagesTr/{name}.nii.gz", np.full((4, 5, 6), 40, dtype=np.int16))
+        volume(tmp_path / f"labelsTr/{name}.nii.gz", np.eye(4, 5, dtype=np.uint8)[:, :, None].repeat(6, 2))
+    (tmp_path / "imagesTr/._a.nii.gz").write_bytes(b"not an image")
+    describe(tmp_path, training=[entry("b"), entry("._a"), entry("a")])
+    return tmp_path
+
+
+def describe(folder: Path, **fields: Any) -> None:
+    content = {"name": "Tiny", "labels": LABELS, "training": [entry("a")]} | fields
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def test_cases_come_in_order_and_strays_are_none(task: Path):
+    dataset = read_dataset(task)
+    assert (dataset.name, dict(dataset.labels)) == ("Tiny", {0: "background", 1: "spleen"})
+    assert [case.name for case in dataset.cases] == ["a", "b"]
+    image, label = load_case(dataset, dataset.cases[0])
+    assert np.asarray(image.dataobj).max() == 40
+    assert np.asarray(label.dataobj).sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"training": [entry("../a")]}, ValueError, "expected one within the task's folder"),
+        (
+            {"training": [{"image": "/etc/a.nii.gz", "label": "b"}]},
+            ValueError,
+            "'/etc/a.nii.gz'; expected",
+        ),
+        ({"training": [{"image": "C:\\a.nii.gz", "label": "b"}]}, ValueError, "expected one within"),
+        ({"training": [{"image": 3, "label": "b"}]}, ValueError, "names the file 3; expected a path"),
+        ({"training": [entry("a"), entry("c")]}, FileNotFoundError, "missing: imagesTr/c.nii.gz, labelsTr/c.nii.gz"),
+        ({"training": [entry("a"), entry("a")]}, ValueError, "case a is named twice"),
+        ({"training": []}, ValueError, r"training is \[\]; expected a list"),
+        ({"training": [{"image": "a"}]}, ValueError, "expected {image, label}"),
+        ({"labels": None}, ValueError, "labels is None; expected such as"),
+        ({"labels": {"0": "background", "2": "tumour"}}, ValueError, r"values \[0, 2\]; expected 0, 1, … without"),
+        ({"labels": {"zero": "background"}}, ValueError, "expected whole numbers as keys"),
+    ],
+)
+def test_a_dataset_that_makes_no_sense_is_refused(
+    task: Path, fields: dict[str, Any], error: type[Exception], message: str
+):
+    describe(task, **fields)
+    with pytest.raises(error, match=message):
+        read_dataset(task)
+
+
+def test_no_dataset_or_not_json(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"dataset.json: not found"):
+        read_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list; expected an object"):
+        read_dataset(tmp_path)
+
+
+def test_label_maps_that_do_not_fit(task: Path):
+    label = task / "labelsTr/a.nii.gz"
+    label.unlink()
+    volume(label, np.full((4, 5, 6), 3, dtype=np.uint8))
+    dataset = read_dataset(task)
+    with pytest.raises(ValueError, match=r"holds 3; expected the labels of dataset.json, 0, 1"):
+        load_case(dataset, dataset.cases[0])
+    label.unlink()
+    volume(label, np.zeros((4, 5, 5), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"its grid \(4, 5, 5\)"):
+        load_case(dataset, dataset.cases[0])
+    label.unlink()
+    volume(label, np.zeros((4, 5, 6), dtype=np.uint8), np.diag([2.0, 2.0, 3.2, 1.0]))
+    with pytest.raises(ValueError, match="differs from the image's"):
+        load_case(dataset, dataset.cases[0])
+
+
+def test_a_damaged_file_is_named(task: Path):
+    image = task / "imagesTr/a.nii.gz"
+    image.write_bytes(image.read_bytes()[:60])
+    dataset = read_dataset(task)
+    with pytest.raises(ValueError, match=r"imagesTr/a\.nii\.gz"):
+        load_case(dataset, dataset.cases[0])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.restoration.methods import METHODS
+from medaccel.training.digest import digest
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunConfig:
             swin_unetr, diffusion_sdedit, diffusion_conditional.
         settings: of methods, by name, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
         trainer: of every network: accelerator, strategy, precision, num_workers, cache, checkpoint_minutes and the
-            other settings of `medaccel.restoration.training`. Several devices: start it with `torchrun`.
+            other settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
         seed: of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
         simulator: physical parameters that differ from the frozen defaults, by name.
     """
@@ -174,11 +174,6 @@ class ScoreConfig:
         values = _plain(dataclasses.asdict(self))
         del values["run"]
         return values
-
-
-def digest(values: Any) -> str:
-    """12 hexadecimal digits of the SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ numbers come from (seed, n) alone. So a run that was killed goes on with the ite
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -199,25 +198,3 @@ def _random_transforms(roi_size: Sequence[int], augment: bool) -> Compose:
         # One factor for all: a patient with another uptake. Relative noise stays as it was.
         steps.append(RandScaleIntensityd(images, factors=0.1, prob=0.5))
     return Compose(steps)
-
-
-class Numbered(torch.utils.data.Sampler):
-    """The numbers of a process's items, from the step that training has reached when it is iterated.
-
-    Args:
-        batch_size: items a step, of all processes.
-        rank, world_size: this process, and how many there are.
-        step: gives the optimizer steps that were made; a resumed run goes on with the next one's items.
-    """
-
-    def __init__(
-        self, batch_size: int, rank: int = 0, world_size: int = 1, step: Callable[[], int] = lambda: 0
-    ) -> None:
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch_size is {batch_size}; expected a multiple of the {world_size} processes that share it"
-            )
-        self.batch_size, self.rank, self.world_size, self.step = batch_size, rank, world_size, step
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.step() * self.batch_size + self.rank, self.world_size)

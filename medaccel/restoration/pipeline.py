@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from medaccel.restoration import ranks
 from medaccel.restoration.calibration import Calibration
-from medaccel.restoration.config import RunConfig, ScoreConfig, digest
+from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
 from medaccel.restoration.methods.base import Method, Task
 from medaccel.restoration.outcome import write_outcome
@@ -30,6 +29,8 @@ from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
 from medaccel.restoration.sources import check_sources, describe, known_studies, studies_to_score, training_studies
 from medaccel.restoration.study import read_parameters
 from medaccel.restoration.training_range import TrainingRange
+from medaccel.training import ranks
+from medaccel.training.digest import digest
 
 Say = Callable[[str], None]
 

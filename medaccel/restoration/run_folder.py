@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from medaccel.data.files import write_text
-from medaccel.restoration.config import RunConfig, digest
+from medaccel.restoration.config import RunConfig
+from medaccel.training.digest import digest
 
 GENERATED = ("studies", "fits", "checkpoints", "validation", "scored", "figures")
 

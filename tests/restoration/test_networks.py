@@ -12,9 +12,10 @@ from medaccel.restoration import losses, metrics
 from medaccel.restoration.base_image import base_image
 from medaccel.restoration.methods.base import Task
 from medaccel.restoration.networks import ActivityNet, Conditioning, blend
-from medaccel.restoration.patches import Numbered, Patches, PrepareStudy
+from medaccel.restoration.patches import Patches, PrepareStudy
 from medaccel.restoration.scaling import SCALINGS, scaling
 from medaccel.restoration.study import load_study, save_study
+from medaccel.training.sampler import Numbered
 from tests.restoration.test_gaussian_methods import SPACING, make_study
 
 

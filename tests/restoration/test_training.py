@@ -18,7 +18,7 @@ from medaccel.restoration.methods.base import Task
 from medaccel.restoration.methods.conditional import DiffusionConditional
 from medaccel.restoration.patches import Patches
 from medaccel.restoration.study import save_study
-from medaccel.restoration.training import train
+from medaccel.training.fit import train
 from tests.restoration.test_gaussian_methods import make_study
 
 TASK = Task((60,), 90)
@@ -95,7 +95,7 @@ _RUN = """
 import sys
 from pathlib import Path
 from tests.restoration.test_training import _method, _patches
-from medaccel.restoration.training import train
+from medaccel.training.fit import train
 method = _method(steps=40)
 train(method.module(), _patches(sorted(Path(sys.argv[1]).iterdir())), Path(sys.argv[2]), progress=False)
 method.save(Path(sys.argv[2]) / "method.pt")
@@ -129,7 +129,7 @@ import sys
 from pathlib import Path
 import lightning, torch
 from tests.restoration.test_training import _method, _patches
-from medaccel.restoration import ranks, training
+from medaccel.training import fit, ranks
 
 class Keep(lightning.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -140,10 +140,10 @@ class Recorded(lightning.Trainer):
     def __init__(self, callbacks, **options):
         super().__init__(callbacks=[*callbacks, Keep()], **options)
 
-training.lightning.Trainer = Recorded
+fit.lightning.Trainer = Recorded
 ranks.join()
 method = _method(steps=2, gradient_clip=None)
-training.train(method.module(), _patches(sorted(Path(sys.argv[1]).iterdir())), Path(sys.argv[3]), progress=False)
+fit.train(method.module(), _patches(sorted(Path(sys.argv[1]).iterdir())), Path(sys.argv[3]), progress=False)
 ranks.leave()
 """
 

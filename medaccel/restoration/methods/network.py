@@ -18,7 +18,7 @@ from medaccel.restoration.base_image import base_image
 from medaccel.restoration.methods.base import Fitted, Method, Task
 from medaccel.restoration.metrics import Array, Mask
 from medaccel.restoration.study import Study, load_study
-from medaccel.restoration.training import TRAINING, NetworkFit, train
+from medaccel.training.fit import TRAINING, NetworkFit, train
 
 #: Weights of PET_t beyond t/T among which the blend with the activity is chosen: SSIM asks for a little more noise.
 EXTRA_WEIGHTS = (0.0, 0.03, 0.06, 0.09)
@@ -29,7 +29,7 @@ _CT_DROPOUT = 0.2  # of the patches are shown without their CT, so that a PET wi
 class NetworkMethod(Method):
     """A method whose work is a network's.
 
-    Settings beside `medaccel.restoration.training.TRAINING`'s: `roi_size` (voxels a window and training patch),
+    Settings beside `medaccel.training.fit.TRAINING`'s: `roi_size` (voxels a window and training patch),
     `overlap` and `sw_batch_size` (of windows), `reference` ("noise_free", "target" or "auto": what it is trained
     to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made).
     """

@@ -21,7 +21,7 @@ from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_v
 from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
 from medaccel.restoration.networks import ActivityNet, Conditioning, blend, swin_unetr
 from medaccel.restoration.study import Study
-from medaccel.restoration.training import NetworkFit
+from medaccel.training.fit import NetworkFit
 
 PREDICTIONS = ("activity", "target")
 

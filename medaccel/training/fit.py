@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning, set up for the networks: numbered patches, running average, checkpoints by the clock, exact resuming."""
+"""Lightning, set up for the networks: numbered items, running average, checkpoints by the clock, exact resuming."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
-from medaccel.restoration import ranks
-from medaccel.restoration.config import digest
-from medaccel.restoration.patches import Numbered, Patches
+from medaccel.training import ranks
+from medaccel.training.digest import digest
+from medaccel.training.sampler import Numbered
 
 #: Settings that every network has, and their defaults.
 TRAINING: dict[str, Any] = {
@@ -70,8 +70,8 @@ class NetworkFit(lightning.LightningModule):
                 "here, and its last checkpoint is from before"
             )
         values = {f"train/{key}": value.detach() for key, value in terms.items()}
-        self.log_dict(values, batch_size=len(batch["seconds"]), on_step=False, on_epoch=True, sync_dist=True)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch["seconds"]))
+        self.log_dict(values, batch_size=_size(batch), on_step=False, on_epoch=True, sync_dist=True)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=_size(batch))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -96,6 +96,10 @@ class NetworkFit(lightning.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return len(next(iter(batch.values())))
 
 
 class _Record(lightning.Callback):
@@ -141,15 +145,15 @@ class _Atomic(TorchCheckpointIO):
 
 
 def train(
-    module: NetworkFit, patches: Patches, folder: Path, *, seed: int = 0, progress: bool = True
+    module: NetworkFit, items: torch.utils.data.Dataset, folder: Path, *, seed: int = 0, progress: bool = True
 ) -> tuple[dict[str, list[float]], float, float]:
     """Trains a network, from the folder's last checkpoint if there is one; it ends with its running average.
 
     Args:
         module: its settings say how long, on what devices and in which precision.
-        patches: to train on.
+        items: endless and numbered, such as `medaccel.restoration.patches.Patches`.
         folder: for checkpoints, TensorBoard and CSV logs.
-        seed: of dropout and the like; the patches have their own.
+        seed: of dropout and the like; the items have their own.
         progress: show Lightning's bar.
 
     Returns:
@@ -165,7 +169,7 @@ def train(
         raise ValueError(f"steps is {s['steps']}; expected a multiple of steps_per_epoch, {s['steps_per_epoch']}")
     sampler = Numbered(s["batch_size"], ranks.rank(), world, lambda: trainer.global_step)
     loader = torch.utils.data.DataLoader(
-        patches, batch_size=s["batch_size"] // world, sampler=sampler, num_workers=s["num_workers"]
+        items, batch_size=s["batch_size"] // world, sampler=sampler, num_workers=s["num_workers"]
     )
     last = folder / "last.ckpt"
     record = _Record(digest([s, seed]))

@@ -14,6 +14,7 @@ from medaccel.restoration.methods import load_method, make_method
 from medaccel.restoration.methods.base import Task
 from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
 from medaccel.restoration.methods.network import Candidates, body_box
+from medaccel.restoration.methods.sdedit import _NoiseShown
 from medaccel.restoration.report_fits import fit_blocks
 from medaccel.restoration.study import Study, save_study
 from tests.restoration.test_gaussian_methods import SPACING, make_study
@@ -202,6 +203,28 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
         make_method("diffusion_sdedit", Task(), {"shuffle": 4, "channels": [8, 8, 8]})
     with pytest.raises(ValueError, match="expected increasing levels"):
         make_method("diffusion_sdedit", Task(), {"t0": [10, 5]})
+
+
+class _Silent(torch.nn.Module):
+    """Keeps what it is shown, and says nothing."""
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        self.shown = x[:, 1:]
+        return torch.zeros_like(x[:, :1])
+
+
+def test_the_prior_is_shown_the_noise_of_smooth_volumes_and_no_more_of_edges_than_that():
+    sigma = 0.05
+    net = _NoiseShown(_Silent(), [1.0, sigma])
+    noise = torch.randn(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0))
+    ramp = torch.linspace(0, 0.2, 12)[None, None, :, None, None].expand_as(noise)
+    v = net(ramp + sigma * noise, torch.tensor([1.0]))
+    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2), slice(2, -2))
+    assert float(torch.corrcoef(torch.stack([v[inner].flatten(), noise[inner].flatten()]))[0, 1]) > 0.9
+    assert torch.equal(v, net.network.shown)
+    edge = torch.zeros(1, 1, 12, 12, 12)
+    edge[:, :, 6:] = 50.0
+    assert float(net(edge, torch.tensor([1.0])).abs().max()) <= 4.0
 
 
 class _FirstChannel(torch.nn.Module):

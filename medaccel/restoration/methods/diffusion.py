@@ -111,7 +111,7 @@ class DiffusionMethod(NetworkMethod):
 
     @property
     def inputs(self) -> int:
-        """Channels that the network is given beside the noisy volume."""
+        """Channels that the U-Net sees beside the noisy volume."""
         return 0
 
     def build(self) -> nn.Module:

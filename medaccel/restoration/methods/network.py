@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medaccel.restoration import metrics, ranks
+from medaccel.restoration import metrics
 from medaccel.restoration.base_image import base_image
 from medaccel.restoration.methods.base import Fitted, Method, Task
 from medaccel.restoration.metrics import Array, Mask
 from medaccel.restoration.study import Study, load_study
+from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit, train
 
 #: Weights of PET_t beyond t/T among which the blend with the activity is chosen: SSIM asks for a little more noise.

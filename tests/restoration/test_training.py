@@ -25,6 +25,7 @@ TASK = Task((60,), 90)
 # The smallest network that there is: what is tested here is what happens around it.
 TINY: dict[str, Any] = {
     "channels": [8, 16],
+    "shuffle": 1,
     "roi_size": [16, 16, 16],
     "steps": 8,
     "steps_per_epoch": 2,

@@ -24,6 +24,8 @@ from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti
 
 _META_IMAGE = (".mhd", ".mha")
 _UID = re.compile(r"\d+(\.\d+){4,}")
+# LUNA16's masks of the lungs bear the names of the scans that they are of.
+_NO_SCANS = ("seg-lungs-LUNA16",)
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Scanners pad the field of view with −2000 or −3024.
 _LOWEST_HU = -1024.0
@@ -173,7 +175,10 @@ def _walk(root: Path) -> Iterator[Scan | Skipped]:
             others.append(path)
     yield from _series(root, others)
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        yield from _walk(folder)
+        if folder.name in _NO_SCANS:
+            yield Skipped(folder, "LUNA16's lung masks, no scans")
+        else:
+            yield from _walk(folder)
 
 
 def _series(folder: Path, files: Sequence[Path]) -> Iterator[Scan | Skipped]:

@@ -98,8 +98,8 @@ def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image
     A label map without foreground is no error: what measures make of it is theirs to say.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or damaged; grids that differ; labels that dataset.json
-            doesn't name.
+        FileNotFoundError, ValueError: a file that is missing or damaged; grids that differ; values that aren't
+            finite; labels that dataset.json doesn't name.
     """
     image, label = read_nifti(case.image), read_nifti(case.label)
     if image.shape != label.shape or not np.allclose(image.affine, label.affine, atol=_AFFINE_TOLERANCE):
@@ -107,6 +107,8 @@ def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image
             f"{case.label}: its grid {label.shape} with affine {_short(label.affine)} differs from the image's, "
             f"{image.shape} with {_short(image.affine)}"
         )
+    if not np.isfinite(np.asarray(image.dataobj)).all():
+        raise ValueError(f"{case.image}: holds values that are not finite; expected HU")
     found = np.unique(np.asarray(label.dataobj))
     outside = [float(value) for value in found if float(value) not in dataset.labels]
     if outside:

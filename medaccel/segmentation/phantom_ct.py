@@ -6,8 +6,8 @@ spleen, kidneys, stomach, bowel, and lesions in the lungs. Organs are superellip
 with texture within and correlated noise over everything. `STANDARD` is what is labelled; `SHIFTED` has other shapes,
 contrast phases and noise, for the unlabelled pool and for tests of transfer.
 
-CT numbers and noise are those measured in the abdominal CT of the TotalSegmentator example (3 mm, Apache-2.0), organ
-by organ, eroded by two voxels: see `MEASURED`. Contrast agent adds to them.
+CT numbers of `MEASURED` are those of the abdominal CT of the TotalSegmentator example (3 mm, Apache-2.0), organ by
+organ, eroded by two voxels; the others are textbook values. Contrast agent adds to them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from medaccel.data.painting import random_field, superellipsoid
 
-#: Mean and standard deviation, HU, in that CT; "noise" is the deviation within its liver and muscle.
+#: Mean and standard deviation, HU, in that CT; the liver's and the muscle's deviation is about its noise.
 MEASURED: Mapping[str, tuple[float, float]] = {
     "spleen": (34, 12),
     "kidney": (17, 20),
@@ -84,7 +84,7 @@ class Population:
         noise: standard deviation, HU, and its blur, mm.
         texture: standard deviation within an organ, HU.
         lesions: how many are in the lungs, from and to.
-        lesion_diameter: drawn evenly in its logarithm.
+        lesion_diameter: drawn evenly in its logarithm; painted at least a voxel wide.
     """
 
     name: str

@@ -59,6 +59,7 @@ def test_a_tree_is_searched_and_every_series_counts_once(tmp_path: Path):
     luna, lidc = tmp_path / "luna16", tmp_path / "lidc"
     write_metaimage(luna / "subset0" / f"{UID}.mhd")
     write_metaimage(luna / "subset1" / f"{UID}7.mhd")
+    write_metaimage(luna / "seg-lungs-LUNA16" / f"{UID}.mhd")  # comes first by name, and is no scan
     (luna / "subset0" / "._x.nii.gz").write_bytes(b"stray")
     (luna / "LICENSE").write_text("as is")
     write_ct_series(lidc / "LIDC-IDRI-0001" / "ct")
@@ -72,7 +73,11 @@ def test_a_tree_is_searched_and_every_series_counts_once(tmp_path: Path):
     ]
     assert [skip.path.parent.name for skip in found.duplicates] == ["LIDC-IDRI-0001"]
     assert "the series of" in found.duplicates[0].reason
-    assert [skip.reason for skip in found.no_ct] == ["a DICOM series of modality DX, expected CT"]
+    assert found.scans[0].path == luna / "subset0" / f"{UID}.mhd"
+    assert [skip.reason for skip in found.no_ct] == [
+        "LUNA16's lung masks, no scans",
+        "a DICOM series of modality DX, expected CT",
+    ]
     assert all(min(read_scan(scan).shape) > 1 for scan in found.scans)
 
 

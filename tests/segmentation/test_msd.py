@@ -105,6 +105,17 @@ def test_label_maps_that_do_not_fit(task: Path):
         load_case(dataset, dataset.cases[0])
 
 
+def test_an_image_with_holes_in_its_values_is_refused(task: Path):
+    import nibabel
+
+    values = np.full((4, 5, 6), 40, dtype=np.float32)
+    values[1, 2, 3] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, AFFINE), task / "imagesTr/a.nii.gz")
+    dataset = read_dataset(task)
+    with pytest.raises(ValueError, match=r"imagesTr/a\.nii\.gz.*finite"):
+        load_case(dataset, dataset.cases[0])
+
+
 def test_a_damaged_file_is_named(task: Path):
     image = task / "imagesTr/a.nii.gz"
     image.write_bytes(image.read_bytes()[:60])

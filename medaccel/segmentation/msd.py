@@ -87,9 +87,9 @@ def read_dataset(folder: str | Path) -> MSDDataset:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         names = ", ".join(str(file.relative_to(root)) for file in missing[:_NAMED])
         raise FileNotFoundError(f"{path}: names files that are missing: {names}{more}")
-    name = content.get("name")
+    title = content.get("name")
     ordered = tuple(cases[key] for key in sorted(cases))
-    return MSDDataset(name if isinstance(name, str) and name else root.resolve().name, root, labels, ordered)
+    return MSDDataset(title if isinstance(title, str) and title else root.resolve().name, root, labels, ordered)
 
 
 def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image]:

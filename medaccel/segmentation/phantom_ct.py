@@ -258,9 +258,9 @@ class _Person:
         # The colon's bend below the spleen.
         self.draw("bowel", (-88, 22, -112 + rng.normal(0, 10)), (22, 24, 26))
         for side in (-1, 1):
-            centre = np.array([side * 56.0, -46.0, -132.0 + 8 * side + rng.normal(0, 6)])
-            self.draw("kidney", centre, (27, 25, 54))
-            self.draw("fat", centre - (9 * side, -5, 0), (9, 9, 20), vary=False)
+            hilum = np.array([side * 47.0, -41.0, -132.0 + 8 * side + rng.normal(0, 6)])
+            self.draw("kidney", hilum + np.array([side * 9.0, -5.0, 0.0]), (27, 25, 54))
+            self.draw("fat", hilum, (9, 9, 20), vary=False)
         self.draw("spleen", (-92, -28, -52), (27, 34, 50), shift=2.0)
         stomach = np.array([-56.0, 26.0, -62.0]) + rng.normal(0, 6, 3)
         size = np.array([36.0, 32.0, 42.0]) * rng.uniform(0.7, 1.2)

@@ -7,7 +7,7 @@ Every file depends on its number and the seed alone, so an interrupted writing g
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def _start(root: Path, content: dict[str, object], count: int, seed: int, name: 
         write_text(path, text)
 
 
-def _counted(count: int, title: str, progress: bool) -> Sequence[int]:
+def _counted(count: int, title: str, progress: bool) -> Iterable[int]:
     from tqdm import tqdm
 
     return tqdm(range(count), desc=title, disable=not progress)

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "weight_decay": 0.01,
     "warm_up": 30,  # steps
-    "ema_decay": 0.99,
+    "ema_decay": 0.99,  # of the running average of the weights; 0: none
     "gradient_clip": 1.0,
     "checkpoint_minutes": 2.0,
     "cache": "memory",
@@ -145,7 +145,13 @@ class _Atomic(TorchCheckpointIO):
 
 
 def train(
-    module: NetworkFit, items: torch.utils.data.Dataset, folder: Path, *, seed: int = 0, progress: bool = True
+    module: NetworkFit,
+    items: torch.utils.data.Dataset,
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    callbacks: Sequence[lightning.Callback] = (),
 ) -> tuple[dict[str, list[float]], float, float]:
     """Trains a network, from the folder's last checkpoint if there is one; it ends with its running average.
 
@@ -155,6 +161,7 @@ def train(
         folder: for checkpoints, TensorBoard and CSV logs.
         seed: of dropout and the like; the items have their own.
         progress: show Lightning's bar.
+        callbacks: further ones, such as a validation; what their `state_dict` gives comes back when a run is resumed.
 
     Returns:
         Mean losses of each epoch by name; seconds that the steps took, all runs together; seconds a step.
@@ -174,7 +181,7 @@ def train(
     last = folder / "last.ckpt"
     record = _Record(digest([s, seed]))
     folder.mkdir(parents=True, exist_ok=True)
-    begun = _take_up(last, module, record) if last.exists() else 0
+    begun = _take_up(last, module, record, callbacks) if last.exists() else 0
     if begun >= s["steps"]:
         return record.losses, record.seconds, record.seconds / max(record.steps, 1)
     lightning.seed_everything(seed, verbose=False)
@@ -198,7 +205,9 @@ def train(
                 TensorBoardLogger(folder, "tensorboard", version=""),
             ],
             callbacks=[
-                EMAWeightAveraging(decay=s["ema_decay"], use_buffers=False),  # an index table has no average
+                # An index table has no average.
+                *([EMAWeightAveraging(decay=s["ema_decay"], use_buffers=False)] if s["ema_decay"] else []),
+                *callbacks,
                 ModelCheckpoint(
                     folder,
                     filename="last",
@@ -223,8 +232,8 @@ def train(
     return record.losses, record.seconds, record.seconds / max(record.steps, 1)
 
 
-def _take_up(path: Path, module: NetworkFit, record: _Record) -> int:
-    """Checks a checkpoint, and returns its step; of a finished training, the module gets the running average."""
+def _take_up(path: Path, module: NetworkFit, record: _Record, callbacks: Sequence[lightning.Callback]) -> int:
+    """Checks a checkpoint, and returns its step; of a finished training, all get what they ended with."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state, step = content["callbacks"][record.state_key], int(content["global_step"])
@@ -235,5 +244,7 @@ def _take_up(path: Path, module: NetworkFit, record: _Record) -> int:
         raise ValueError(f"{path}: a checkpoint of other settings or another seed; delete it to train anew")
     if step >= module.settings["steps"]:
         module.load_state_dict(content["state_dict"])
-        record.load_state_dict(state)
+        for callback in (record, *callbacks):
+            if callback.state_key in content["callbacks"]:
+                callback.load_state_dict(content["callbacks"][callback.state_key])
     return step

@@ -144,6 +144,23 @@ class _Atomic(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
+class _ByTheClock(ModelCheckpoint):
+    """Saves every so many minutes, and at the end.
+
+    An epoch's last step is saved with the epoch's end, so that what callbacks do there is in the checkpoint: a run
+    that resumes from behind the last step does not come by that end again.
+    """
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *arguments)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.max_steps is not None and trainer.global_step >= trainer.max_steps:
+            self._last_time_checked = -math.inf  # always due
+        super().on_train_batch_end(trainer, pl_module, None, None, trainer.global_step)
+
+
 def train(
     module: NetworkFit,
     items: torch.utils.data.Dataset,
@@ -208,7 +225,7 @@ def train(
                 # An index table has no average.
                 *([EMAWeightAveraging(decay=s["ema_decay"], use_buffers=False)] if s["ema_decay"] else []),
                 *callbacks,
-                ModelCheckpoint(
+                _ByTheClock(
                     folder,
                     filename="last",
                     train_time_interval=datetime.timedelta(minutes=s["checkpoint_minutes"]),

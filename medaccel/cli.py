@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,26 @@ APPLY_EXAMPLES = """examples:
   medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
 """
 
+PRETRAINING_EXAMPLES = """examples:
+  medaccel pretraining run --config configs/pretraining_small.yaml
+  medaccel pretraining run --scans [LUNA16,my_cts] --preset nvidia --output runs/nvidia
+  medaccel pretraining run --config configs/pretraining_small.yaml --trainer.steps 1000 --resume
+  torchrun --nproc-per-node 4 -m medaccel.cli pretraining run --config configs/pretraining_full.yaml
+"""
+
+SEGMENTATION_EXAMPLES = """examples:
+  medaccel segmentation run --config configs/segmentation_small.yaml
+  medaccel segmentation run --config configs/segmentation_small.yaml --jobs 2
+      --select "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
+  medaccel segmentation run --config study.yaml --backend dask --scheduler tcp://10.0.0.1:8786 --jobs 8
+  medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
+"""
+
+SEGMENT_EXAMPLES = """examples:
+  medaccel segmentation apply --checkpoint runs/segmentation/cells/<cell>/best.pt ct.nii.gz spleen.nii.gz
+  medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
+"""
+
 DEMO_EXAMPLES = """examples:
   medaccel demo
   medaccel demo --output demo_run --force
@@ -65,6 +84,19 @@ def _parser(description: str, examples: str | None = None) -> ArgumentParser:
     return parser
 
 
+def _add_run_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that is there; an error where there is none"
+    )
+
+
+def _add_apply_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+    parser.add_function_arguments(function, as_positional=True, skip={"checkpoint", "force", "progress"})
+    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
 def _doctor() -> ArgumentParser:
     return _parser("Says what is installed, what is built, and which kernel serves each op on each device.")
 
@@ -81,9 +113,7 @@ def _smooth() -> ArgumentParser:
     from medaccel.smooth import smooth
 
     parser = _parser("Smooths a NIfTI file or a DICOM series with a Gaussian.", SMOOTH_EXAMPLES)
-    parser.add_function_arguments(smooth, as_positional=True, skip={"force", "progress"})
-    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    _add_apply_options(parser, smooth)
     return parser
 
 
@@ -92,10 +122,7 @@ def _restoration_run() -> ArgumentParser:
 
     parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
     parser.add_class_arguments(RunConfig)
-    parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run that is there; an error where there is none"
-    )
+    _add_run_options(parser)
     return parser
 
 
@@ -114,15 +141,46 @@ def _restoration_apply() -> ArgumentParser:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="what a fit stored, as checkpoints/<method>.pt"
     )
-    parser.add_function_arguments(apply, as_positional=True, skip={"checkpoint", "force", "progress"})
-    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    _add_apply_options(parser, apply)
+    return parser
+
+
+def _pretraining_run() -> ArgumentParser:
+    from medaccel.pretraining.config import PretrainingConfig
+
+    parser = _parser("Trains the encoder of a Swin UNETR on CT without labels, and reports.", PRETRAINING_EXAMPLES)
+    parser.add_class_arguments(PretrainingConfig)
+    _add_run_options(parser)
+    return parser
+
+
+def _segmentation_run() -> ArgumentParser:
+    from medaccel.segmentation.config import SegmentationConfig
+
+    parser = _parser(
+        "Compares initializations: pretrains, trains a grid of cells, tests them and reports.", SEGMENTATION_EXAMPLES
+    )
+    parser.add_class_arguments(SegmentationConfig)
+    _add_run_options(parser)
+    parser.add_argument("--cell", type=int, help="run this cell of the selected ones alone, from 0, and no report")
+    return parser
+
+
+def _segmentation_apply() -> ArgumentParser:
+    from medaccel.segmentation.apply import apply
+
+    parser = _parser("Segments a CT with a trained network. For research only.", SEGMENT_EXAMPLES)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="what a cell stored, as cells/<cell>/best.pt")
+    _add_apply_options(parser, apply)
     return parser
 
 
 def _demo() -> ArgumentParser:
-    parser = _parser("A small restoration study on simulated phantoms: about a minute or two.", DEMO_EXAMPLES)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser = _parser(
+        "A small restoration study, a small pretraining and a few small segmentations, all on simulated phantoms.",
+        DEMO_EXAMPLES,
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--force", action="store_true", help="start clean where the output holds a run")
     return parser
 
@@ -147,7 +205,17 @@ def build_parser() -> ArgumentParser:
     steps.add_subcommand("run", _restoration_run(), help="fit, choose on validation studies, and report")
     steps.add_subcommand("score", _restoration_score(), help="score a finished run on test studies")
     steps.add_subcommand("apply", _restoration_apply(), help="restore a PET with a fitted method")
-    commands.add_subcommand("demo", _demo(), help="a small restoration study, from phantoms to a report")
+    pretraining = _parser("Pretraining without labels, on CT.")
+    commands.add_subcommand("pretraining", pretraining, help="pretraining on CT without labels")
+    pretraining.add_subcommands(required=True, dest="step").add_subcommand(
+        "run", _pretraining_run(), help="train on scans without labels, and report"
+    )
+    segmentation = _parser("Segmentation of CT, and what pretraining does for it.")
+    commands.add_subcommand("segmentation", segmentation, help="segmentation of CT")
+    steps = segmentation.add_subcommands(required=True, dest="step")
+    steps.add_subcommand("run", _segmentation_run(), help="compare initializations in a grid of runs, and report")
+    steps.add_subcommand("apply", _segmentation_apply(), help="segment a CT with a trained network")
+    commands.add_subcommand("demo", _demo(), help="small studies, from phantoms to reports")
     return parser
 
 
@@ -158,53 +226,115 @@ def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
 
 def _call(arguments: Namespace) -> int:
     command = arguments.command
-    if command == "doctor":
-        from medaccel import doctor
+    chosen = arguments[command]
+    handler = _COMMANDS[command if "step" not in chosen else f"{command} {chosen.step}"]
+    return handler(chosen[chosen.step] if "step" in chosen else chosen) or 0
 
-        print(doctor())
-    elif command == "verify":
-        from medaccel.data.files import write_text
-        from medaccel.verify import verify
 
-        outcome = verify(devices=arguments.verify.devices, speed=arguments.verify.speed)
-        print(outcome)
-        if arguments.verify.json is not None:
-            write_text(arguments.verify.json, outcome.json(), force=True)
-        return 0 if outcome.passed else 1
-    elif command == "smooth":
-        from medaccel.smooth import smooth
+def _call_doctor(_: Namespace) -> None:
+    from medaccel import doctor
 
-        options = _options(arguments.smooth, "quiet")
-        smooth(**options, progress=not arguments.smooth.quiet)
-        print(f"written: {options['output']}")
-    elif command == "restoration" and arguments.restoration.step == "apply":
-        from medaccel.restoration.apply import apply
+    print(doctor())
 
-        options = _options(arguments.restoration.apply, "quiet")
-        for path in apply(**options, progress=not arguments.restoration.apply.quiet):
-            print(f"written: {path}")
-    elif command == "restoration" and arguments.restoration.step == "score":
-        from medaccel.restoration.config import ScoreConfig
-        from medaccel.restoration.pipeline import score
 
-        options = _options(arguments.restoration.score)
-        score(ScoreConfig(methods=tuple(options.pop("methods")), **options))
-    elif command == "restoration":
-        from medaccel.restoration.config import RunConfig
-        from medaccel.restoration.pipeline import run
+def _call_verify(arguments: Namespace) -> int:
+    from medaccel.data.files import write_text
+    from medaccel.verify import verify
 
-        options = _options(arguments.restoration.run)
-        force, resume = options.pop("force"), options.pop("resume")
-        tuples = ("methods", "also_seconds", "phantom_spacings")
-        listed: dict[str, Any] = {name: tuple(options.pop(name)) for name in tuples}
-        run(RunConfig(**listed, **options), force=force, resume=resume)
-    elif command == "demo":
-        from medaccel.restoration.config import DEMO_RUN, DEMO_TEST_PHANTOMS, ScoreConfig
-        from medaccel.restoration.pipeline import run, score
+    outcome = verify(devices=arguments.devices, speed=arguments.speed)
+    print(outcome)
+    if arguments.json is not None:
+        write_text(arguments.json, outcome.json(), force=True)
+    return 0 if outcome.passed else 1
 
-        run(dataclasses.replace(DEMO_RUN, output=arguments.demo.output), force=arguments.demo.force)
-        score(ScoreConfig(arguments.demo.output, test_phantoms=DEMO_TEST_PHANTOMS))
-    return 0
+
+def _call_smooth(arguments: Namespace) -> None:
+    from medaccel.smooth import smooth
+
+    options = _options(arguments, "quiet")
+    smooth(**options, progress=not arguments.quiet)
+    print(f"written: {options['output']}")
+
+
+def _call_restoration_run(arguments: Namespace) -> None:
+    from medaccel.restoration.config import RunConfig
+    from medaccel.restoration.pipeline import run
+
+    _run(arguments, RunConfig, run, ("methods", "also_seconds", "phantom_spacings"))
+
+
+def _call_restoration_score(arguments: Namespace) -> None:
+    from medaccel.restoration.config import ScoreConfig
+    from medaccel.restoration.pipeline import score
+
+    options = _options(arguments)
+    score(ScoreConfig(methods=tuple(options.pop("methods")), **options))
+
+
+def _call_restoration_apply(arguments: Namespace) -> None:
+    from medaccel.restoration.apply import apply
+
+    _apply(arguments, apply)
+
+
+def _call_pretraining_run(arguments: Namespace) -> None:
+    from medaccel.pretraining.config import PretrainingConfig
+    from medaccel.pretraining.pipeline import run
+
+    _run(arguments, PretrainingConfig, run, ("scans", "phantom_spacing", "spacing", "windows", "roi_size"))
+
+
+def _call_segmentation_run(arguments: Namespace) -> None:
+    from medaccel.segmentation.config import SegmentationConfig
+    from medaccel.segmentation.pipeline import run
+
+    _run(arguments, SegmentationConfig, run, ("inits", "fractions", "seeds"), ("cell",))
+
+
+def _call_segmentation_apply(arguments: Namespace) -> None:
+    from medaccel.segmentation.apply import apply
+
+    _apply(arguments, apply)
+
+
+def _call_demo(arguments: Namespace) -> None:
+    from medaccel.demo import demo
+
+    demo(arguments.output, force=arguments.force)
+
+
+_COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
+    "doctor": _call_doctor,
+    "verify": _call_verify,
+    "smooth": _call_smooth,
+    "restoration run": _call_restoration_run,
+    "restoration score": _call_restoration_score,
+    "restoration apply": _call_restoration_apply,
+    "pretraining run": _call_pretraining_run,
+    "segmentation run": _call_segmentation_run,
+    "segmentation apply": _call_segmentation_apply,
+    "demo": _call_demo,
+}
+
+
+def _run(
+    arguments: Namespace,
+    config: Callable[..., Any],
+    run: Callable[..., Any],
+    tuples: Sequence[str],
+    apart: Sequence[str] = (),
+) -> None:
+    """A pipeline's run, with its options as their class has them: the parser makes lists of tuples."""
+    options = _options(arguments)
+    others = {name: options.pop(name) for name in ("force", "resume", *apart)}
+    listed = {name: tuple(options.pop(name)) for name in tuples}
+    run(config(**listed, **options), **others)
+
+
+def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
+    options = _options(arguments, "quiet")
+    for path in apply(**options, progress=not arguments.quiet):
+        print(f"written: {path}")
 
 
 def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medaccel.data import voxel_spacing, write_text
 from medaccel.nets import load_pretrained

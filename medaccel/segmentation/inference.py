@@ -20,7 +20,9 @@ from medaccel.segmentation.metrics import largest_components
 _SLICES = 64
 
 
-def predict_probabilities(network: nn.Module, image: MetaTensor, settings: Mapping[str, Any]) -> Tensor:
+def predict_probabilities(
+    network: nn.Module, image: MetaTensor, settings: Mapping[str, Any], *, progress: bool = False
+) -> Tensor:
     """Class probabilities of a scan on the network's grid.
 
     Windows are weighted by a Gaussian and added up on the CPU; a scan that is smaller than one is padded with what
@@ -30,6 +32,7 @@ def predict_probabilities(network: nn.Module, image: MetaTensor, settings: Mappi
         network: (B, 1, i, j, k) to logits (B, classes, i, j, k); on the device that computes.
         image: (1, i, j, k), HU, of `medaccel.data.ct_transforms.canonical`.
         settings: of `medaccel.segmentation.presets.make_settings`.
+        progress: show a bar of windows.
 
     Returns:
         (classes, i, j, k), float32, on the CPU; they add up to 1.
@@ -53,6 +56,7 @@ def predict_probabilities(network: nn.Module, image: MetaTensor, settings: Mappi
                 mode="gaussian",
                 sw_device=device,
                 device="cpu",
+                progress=progress,
             )
     finally:
         network.train(before)
@@ -60,7 +64,12 @@ def predict_probabilities(network: nn.Module, image: MetaTensor, settings: Mappi
 
 
 def segment(
-    network: nn.Module, scan: Nifti1Image, settings: Mapping[str, Any], *, keep_largest: int | None = None
+    network: nn.Module,
+    scan: Nifti1Image,
+    settings: Mapping[str, Any],
+    *,
+    keep_largest: int | None = None,
+    progress: bool = False,
 ) -> Nifti1Image:
     """The label map of a scan on its own grid.
 
@@ -71,12 +80,13 @@ def segment(
         network, settings: as `predict_probabilities`.
         scan: HU, any orientation.
         keep_largest: components that are kept of each structure, 0 is all; by default as the settings say.
+        progress: show a bar of windows.
 
     Returns:
         uint8.
     """
     image = canonical(scan, settings["spacing"])["image"]
-    labels = to_grid(predict_probabilities(network, image, settings), image, scan)
+    labels = to_grid(predict_probabilities(network, image, settings, progress=progress), image, scan)
     kept = settings["keep_largest"] if keep_largest is None else keep_largest
     if kept:
         for value in np.unique(labels[labels > 0]):

@@ -76,12 +76,14 @@ def read_dataset(folder: str | Path) -> MSDDataset:
         if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
             raise ValueError(f"{path}: training holds {entry!r}; expected {{image, label}}")
         image, label = (_inside(root, entry[key], path) for key in ("image", "label"))
-        if image.name.startswith("._"):
+        if image.name.startswith("._") or label.name.startswith("._"):
             continue
         name = image.name.removesuffix(".gz").removesuffix(".nii")
         if name in cases:
             raise ValueError(f"{path}: case {name} is named twice")
         cases[name] = Case(name, image, label)
+    if not cases:
+        raise ValueError(f"{path}: training names no case but files ._*; expected a list of {{image, label}}")
     missing = [file for case in cases.values() for file in (case.image, case.label) if not file.is_file()]
     if missing:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -132,13 +134,18 @@ def _labels(content: Any, path: Path) -> dict[int, str]:
 
 
 def _inside(root: Path, name: Any, path: Path) -> Path:
-    """A file that dataset.json names, as long as it lies in the task's folder."""
+    """A file that dataset.json names, as long as it lies in the task's folder, also where links lead."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: names the file {name!r}; expected a path such as ./imagesTr/case.nii.gz")
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\\" in name or ":" in name:
         raise ValueError(f"{path}: names the file {name!r}; expected one within the task's folder")
-    return root / relative
+    file = root / relative
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{path}: names the file {name!r}, a link to {file.resolve()}; expected one within the task's folder"
+        )
+    return file
 
 
 def _short(affine: np.ndarray) -> str:

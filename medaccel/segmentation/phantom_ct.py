@@ -128,7 +128,8 @@ class PhantomCT:
     Args:
         hu: int16. organs: values of `ORGANS`, uint8. lesions: instance labels of lung lesions, uint8, 0 is none.
         affine: (4, 4), voxel indices to RAS, mm.
-        parameters: what was drawn, plain values.
+        parameters: what was drawn, plain values; "lesion_diameters_mm", in the order of the instance labels, are
+            those of spheres of the painted volumes.
     """
 
     hu: np.ndarray
@@ -309,7 +310,9 @@ class _Person:
                 continue
             self.canvas[region] += cover * (value - self.canvas[region])
             self.organs[region][inside] = ORGANS["lesion"]
-            self.diameters.append(diameter)
+            # What was painted may be wider than what was drawn, or cut off by the lung's border.
+            volume = np.count_nonzero(inside) * float(np.prod(self.spacing))
+            self.diameters.append(float((6 * volume / np.pi) ** (1 / 3)))
             self.lesions[region][inside] = len(self.diameters)
 
     def scanned(self) -> PhantomCT:

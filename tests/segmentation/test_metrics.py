@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from medaccel.segmentation.metrics import bland_altman, largest_components, score_case
+from medaccel.segmentation.metrics import bland_altman, component_voxels, largest_components, lesion_summary, score_case
 
 SPACING = (2.0, 2.0, 2.0)
 EMPTY = np.zeros((16, 16, 16), dtype=bool)
@@ -99,3 +99,24 @@ def test_agreement_of_volumes():
 def test_masks_that_do_not_fit_are_refused(arguments: tuple, message: str):
     with pytest.raises(ValueError, match=message):
         score_case(*arguments)
+
+
+def test_components_are_counted_by_size():
+    mask = cube(4, 8) | cube(10, 15)
+    assert component_voxels(mask) == [125, 64]
+    assert component_voxels(EMPTY) == []
+
+
+def test_lesions_are_summed_up_over_cases():
+    rows = [
+        score_case(cube(4, 8), cube(4, 8) | cube(10, 12), SPACING).plain(),
+        score_case(cube(4, 8) | cube(10, 12), cube(4, 8), SPACING).plain(),
+        score_case(cube(1, 3), EMPTY, SPACING).plain(),
+    ]
+    summary = lesion_summary(rows)
+    assert (summary["lesions"], summary["found"]) == (3, 2)
+    assert summary["sensitivity"] == pytest.approx(2 / 3)
+    assert summary["false_positives_per_scan"] == pytest.approx(2 / 3)
+    assert np.isnan(lesion_summary(rows[2:])["sensitivity"])
+    with pytest.raises(ValueError, match="rows is empty; expected the scores of one case or more"):
+        lesion_summary([])

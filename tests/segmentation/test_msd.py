@@ -77,6 +77,28 @@ def test_a_dataset_that_makes_no_sense_is_refused(
         read_dataset(task)
 
 
+def test_a_stray_label_is_no_case_either(task: Path):
+    (task / "labelsTr/._b.nii.gz").write_bytes(b"not an image")
+    stray = {"image": "./imagesTr/b.nii.gz", "label": "./labelsTr/._b.nii.gz"}
+    describe(task, training=[stray, entry("a")])
+    assert [case.name for case in read_dataset(task).cases] == ["a"]
+    describe(task, training=[stray])
+    with pytest.raises(ValueError, match=r"names no case but files \._\*"):
+        read_dataset(task)
+
+
+def test_links_may_not_lead_out_of_the_task(task: Path, tmp_path_factory: pytest.TempPathFactory):
+    image = task / "imagesTr/a.nii.gz"
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "secret.nii.gz"
+    image.rename(elsewhere)
+    image.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"a link to .*secret\.nii\.gz; expected one within the task's folder"):
+        read_dataset(task)
+    image.unlink()
+    image.symlink_to(task / "imagesTr/b.nii.gz")
+    assert len(read_dataset(task).cases) == 2
+
+
 def test_no_dataset_or_not_json(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"dataset.json: not found"):
         read_dataset(tmp_path)
@@ -118,7 +140,19 @@ def test_an_image_with_holes_in_its_values_is_refused(task: Path):
 
 def test_a_damaged_file_is_named(task: Path):
     image = task / "imagesTr/a.nii.gz"
-    image.write_bytes(image.read_bytes()[:60])
+    whole = image.read_bytes()
     dataset = read_dataset(task)
-    with pytest.raises(ValueError, match=r"imagesTr/a\.nii\.gz"):
+    image.write_bytes(whole[:60])
+    with pytest.raises(ValueError, match=r"imagesTr/a\.nii\.gz: truncated or corrupt gzip file"):
         load_case(dataset, dataset.cases[0])
+    image.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])  # the checksum at its end
+    with pytest.raises(ValueError, match=r"imagesTr/a\.nii\.gz: truncated or corrupt gzip file"):
+        load_case(dataset, dataset.cases[0])
+
+
+def test_an_empty_label_is_a_case(task: Path):
+    volume_of_nothing = make_nifti(np.zeros((4, 5, 6), dtype=np.uint8), AFFINE)
+    save_nifti(task / "labelsTr/a.nii.gz", volume_of_nothing, force=True)
+    dataset = read_dataset(task)
+    _, label = load_case(dataset, dataset.cases[0])
+    assert not np.asarray(label.dataobj).any()

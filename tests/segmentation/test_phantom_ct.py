@@ -64,7 +64,8 @@ def test_lesions_lie_in_the_lungs_and_carry_their_numbers():
         assert ((lesions > 0) == (person.organs == ORGANS["lesion"])).all()
         diameters = person.parameters["lesion_diameters_mm"]
         assert set(np.unique(lesions)) <= set(range(len(diameters) + 1))
-        assert all(3.0 <= d <= 30.0 for d in diameters)
+        for number, diameter in enumerate(diameters, start=1):
+            assert np.pi / 6 * diameter**3 == pytest.approx(np.count_nonzero(lesions == number) * 6.0**3)
         seen += len(diameters)
     assert seen >= 6
 

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained network on a user's own CT: the command `medaccel segmentation apply`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Image
+
+from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing, write_text
+from medaccel.data.ct import Scan, find_scans, read_scan
+from medaccel.data.dicom_write import RESEARCH_ONLY
+
+_META_IMAGE = (".mhd", ".mha")
+# A scan may have voxels that much smaller or larger than those of the training, and its body's mean that far off, HU.
+_SPACING_FACTOR = 1.5
+_BODY_MARGIN = 100.0
+_BODY_HU = -500.0
+
+
+def apply(
+    checkpoint: Path,
+    input: Path,
+    output: Path,
+    *,
+    keep_largest: int | None = None,
+    report: Path | None = None,
+    series_uid: str | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> tuple[Path, ...]:
+    """Segment one CT with a trained network. For research only.
+
+    Args:
+        checkpoint: best.pt of a cell.
+        input: a .nii, .nii.gz, .mhd or .mha file in HU, or a folder with a CT DICOM series.
+        output: a .nii or .nii.gz file: the label map, on the input's grid.
+        keep_largest: components that are kept of each structure, 0 is all; by default as in the training's settings.
+        report: a JSON file: the volume of each structure, mL, and its components; by default beside the output, with
+            its name.
+        series_uid: SeriesInstanceUID, where the folder has several series.
+        force: overwrite what exists.
+        progress: say on stderr what is done.
+
+    Returns:
+        The paths that were written: the label map and the report.
+
+    Raises:
+        ValueError: a checkpoint that is damaged, of another kind or format; an output of another format; an input
+            that is damaged or no CT; several series in the folder; `keep_largest` below 0.
+        OSError: no input or checkpoint; an output exists, or can't be written, and an old one stays as it was.
+
+    Warns:
+        UserWarning: the scan's voxels or CT numbers are unlike those of the training.
+    """
+    checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
+    if not is_nifti_name(output):
+        raise ValueError(f"{output}: the output's name must end in .nii or .nii.gz")
+    report = _beside(output) if report is None else Path(report)
+    for path in (output, report):  # what can be refused is refused before anything is read
+        check_output(path, force=force)
+    if keep_largest is not None and keep_largest < 0:
+        raise ValueError(f"keep_largest is {keep_largest}; expected 0 for all components, or how many are kept")
+    from medaccel.segmentation.checkpoint import load
+    from medaccel.segmentation.inference import segment
+
+    trained = load(checkpoint)
+    scan = read_scan(_scan(input, series_uid))
+    for sentence in _unlike(scan, trained.seen):
+        warnings.warn(f"{input}: {sentence}", stacklevel=2)
+    labels = segment(trained.network(), scan, trained.settings, keep_largest=keep_largest, progress=progress)
+    labels.header["descrip"] = f"{RESEARCH_ONLY}: labels".encode()[:79]
+    content = {
+        "input": str(input),
+        "output": str(output),
+        "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "shape": list(scan.shape),
+        "spacing_mm": list(voxel_spacing(scan)),
+        "structures": volumes(labels, trained.labels),
+    }
+    save_nifti(output, labels, force=force)
+    write_text(report, json.dumps(content, indent=1) + "\n", force=force)
+    return output, report
+
+
+def volumes(image: Nifti1Image, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Of each structure of a label map: "label", "name", "volume_ml" and its 26-connected "components".
+
+    Components are given by their volumes, mL, the largest first.
+    """
+    from medaccel.segmentation.metrics import component_voxels
+
+    values = np.asarray(image.dataobj)
+    millilitres = float(np.prod(voxel_spacing(image))) / 1000
+    rows = []
+    for value, name in sorted(names.items()):
+        if value:
+            sizes = [count * millilitres for count in component_voxels(values == value)]
+            rows.append({"label": value, "name": name, "volume_ml": sum(sizes), "components": sizes})
+    return rows
+
+
+def _beside(output: Path) -> Path:
+    """`a.json` of `a.nii.gz`."""
+    return output.with_name(output.name[: output.name.lower().rindex(".nii")] + ".json")
+
+
+def _scan(path: Path, series_uid: str | None) -> Scan:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        if is_nifti_name(path):
+            return Scan(path, "nifti")
+        if path.suffix.lower() in _META_IMAGE:
+            return Scan(path, "metaimage")
+        raise ValueError(f"{path}: expected a .nii, .nii.gz, .mhd or .mha file, or the folder of a CT DICOM series")
+    scans = find_scans(path).scans
+    if series_uid is not None:
+        scans = tuple(scan for scan in scans if scan.uid == series_uid)
+    if len(scans) != 1:
+        wanted = "" if series_uid is None else f" of the series {series_uid}"
+        found = ", ".join(scan.uid or scan.path.name for scan in scans[:3])
+        raise ValueError(
+            f"{path}: holds {len(scans)} CT scans{wanted}{f' ({found})' if found else ''}; expected one, or a "
+            "series_uid that says which"
+        )
+    return scans[0]
+
+
+def _unlike(scan: Nifti1Image, seen: Mapping[str, Any]) -> list[str]:
+    """What a user should know before trusting the labels, a sentence each."""
+    sentences = []
+    steps, extent = voxel_spacing(scan), seen["spacing_mm"]
+    low, high = min(axis[0] for axis in extent), max(axis[1] for axis in extent)
+    if min(steps) < low / _SPACING_FACTOR or max(steps) > high * _SPACING_FACTOR:
+        size = " × ".join(f"{step:g}" for step in steps)
+        sentences.append(f"has voxels of {size} mm, and the network was trained on {low:g} to {high:g} mm")
+    values = np.asarray(scan.dataobj)
+    body = values[values > _BODY_HU]
+    if not body.size:
+        sentences.append(f"nothing in it is above {_BODY_HU:g} HU (is it a CT in HU?)")
+    elif seen["body_hu"]:
+        mean, (least, most) = float(body.mean()), seen["body_hu"]
+        if not least - _BODY_MARGIN <= mean <= most + _BODY_MARGIN:
+            sentences.append(
+                f"the body's mean is {mean:.0f} HU, and the network was trained on {least:.0f} to {most:.0f} HU "
+                "(is it a CT in HU?)"
+            )
+    return sentences

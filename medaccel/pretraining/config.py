@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `medaccel pretraining run` is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medaccel.pretraining.names import PRESETS, TASK_NAMES
+from medaccel.training.digest import digest
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """Options of a pretraining; the same options give the same weights.
+
+    Args:
+        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        scans: folders of CT scans, with folders below them: NIfTI, LUNA16's .mhd, DICOM series. Phantoms by default.
+        phantoms: how many phantom CTs are made where there are no `scans`.
+        phantom_spacing: of those, mm.
+        spacing: that all scans are brought to, mm, from left to right, back to front and up.
+        windows: lower and upper HU that become 0 and 1; one of them is drawn for each item.
+        roi_size: voxels of a view: multiples of 32, one of them 64 or more.
+        preset: a set of tasks: nvidia (inpainting, rotation and instance contrast), instance, instance_pixel,
+            pixpro, all.
+        tasks: weights by task (inpainting, rotation, instance, pixel, pixpro), instead of the preset's.
+        settings: of tasks, by name, where they differ from the defaults: '{pixel: {level: decoder3}}'.
+        network: of the Swin UNETR: feature_size and other options of `medaccel.nets.SwinUNETR`.
+        views: of the two views, where they differ from the defaults of `medaccel.data.TwoViews`: '{flip: 0}'.
+        trainer: steps, batch_size (pairs of views), learning_rate, accelerator, strategy, precision and the other
+            settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
+        seed: of everything.
+        held_out: share of the scans, at least one, that are trained on never and evaluated on.
+        skip_limit: share of the scans that may be unreadable; they are listed in scans.json.
+        cache_folder: where scans are kept as they are trained on; by default in the output. Runs on the same scans
+            can share one.
+    """
+
+    output: Path = Path("runs/pretraining")
+    scans: tuple[Path, ...] = ()
+    phantoms: int = 200
+    phantom_spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)
+    spacing: tuple[float, float, float] = (1.5, 1.5, 2.0)
+    windows: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0),)
+    roi_size: tuple[int, int, int] = (96, 96, 96)
+    preset: str = "instance_pixel"
+    tasks: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    views: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    held_out: float = 0.1
+    skip_limit: float = 0.1
+    cache_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        unknown = [name for name in self.tasks if name not in TASK_NAMES]
+        if unknown:
+            raise ValueError(f"tasks names {unknown}; expected some of {', '.join(TASK_NAMES)}")
+        for name, weight in self.tasks.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"tasks: the weight of {name} is {weight}; expected a number above 0")
+        unknown = [name for name in self.settings if name not in TASK_NAMES]
+        if unknown:
+            raise ValueError(f"settings names {unknown}; expected some of {', '.join(TASK_NAMES)}")
+        roi = self.roi_size
+        if len(roi) != 3 or max(roi) < 64 or any(n < 1 or n % 32 for n in roi):
+            raise ValueError(
+                f"roi_size is {list(roi)}; expected three multiples of 32 voxels, one of them 64 or more"
+            )
+        for name in ("spacing", "phantom_spacing"):
+            steps = getattr(self, name)
+            if len(steps) != 3 or not all(0 < step < math.inf for step in steps):
+                raise ValueError(f"{name} is {list(steps)}; expected three sizes in mm above 0")
+        if not self.windows:
+            raise ValueError("windows is empty; expected at least one pair of HU")
+        for limits in self.windows:
+            if len(limits) != 2 or not limits[0] < limits[1]:
+                raise ValueError(f"windows holds {list(limits)}; expected two increasing numbers of HU")
+        if not self.scans and self.phantoms < 2:
+            raise ValueError(
+                f"phantoms is {self.phantoms} and there are no scans; expected at least 2, one of them to evaluate on"
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; expected a share in (0, 1)")
+        if not 0 <= self.skip_limit <= 1:
+            raise ValueError(f"skip_limit is {self.skip_limit}; expected a share from 0 to 1")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the tasks, by name: `tasks`, or else the preset's."""
+        return dict(self.tasks or PRESETS[self.preset])
+
+    @property
+    def title(self) -> str:
+        """The preset's name, or the tasks'."""
+        return " + ".join(self.tasks) if self.tasks else self.preset
+
+    def plain(self) -> dict[str, Any]:
+        """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
+        values = dataclasses.asdict(self)
+        # Where things lie is no part of what they are.
+        del values["output"], values["cache_folder"]
+        values["scans"] = [str(Path(path).resolve()) for path in self.scans]
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+    def digest(self) -> str:
+        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        return digest(self.plain())
+
+    @classmethod
+    def of(cls, output: Path, plain: Mapping[str, Any]) -> PretrainingConfig:
+        """What `plain` gave, in a folder.
+
+        Raises:
+            ValueError: options that this version does not know.
+        """
+        values = dict(plain)
+        values["scans"] = tuple(Path(path) for path in values.get("scans", ()))
+        for name in ("spacing", "phantom_spacing", "roi_size"):
+            if name in values:
+                values[name] = tuple(values[name])
+        if "windows" in values:
+            values["windows"] = tuple(tuple(limits) for limits in values["windows"])
+        try:
+            return cls(output=output, **values)
+        except TypeError as error:
+            raise ValueError(f"{output / 'config.yaml'}: holds options that are unknown ({error})") from error

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well each task was learnt, on scans that were never trained on, each figure with its chance level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medaccel.data.ct_transforms import window
+from medaccel.losses import default_radius, pixel_centres
+from medaccel.pretraining.data import Volumes
+from medaccel.pretraining.harmonic import harmonic_fill
+from medaccel.pretraining.items import Items
+from medaccel.pretraining.network import PretrainingNet
+from medaccel.pretraining.tasks import Task
+from medaccel.pretraining.tasks.inpainting import Inpainting
+from medaccel.pretraining.tasks.instance import Instance
+from medaccel.pretraining.tasks.pixels import PixelContrast, PixPro
+from medaccel.pretraining.tasks.rotation import Rotation
+
+# Held-out items have numbers of their own.
+_FIRST_ITEM = 1 << 40
+_BODY_HU = -500.0
+PAIRS = 64
+INPAINTED = 16
+PIXEL_PAIRS = 16
+
+
+@dataclass
+class HeldOut:
+    """Figures by task, plain values, and pictures of one item.
+
+    Args:
+        figures: by task. Of each: what was measured, "chance" or what it is compared with, "target" that the study
+            asks for, "reached".
+        pictures: arrays (i, j, k) by name.
+    """
+
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def evaluate(
+    net: PretrainingNet,
+    tasks: Sequence[Task],
+    volumes: Volumes,
+    *,
+    windows: Sequence[Sequence[float]],
+    roi_size: Sequence[int],
+    views: Mapping[str, Any],
+    seed: int = 0,
+    pairs: int = PAIRS,
+) -> HeldOut:
+    """Each task's figure on held-out scans; where a task needs a window, it is the first.
+
+    Args:
+        net: as trained, on any device.
+        tasks: its tasks.
+        volumes: held out.
+        windows, roi_size, views: as trained with.
+        seed: of crops and views.
+        pairs: of views for instance retrieval. Where there are fewer scans, some give several pairs, and one of
+            another pair of the same scan counts as wrong; the others' figures are of at most 16 scans or 64 crops.
+    """
+    device = next(net.parameters()).device
+    result = HeldOut()
+    with _evaluating(net):
+        for task in tasks:
+            if isinstance(task, Rotation):
+                result.figures[task.name] = rotation_accuracy(net, task, volumes, windows[0], seed, device)
+            elif isinstance(task, Inpainting):
+                result.figures[task.name], pictures = inpainting_error(net, task, volumes, windows[0], seed, device)
+                result.pictures.update(pictures)
+        retrieving = [task for task in tasks if isinstance(task, Instance | PixelContrast | PixPro)]
+        if retrieving:
+            # Views as in training, less the holes of inpainting: it isn't among the tasks here.
+            items = Items(volumes, retrieving, windows=windows[:1], roi_size=roi_size, views=views, seed=seed)
+            drawn = [
+                items.item(n % len(volumes), np.random.default_rng([seed, _FIRST_ITEM + n])) for n in range(pairs)
+            ]
+            result.pictures.update({name: drawn[0][name][0].numpy() for name in ("view1", "view2")})
+            for task in retrieving:
+                if isinstance(task, Instance):
+                    result.figures[task.name] = instance_retrieval(net, task, drawn, min(pairs, len(volumes)), device)
+                else:
+                    result.figures[task.name] = pixel_retrieval(net, task, drawn[:PIXEL_PAIRS], windows[0], device)
+    return result
+
+
+def rotation_accuracy(
+    net: PretrainingNet, task: Rotation, volumes: Volumes, limits: Sequence[float], seed: int, device: torch.device
+) -> dict[str, Any]:
+    """The share of right answers for a crop of each scan (of 64 at most), in all four rotations."""
+    right = []
+    for number in range(min(len(volumes), PAIRS)):
+        rng = np.random.default_rng([seed, _FIRST_ITEM + number])
+        crop = task.crop(window(volumes[number].as_tensor(), limits), rng)
+        turned = torch.stack([task.turned(crop, turns) for turns in range(4)]).to(device)
+        right.append((task.logits(net, turned).argmax(dim=1).cpu() == torch.arange(4)).float())
+    accuracy = float(torch.cat(right).mean())
+    return {
+        "accuracy": accuracy,
+        "chance": 0.25,
+        "crops": 4 * len(right),
+        "target": 0.9,
+        "reached": accuracy >= 0.9,
+    }
+
+
+def inpainting_error(
+    net: PretrainingNet, task: Inpainting, volumes: Volumes, limits: Sequence[float], seed: int, device: torch.device
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Mean |error| in HU on the hidden voxels of the body, the network's and the harmonic fill's.
+
+    Crops are as they were scanned: neither turned nor changed in intensity. Body: above −500 HU.
+    """
+    width = float(limits[1]) - float(limits[0])
+    cropper = _Crop(task.roi_size)
+    errors: dict[str, list[float]] = {"network": [], "harmonic": [], "mean": []}
+    pictures: dict[str, np.ndarray] = {}
+    for number in range(min(len(volumes), INPAINTED)):
+        rng = np.random.default_rng([seed, _FIRST_ITEM + number])
+        hu = cropper(volumes[number].as_tensor(), rng)
+        truth = window(hu, limits)
+        mask, view = task.hide(truth, rng)
+        prediction = net.heads[task.name](net.features(view[None].to(device), {task.level})[task.level])
+        filled = torch.where(mask, prediction[0].float().cpu(), truth)[0].numpy()
+        harmonic = harmonic_fill(view[0].numpy(), mask[0].numpy())
+        body = (mask & (hu > _BODY_HU))[0].numpy()
+        if not body.any():
+            continue
+        inside = truth[0].numpy()[body]
+        outside = truth[0][(~mask & (hu > _BODY_HU))[0]]
+        for name, values in (
+            ("network", filled[body]),
+            ("harmonic", harmonic[body]),
+            ("mean", outside.mean().item()),
+        ):
+            errors[name].append(width * float(np.abs(values - inside).mean()))
+        if not pictures:
+            pictures = {
+                "inpainting: input": view[0].numpy(),
+                "inpainting: network": filled,
+                "inpainting: harmonic": harmonic,
+                "inpainting: truth": truth[0].numpy(),
+            }
+    network, harmonic_error, mean = (float(np.mean(errors[name])) for name in ("network", "harmonic", "mean"))
+    return {
+        "error_hu": network,
+        "harmonic_hu": harmonic_error,
+        "chance": mean,
+        "better_in": int(np.sum(np.less(errors["network"], errors["harmonic"]))),
+        "scans": len(errors["network"]),
+        "target": harmonic_error,
+        "reached": network < harmonic_error,
+    }, pictures
+
+
+def instance_retrieval(
+    net: PretrainingNet, task: Instance, drawn: Sequence[Mapping[str, Tensor]], scans: int, device: torch.device
+) -> dict[str, Any]:
+    """How often the second view nearest to a first one is its own, and the other way round."""
+    embedded = []
+    for item in drawn:
+        views = torch.stack([item["view1"], item["view2"]]).to(device)
+        embedded.append(F.normalize(task.embed(net, net.features(views, task.view_levels)), dim=1).cpu())
+    both = torch.stack(embedded)  # (pairs, 2, C)
+    cosines = both[:, 0] @ both[:, 1].T
+    own = torch.arange(len(both))
+    right = torch.stack([cosines.argmax(dim=1) == own, cosines.argmax(dim=0) == own]).float()
+    top1 = float(right.mean())
+    return {
+        "top1": top1,
+        "chance": 1 / len(both),
+        "pairs": len(both),
+        "scans": scans,
+        "target": 0.8,
+        "reached": top1 >= 0.8,
+    }
+
+
+def pixel_retrieval(
+    net: PretrainingNet,
+    task: PixelContrast | PixPro,
+    drawn: Sequence[Mapping[str, Tensor]],
+    limits: Sequence[float],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The share of pixels whose most alike pixel of the other view lies within the radius, in both directions.
+
+    Counted are pixels that have one there at all. "body": those whose mean over the view's voxels is above −500 HU,
+    which leaves out the air, where all places look alike.
+    """
+    level = (_BODY_HU - float(limits[0])) / (float(limits[1]) - float(limits[0]))
+    found: dict[str, list[Tensor]] = {"all": [], "body": [], "chance": []}
+    for item in drawn:
+        views = torch.stack([item["view1"], item["view2"]]).to(device)
+        projected = task.project(net, net.features(views, {task.level})).cpu()
+        affines = task.affines({key: item[key][None] for key in ("affine1", "affine2")}, projected)
+        radius = float(default_radius(*affines)) if task.radius is None else task.radius
+        size = tuple(projected.shape[2:])
+        at = [pixel_centres(size, affine)[0] for affine in affines]
+        rows = [F.normalize(p.flatten(1).T, dim=1) for p in projected]
+        body = [F.adaptive_avg_pool3d(v[None].cpu(), size).flatten() > level for v in views]
+        for a, b in ((0, 1), (1, 0)):
+            near = (at[a][:, None] - at[b][None]).square().sum(dim=2) < radius**2
+            counted = near.any(dim=1)
+            nearest = (rows[a] @ rows[b].T).argmax(dim=1)
+            right = near.gather(1, nearest[:, None])[:, 0].float()
+            found["all"].append(right[counted])
+            found["body"].append(right[counted & body[a]])
+            found["chance"].append(near[counted & body[a]].float().mean(dim=1))
+    every, inside, chance = (float(torch.cat(found[name]).mean()) for name in ("all", "body", "chance"))
+    return {
+        "share": every,
+        "share_in_body": inside,
+        "chance": chance,
+        "pairs": len(drawn),
+        "target": 0.6,
+        "reached": inside >= 0.6,
+    }
+
+
+class _Crop:
+    """The middle of a volume in a view's size, moved at random where there is room; padded with air."""
+
+    def __init__(self, roi_size: Sequence[int]) -> None:
+        from monai.transforms import RandSpatialCrop, SpatialPad
+
+        self.pad = SpatialPad(roi_size, mode="constant", value=-1024.0)
+        self.crop = RandSpatialCrop(roi_size, random_size=False)
+
+    def __call__(self, hu: Tensor, rng: np.random.Generator) -> Tensor:
+        self.crop.set_random_state(seed=int(rng.integers(2**31)))
+        return torch.as_tensor(self.crop(self.pad(hu))).as_subclass(Tensor)
+
+
+@contextmanager
+def _evaluating(net: torch.nn.Module) -> Iterator[None]:
+    """Without gradients, and as the network was afterwards."""
+    training = net.training
+    net.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        net.train(training)

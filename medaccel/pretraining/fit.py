@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weighted sum of the tasks' losses, for `medaccel.training.fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel.pretraining.network import PretrainingNet
+from medaccel.pretraining.tasks import Step, Task
+from medaccel.training import ranks
+from medaccel.training.fit import TRAINING, NetworkFit
+
+#: `TRAINING`'s, as pretraining has them: the last weights are kept, not a running average.
+DEFAULTS: Mapping[str, Any] = {**TRAINING, "ema_decay": 0.0, "batch_size": 4, "learning_rate": 1e-3}
+
+
+class PretrainingFit(NetworkFit):
+    """Both views of all items pass through the backbone as one batch: its norms are a sample's own, so that changes
+    nothing, and only the levels that some task asks for are computed.
+
+    Args:
+        network: with the tasks' heads.
+        tasks: in its order.
+        weights: of their losses, by name.
+        settings: `DEFAULTS`' keys.
+    """
+
+    def __init__(
+        self,
+        network: PretrainingNet,
+        tasks: Sequence[Task],
+        weights: Mapping[str, float],
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(network, settings)
+        self.tasks, self.weights = list(tasks), dict(weights)
+        self.levels = frozenset().union(*(task.view_levels for task in tasks))
+
+    def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+        net = self.network
+        assert isinstance(net, PretrainingNet)
+        maps: dict[str, Tensor] = {}
+        if self.levels:
+            maps = net.features(torch.cat([batch["view1"], batch["view2"]]), self.levels)
+        step = Step(net, maps, batch, min(self.global_step / self.settings["steps"], 1.0))
+        terms: dict[str, Tensor] = {}
+        for task in self.tasks:
+            terms.update(task.losses(step))
+        total = torch.stack([weight * terms[name].float() for name, weight in self.weights.items()]).sum()
+        return {"loss": total, **terms}
+
+
+def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A training's settings: `DEFAULTS`, and what was given.
+
+    Raises:
+        ValueError: a setting that is unknown, a cache that there is none of, counts below 1.
+    """
+    unknown = set(trainer) - set(DEFAULTS)
+    if unknown:
+        raise ValueError(f"trainer names {sorted(unknown)}; expected some of {', '.join(sorted(DEFAULTS))}")
+    settings = {**DEFAULTS, **trainer}
+    if settings["cache"] not in ("memory", "disk"):
+        raise ValueError(f"trainer: cache is {settings['cache']!r}; expected 'memory' or 'disk'")
+    for key in ("steps", "steps_per_epoch", "batch_size"):
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            raise ValueError(f"trainer: {key} is {settings[key]!r}; expected a whole number >= 1")
+    if settings["steps"] % settings["steps_per_epoch"]:
+        raise ValueError(
+            f"trainer: steps is {settings['steps']}; expected a multiple of steps_per_epoch, "
+            f"{settings['steps_per_epoch']}"
+        )
+    if settings["batch_size"] % max(ranks.world_size(), 1):
+        raise ValueError(
+            f"trainer: batch_size is {settings['batch_size']}; expected a multiple of the {ranks.world_size()} "
+            "processes that share it"
+        )
+    return settings

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step sees: numbered items of two views with their geometry, and of what the tasks add.
+
+Item n is the same whatever the number of workers and processes, and whenever it is drawn: its random numbers come
+from (seed, n) alone. So a run that was killed goes on with the items that it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, RandCoarseDropout, RandGaussianNoise
+from torch import Tensor
+
+from medaccel.data.ct_transforms import window
+from medaccel.data.views import TwoViews, intensity_transforms
+from medaccel.pretraining.data import Volumes
+from medaccel.pretraining.tasks import Task
+
+
+class Items(torch.utils.data.Dataset):
+    """Endless numbered items.
+
+    A view is a window of HU, 0 … 1, cut, turned and scaled by `medaccel.data.TwoViews`, with its changes of
+    intensity; outside the scan there is 0. Where inpainting is among the tasks, its blocks take the place of
+    `TwoViews`' own, and what it is to give back is the view before noise is added.
+
+    Args:
+        volumes: what items are drawn from.
+        tasks: that the items are for.
+        windows: HU limits; an item has one of them, both views the same.
+        roi_size: voxels of a view.
+        views: options of `medaccel.data.TwoViews`.
+        seed: with an item's number, of all that is random in it.
+
+    Raises:
+        ValueError: options that `TwoViews` does not take.
+    """
+
+    def __init__(
+        self,
+        volumes: Volumes,
+        tasks: Sequence[Task],
+        *,
+        windows: Sequence[Sequence[float]],
+        roi_size: Sequence[int],
+        views: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.volumes, self.tasks, self.seed = volumes, list(tasks), seed
+        self.windows = [(float(low), float(high)) for low, high in windows]
+        self.paired = any(task.view_levels for task in tasks)
+        self.restores = any(task.name == "inpainting" for task in tasks)
+        changes = intensity_transforms(roi_size)
+        hidden = (RandCoarseDropout, RandGaussianNoise) if self.restores else ()
+        try:
+            self.views = TwoViews(
+                roi_size, intensity=[c for c in changes if not isinstance(c, hidden)], **dict(views or {})
+            )
+        except TypeError as error:
+            raise ValueError(f"views is {dict(views or {})}; expected options of TwoViews ({error})") from error
+        self.noise = Compose([c for c in changes if isinstance(c, RandGaussianNoise)])
+
+    def __len__(self) -> int:
+        return 1 << 62  # as many as are asked for
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        return self.item(int(rng.integers(len(self.volumes))), rng)
+
+    def item(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        """An item of one volume.
+
+        Returns:
+            "view1", "view2" (1, *roi_size), "affine1", "affine2" (4, 4), where a task needs views; and what the tasks
+            add.
+        """
+        volume = self.volumes[number]
+        limits = self.windows[int(rng.integers(len(self.windows)))]
+        image = window(volume.as_tensor(), limits)
+        item: dict[str, Tensor] = {}
+        if self.paired:
+            self.views.set_random_state(seed=int(rng.integers(2**31)))
+            item = self.views(MetaTensor(image, affine=volume.affine))
+            if self.restores:
+                self.noise.set_random_state(seed=int(rng.integers(2**31)))
+                for n in (1, 2):
+                    item[f"clean{n}"] = item[f"view{n}"]
+                    item[f"view{n}"] = self.noise(item[f"view{n}"])
+        # MONAI's transforms give MetaTensors; what follows needs no more than the affines, which are apart.
+        item = {key: value.as_subclass(Tensor) for key, value in item.items()}
+        for task in self.tasks:
+            task.prepare(item, image, rng)
+        return item

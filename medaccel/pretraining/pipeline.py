@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`medaccel pretraining run`: prepare scans, train, evaluate on held-out ones, write weights and a report.
+
+config.yaml             the options
+scans/                  phantoms, where no scans were given
+cache/                  scans as they are trained on, unless another folder was named
+scans.json              what was trained on, held out, skipped, found twice
+training/               logs, and what an interrupted training goes on from
+checkpoints/weights.pt  the backbone's trained tensors, for `medaccel.nets.load_pretrained`
+metrics.json|csv, report.html
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from medaccel.data.files import atomic_path, write_text
+from medaccel.pretraining.config import PretrainingConfig
+from medaccel.training import ranks
+
+Say = Callable[[str], None]
+GENERATED = ("scans", "training", "checkpoints")
+REPORT = "report.html"
+
+
+def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
+    """Pretrains, evaluates on held-out scans and writes a report; a finished run of these options is left as it is.
+
+    Under `torchrun` all processes train together; the first one does everything else.
+
+    Args:
+        config: the options.
+        force: start clean where the folder holds a run with other options, or a finished one.
+        resume: refuse a folder that holds no run. (One that holds this run is taken up in any case.)
+        say: told what happens, a line at a time.
+
+    Returns:
+        The path of report.html; beside it is `weights(output)`.
+
+    Raises:
+        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
+    """
+    from medaccel.pretraining.data import Scans, Volumes, prepare
+    from medaccel.pretraining.evaluation import evaluate
+    from medaccel.pretraining.fit import PretrainingFit, settings_of
+    from medaccel.pretraining.items import Items
+    from medaccel.pretraining.network import PretrainingNet
+    from medaccel.pretraining.report import write_report
+    from medaccel.pretraining.tasks import make_tasks
+    from medaccel.training.fit import train
+
+    settings = settings_of(config.trainer)
+    tasks = make_tasks(list(config.weights), config.settings, config.roi_size)
+    torch.manual_seed(config.seed)  # of the weights
+    try:
+        net = PretrainingNet(tasks, **config.network)
+    except TypeError as error:
+        raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
+    ranks.join(str(settings["accelerator"]))
+    folder, report = config.output, config.output / REPORT
+    cache = folder / "cache" if config.cache_folder is None else config.cache_folder
+    with ranks.first_process() as first:
+        if first:
+            _start(config, force, resume, say)
+    if report.exists():
+        say(f"{folder}: pretrained before")
+        ranks.leave()
+        return report
+    with ranks.first_process() as first:
+        if first:
+            sources = list(config.scans) or [_phantoms(config)]
+            say("scans: reading what is not in the cache")
+            found = prepare(
+                sources,
+                cache,
+                config.spacing,
+                held_out=config.held_out,
+                skip_limit=config.skip_limit,
+                seed=config.seed,
+                workers=settings["num_workers"],
+            )
+            write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
+    plain = json.loads((folder / "scans.json").read_text(encoding="utf-8"))
+    scans = Scans.of(plain, cache)
+    items = Items(
+        Volumes(scans.training, settings["cache"]),
+        tasks,
+        windows=config.windows,
+        roi_size=config.roi_size,
+        views=config.views,
+        seed=config.seed,
+    )
+    if ranks.rank() == 0:
+        say(f"pretraining ({config.title}) on {len(scans.training)} scans; {len(scans.held_out)} held out")
+    fit = PretrainingFit(net, tasks, config.weights, settings)
+    losses, seconds, per_step = train(fit, items, folder / "training", seed=config.seed)
+    if ranks.rank() != 0:
+        ranks.leave()
+        return report
+    say("evaluating on held-out scans")
+    held_out = evaluate(
+        net,
+        tasks,
+        Volumes(scans.held_out, "disk"),
+        windows=config.windows,
+        roi_size=config.roi_size,
+        views=config.views,
+        seed=config.seed,
+    )
+    metrics: dict[str, Any] = {
+        "tasks": config.weights,
+        "held_out": held_out.figures,
+        "scans": {name: len(entries) for name, entries in plain.items()},
+        "steps": settings["steps"],
+        "seconds": round(seconds, 2),
+        "seconds_per_step": round(per_step, 4),
+        "parameters": sum(p.numel() for p in net.backbone.parameters() if p.requires_grad),
+        "losses": losses,
+    }
+    _save_weights(weights(folder), config, net.trained_state(), metrics)
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n", force=True)
+    write_text(folder / "metrics.csv", _csv(losses), force=True)
+    write_report(report, config, metrics, held_out, plain)  # the last file: where it is, the run has ended
+    say(f"weights: {weights(folder).resolve()}")
+    say(f"report: {report.resolve()}")
+    ranks.leave()
+    return report
+
+
+def weights(output: Path) -> Path:
+    """Where a run leaves its weights."""
+    return output / "checkpoints" / "weights.pt"
+
+
+def _start(config: PretrainingConfig, force: bool, resume: bool, say: Say) -> None:
+    """Makes the folder, or takes up the run that it holds; says which."""
+    folder, record = config.output, config.output / "config.yaml"
+    now = config.plain()
+    if record.exists():
+        before = {} if force else _read(record)
+        if before == now:
+            if not (folder / REPORT).exists():
+                say(f"{folder}: resuming the run that is there (the same options); --force starts clean")
+            return
+        if not force:
+            differing = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+            raise ValueError(
+                f"{folder} holds a run with other options ({', '.join(differing)} differ); choose another --output, "
+                "or --force to start clean"
+            )
+        say(f"{folder}: starting clean (--force); what the earlier run made is removed")
+        for name in GENERATED:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (REPORT, "metrics.json", "metrics.csv", "scans.json"):
+            (folder / name).unlink(missing_ok=True)
+    elif resume:
+        raise ValueError(f"{folder} holds no run to resume (no config.yaml)")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run (no config.yaml); choose another --output")
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"the output folder can't be made: {error.strerror}", str(folder)) from error
+    write_text(record, yaml.safe_dump(now, sort_keys=False, allow_unicode=True), force=True)
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{record}: can't be read ({error}); --force starts clean") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{record}: holds no options; --force starts clean")
+    return values
+
+
+def _phantoms(config: PretrainingConfig) -> Path:
+    """The folder of the pool, which is written where it isn't there."""
+    from medaccel.segmentation.phantom_task import write_pool
+
+    folder = config.output / "scans"
+    write_pool(folder, config.phantoms, seed=config.seed, spacing=config.phantom_spacing)
+    return folder
+
+
+def _save_weights(
+    path: Path, config: PretrainingConfig, state: Mapping[str, torch.Tensor], metrics: Mapping[str, Any]
+) -> None:
+    content = {
+        "state_dict": dict(state),
+        "pretraining": {
+            "options": config.plain(),
+            "tasks": metrics["tasks"],
+            "steps": metrics["steps"],
+            "held_out": metrics["held_out"],
+        },
+    }
+    with atomic_path(path, force=True) as temporary:
+        torch.save(content, temporary)
+
+
+def _csv(losses: Mapping[str, list[float]]) -> str:
+    """Mean losses, a line an epoch."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["epoch", *losses])
+    writer.writerows([number + 1, *values] for number, values in enumerate(zip(*losses.values(), strict=True)))
+    return text.getvalue()

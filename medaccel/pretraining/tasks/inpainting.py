@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inpainting: blocks of both views are filled with noise, and the network gives back what was there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from monai.networks.utils import pixelshuffle
+from torch import Tensor, nn
+
+from medaccel.nets import SwinUNETR
+from medaccel.pretraining.network import STRIDES, channels, check_level
+from medaccel.pretraining.tasks.base import Step, Task
+
+
+def cut_out(shape: tuple[int, ...], share: float, sides: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A mask of blocks, True within.
+
+    Args:
+        shape: of the view.
+        share: of its voxels that may be masked, at most.
+        sides: range of a block's side, as a share of the view's.
+        rng: what is drawn from.
+
+    Returns:
+        bool, of that shape; blocks are laid until the next one would exceed the share.
+    """
+    mask = np.zeros(shape, dtype=bool)
+    while True:
+        size = [max(1, round(n * rng.uniform(*sides))) for n in shape]
+        start = [int(rng.integers(n - s + 1)) for n, s in zip(shape, size, strict=True)]
+        block = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
+        if mask.sum() + np.count_nonzero(~mask[block]) > share * mask.size:
+            return mask
+        mask[block] = True
+
+
+class Reconstruction(nn.Module):
+    """(B, C, *spatial) to (B, 1, *(spatial · stride)): a channel for each voxel of a pixel, shuffled into place."""
+
+    def __init__(self, channels: int, stride: int, hidden: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.layers = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU(), nn.Conv3d(hidden, stride**3, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return pixelshuffle(self.layers(features), 3, self.stride)
+
+
+class Inpainting(Task):
+    """Blocks of 5 to 25 % of each side, at most 30 % of a view, become noise; L1 to what was there.
+
+    As in the published Swin UNETR pretraining (Tang et al., CVPR 2022), both views are cut out, so that the other
+    tasks see the holes too and the backbone runs once for all. The view is predicted at `level` by 1 × 1 × 1
+    convolutions and a pixel shuffle: finer blocks of the U-Net, the costly ones, are not computed.
+
+    Settings: `level` (default "decoder2", stride 4), `share` masked, `sides` of blocks, `on` ("masked": the loss is
+    taken there; "all"), `hidden` channels of the head.
+    """
+
+    name = "inpainting"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "level": "decoder2",
+        "share": 0.3,
+        "sides": [0.05, 0.25],
+        "on": "masked",
+        "hidden": 64,
+    }
+
+    def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
+        super().__init__(settings, roi_size)
+        self.level = check_level("inpainting: level", self.settings["level"])
+        self.share = self.number("share", 0, 0.9)
+        sides = self.settings["sides"]
+        if not isinstance(sides, list | tuple) or len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
+            raise ValueError(f"inpainting: sides is {sides!r}; expected two shares, 0 < smallest <= largest <= 1")
+        self.sides = (float(sides[0]), float(sides[1]))
+        if self.settings["on"] not in ("masked", "all"):
+            raise ValueError(f"inpainting: on is {self.settings['on']!r}; expected 'masked' or 'all'")
+        self.count("hidden")
+
+    @property
+    def view_levels(self) -> frozenset[str]:
+        return frozenset({self.level})
+
+    def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
+        return Reconstruction(channels(self.level, feature_size), STRIDES[self.level], self.settings["hidden"])
+
+    def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:
+        for number in (1, 2):
+            view = item[f"view{number}"]
+            item[f"target{number}"] = item.pop(f"clean{number}", view)
+            item[f"mask{number}"], item[f"view{number}"] = self.hide(view, rng)
+
+    def hide(self, view: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The mask of a view (1, *roi_size), and the view with noise from 0 to 1 within."""
+        mask = torch.from_numpy(cut_out(tuple(view.shape[1:]), self.share, self.sides, rng))[None]
+        noise = torch.from_numpy(rng.random(view.shape, dtype=np.float32))
+        return mask, torch.where(mask, noise, view)
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        target, mask = (torch.cat([step.batch[f"{name}{n}"] for n in (1, 2)]) for name in ("target", "mask"))
+        distance = (step.net.heads[self.name](step.maps[self.level]).float() - target).abs()
+        if self.settings["on"] == "all":
+            return {self.name: distance.mean()}
+        # A mean of each view, so that all items count alike whatever their holes.
+        inside = (distance * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
+        return {self.name: inside.mean()}

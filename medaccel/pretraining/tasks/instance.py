@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instance contrast: which view is of the same scan?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from medaccel.nets import SwinUNETR
+from medaccel.ops import info_nce_loss, nt_xent_loss
+from medaccel.pretraining.network import channels, mean_over_pixels
+from medaccel.pretraining.tasks.base import Step, Task, process_group
+
+_LEVEL = "encoder4"
+
+
+class Instance(Task):
+    """NT-Xent on the mean of the transformer's last map, through two layers; the negatives are all processes'.
+
+    Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
+    two views, in nats, which can't say more than log N, N the items of a step.
+
+    Settings: `temperature` (default 0.5), `dimensions` of the embedding (128).
+    """
+
+    name = "instance"
+    defaults: ClassVar[Mapping[str, Any]] = {"temperature": 0.5, "dimensions": 128}
+
+    def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
+        super().__init__(settings, roi_size)
+        self.temperature = self.number("temperature", 0)
+        self.count("dimensions")
+
+    @property
+    def view_levels(self) -> frozenset[str]:
+        return frozenset({_LEVEL})
+
+    def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
+        width = channels(_LEVEL, feature_size)
+        return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.settings["dimensions"]))
+
+    def embed(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
+        """(B, dimensions) of views' maps."""
+        embedding: Tensor = net.heads[self.name](mean_over_pixels(maps[_LEVEL])).float()
+        return embedding
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        first, second = self.embed(step.net, step.maps).chunk(2)
+        group = process_group()
+        loss = nt_xent_loss(first, second, temperature=self.temperature, group=group)
+        with torch.no_grad():
+            _, bound = info_nce_loss(
+                first.detach(), second.detach(), temperature=self.temperature, group=group, return_bound=True
+            )
+        return {self.name: loss, "mutual_information_bound": bound}

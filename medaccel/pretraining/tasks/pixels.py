@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks on pixels of feature maps: contrast between places, and PixPro's consistency."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medaccel.data.views import feature_affine
+from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss
+from medaccel.nets import SwinUNETR
+from medaccel.ops import pixel_propagation
+from medaccel.pretraining.network import channels, check_level, features
+from medaccel.pretraining.tasks.base import Step, Task
+
+#: PixPro's momentum in the first step; it rises to 1.
+FIRST_MOMENTUM = 0.99
+
+
+def projector(level: str, feature_size: int, dimensions: int) -> nn.Sequential:
+    """1 × 1 × 1 convolutions from a level's map to `dimensions` channels."""
+    width = channels(level, feature_size)
+    return nn.Sequential(nn.Conv3d(width, 2 * width, 1), nn.GELU(), nn.Conv3d(2 * width, dimensions, 1))
+
+
+class _PixelTask(Task):
+    """What both have: a level, its projector, and where its pixels lie."""
+
+    radius: float | None
+
+    def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
+        super().__init__(settings, roi_size)
+        self.level = check_level(f"{self.name}: level", self.settings["level"])
+        self.count("dimensions")
+        self.radius = None if self.settings["radius"] is None else self.number("radius", 0)
+
+    @property
+    def view_levels(self) -> frozenset[str]:
+        return frozenset({self.level})
+
+    def affines(self, batch: Mapping[str, Tensor], projected: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 4, 4) of both views' pixels, to mm."""
+        size = projected.shape[2:]
+        first, second = (feature_affine(batch[f"affine{n}"].float(), self.roi_size, size) for n in (1, 2))
+        return first, second
+
+    def project(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
+        """(B, dimensions, *spatial) of views' maps."""
+        projected: Tensor = net.heads[self.name].projector(maps[self.level]).float()
+        return projected
+
+
+class _Projecting(nn.Module):
+    def __init__(self, projector: nn.Module) -> None:
+        super().__init__()
+        self.projector = projector
+
+
+class PixelContrast(_PixelTask):
+    """`medaccel.losses.PixelContrastiveLoss` in both directions: a place is told from all others of the other view.
+
+    Settings: `level` (default "decoder2", stride 4), `dimensions` of the projection (64), `temperature` (0.3),
+    `radius` in mm below which two pixels are the same place (None: about one bin).
+    """
+
+    name = "pixel"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "level": "decoder2",
+        "dimensions": 64,
+        "temperature": 0.3,
+        "radius": None,
+    }
+
+    def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
+        super().__init__(settings, roi_size)
+        self.loss = PixelContrastiveLoss(self.number("temperature", 0), self.radius)
+
+    def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
+        return _Projecting(projector(self.level, feature_size, self.settings["dimensions"]))
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        projected = self.project(step.net, step.maps)
+        affines = self.affines(step.batch, projected)
+        # Item by item: a mean over all items' pixels would weigh them by how much their views overlap, and then
+        # processes that share a batch would not have one process's loss.
+        parts = [t.split(1) for t in (*projected.chunk(2), *affines)]
+        each = [self.loss(*arguments) for arguments in zip(*parts, strict=True)]
+        return {self.name: torch.stack(each).mean()}
+
+
+class PixProHead(nn.Module):
+    """PixPro's projector and propagation, and the momentum copies of backbone and projector, which get no gradient.
+
+    The copies are buffers of the training like any weight: they are in its checkpoints, so a resumed run has them.
+    """
+
+    def __init__(self, backbone: SwinUNETR, projector: nn.Module, dimensions: int, power: float) -> None:
+        super().__init__()
+        self.projector, self.power = projector, power
+        self.transform = nn.Conv3d(dimensions, dimensions, 1)
+        self.momentum_backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(projector).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, backbone: nn.Module, momentum: float) -> None:
+        """Moves the copies towards what they are copies of."""
+        pairs = ((self.momentum_backbone, backbone), (self.momentum_projector, self.projector))
+        for slow, fast in pairs:
+            for old, new in zip(slow.parameters(), fast.parameters(), strict=True):
+                old.lerp_(new.to(old.dtype), 1 - momentum)
+
+    def propagate(self, projected: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same: each pixel as the pixels that look like it say."""
+        with torch.autocast(projected.device.type, enabled=False):
+            values = F.normalize(self.transform(projected.float()), dim=1)
+        rows, said = (t.flatten(2).transpose(1, 2) for t in (projected, values))
+        return pixel_propagation(rows, said, power=self.power).transpose(1, 2).reshape(projected.shape)
+
+
+class PixPro(_PixelTask):
+    """PixPro's consistency (Xie et al., CVPR 2021): propagated pixels, and a momentum encoder's of the other view.
+
+    The momentum is 1 − 0.01 · (cos(π k / K) + 1) / 2 in step k of K. The copies move at the beginning of a step, to
+    the weights that the last one left. Beside the backbone's pass there is a second one without gradient, about a
+    third of the step's cost.
+
+    Settings: `level` (default "decoder2"), `dimensions` (64), `radius` in mm (None: about one bin), `power` of the
+    propagation (2).
+    """
+
+    name = "pixpro"
+    defaults: ClassVar[Mapping[str, Any]] = {"level": "decoder2", "dimensions": 64, "radius": None, "power": 2.0}
+
+    def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
+        super().__init__(settings, roi_size)
+        if not self.number("power", 0) >= 1:
+            raise ValueError(f"pixpro: power is {self.settings['power']!r}; expected a number of at least 1")
+        self.loss = PixelConsistencyLoss(self.radius)
+
+    def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
+        dimensions = self.settings["dimensions"]
+        return PixProHead(
+            backbone, projector(self.level, feature_size, dimensions), dimensions, float(self.settings["power"])
+        )
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        head = step.net.heads[self.name]
+        assert isinstance(head, PixProHead)
+        head.follow(step.net.backbone, momentum(step.progress))
+        projected = self.project(step.net, step.maps)
+        with torch.no_grad():
+            views = torch.cat([step.batch["view1"], step.batch["view2"]])
+            slow = features(head.momentum_backbone, views, {self.level})[self.level]
+            keys = head.momentum_projector(slow).float()
+        affines = self.affines(step.batch, projected)
+        loss = self.loss(*head.propagate(projected).chunk(2), *affines, *keys.chunk(2))
+        return {self.name: loss}
+
+
+def momentum(progress: float) -> float:
+    """PixPro's, at a share of the training."""
+    return 1 - (1 - FIRST_MOMENTUM) * (math.cos(math.pi * progress) + 1) / 2

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `medaccel segmentation run` is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medaccel.pretraining.config import PretrainingConfig
+from medaccel.pretraining.names import PRESETS
+from medaccel.segmentation.phantom_task import TASKS
+from medaccel.segmentation.protocol import (
+    FRACTIONS,
+    INITIALIZATIONS,
+    RANDOM,
+    SEEDS,
+    Cell,
+    check_seeds,
+    make_grid,
+    select,
+    split_cases,
+)
+from medaccel.training.digest import digest
+
+BACKENDS = ("loky", "dask", "ray", "sequential")
+#: Pretraining on the labels of another task.
+SUPERVISED = "supervised"
+# How the work is done and what is shown beside it; figures don't depend on them.
+_NO_OPTIONS = ("output", "jobs", "backend", "scheduler", "select", "illustration")
+_TASK = {"data", "preset", "settings"}
+_PHANTOMS: dict[str, Any] = {
+    "cases": 60,
+    "spacing": [4.0, 4.0, 4.0],
+    "pool": 200,
+    "pool_spacing": [4.0, 4.0, 4.0],
+    "seed": 0,
+}
+_PRIMARY: dict[str, Any] = {
+    "task": "spleen",
+    "fraction": 0.2,
+    "init": "instance_pixel",
+    "against": RANDOM,
+    "seeds": list(SEEDS),
+    "expected": 3.0,  # Dice points
+}
+_ILLUSTRATION = {"image", "organs", "label", "task", "fraction", "init", "seed"}
+_NAME = re.compile(r"[A-Za-z0-9_.]+")
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """Options of a study; the same options give the same figures.
+
+    Args:
+        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}}. Without data, "spleen"
+            and "lung" are phantom tasks. preset is one of `medaccel.segmentation.presets`, by default the phantoms'
+            or "generic"; settings are those of the preset and of the training that differ, in this task alone.
+        phantoms: of the phantom tasks: cases each, spacing in mm, pool (how many unlabelled scans are pretrained on
+            where `pretraining` names no scans), pool_spacing, seed.
+        inits: initializations: random, the presets of pretraining (nvidia, instance, instance_pixel, pixpro, all),
+            supervised (pretraining on the labels of another task of the study), and any name that `weights` has.
+        fractions: shares of the training half's labels.
+        seeds: of the runs, one split each.
+        weights: given weights of initializations, by name, one file or several, which the seeds take in turn:
+            '{published: [model_swinvit.pt]}'. Where there are none, the initialization is pretrained.
+        pretraining: options of `medaccel pretraining run` that all presets share.
+        pretraining_seeds: how many times each preset is pretrained; seeds take the weights in turn.
+        settings: of the training that differ from the presets', in all tasks.
+        select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report is
+            on all cells that are there.
+        jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and what is there is
+            reported.
+        backend: of joblib: loky (processes on this machine), dask or ray (an existing cluster that sees the same
+            folders), or sequential.
+        scheduler: the cluster's address, such as tcp://10.0.0.1:8786.
+        primary: the comparison that the report begins with, named before anything is run: task, fraction, init,
+            against, the seeds that it is over, and the gain that is expected, in Dice points; '{none: true}' is
+            for none.
+        illustration: a scan that a cell's model is shown on: image, organs (a label map), label (its value), and of
+            the cell task, fraction, init and seed. No figure of the study.
+    """
+
+    output: Path = Path("runs/segmentation")
+    tasks: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: {} for name in TASKS})
+    phantoms: dict[str, Any] = field(default_factory=dict)
+    inits: tuple[str, ...] = INITIALIZATIONS
+    fractions: tuple[float, ...] = FRACTIONS
+    seeds: tuple[int, ...] = SEEDS
+    weights: dict[str, list[str]] = field(default_factory=dict)
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    pretraining_seeds: int = 2
+    settings: dict[str, Any] = field(default_factory=dict)
+    select: dict[str, list[Any]] = field(default_factory=dict)
+    jobs: int = 1
+    backend: str = "loky"
+    scheduler: str | None = None
+    primary: dict[str, Any] = field(default_factory=dict)
+    illustration: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_tasks()
+        self._check_inits()
+        if self.pretraining_seeds < 1:
+            raise ValueError(f"pretraining_seeds is {self.pretraining_seeds}; expected a whole number >= 1")
+        if any(not isinstance(seed, int) or seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds is {list(self.seeds)}; expected whole numbers >= 0")
+        if self.jobs < 0:
+            raise ValueError(f"jobs is {self.jobs}; expected how many cells run at a time, or 0 to run none")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.backend == "dask" and self.scheduler is None:
+            raise ValueError("backend is dask and scheduler is missing; expected its address, as tcp://10.0.0.1:8786")
+        if self.scheduler is not None and self.backend not in ("dask", "ray"):
+            raise ValueError(f"scheduler is {self.scheduler} and backend {self.backend}; expected dask or ray")
+        self.chosen()  # refuses a grid with nothing in it, and an unknown selection
+        self._check_primary()
+        self._check_illustration()
+
+    def cells(self) -> list[Cell]:
+        """The whole grid, in its fixed order."""
+        counts = {init: len(self.weights.get(init, ())) or self.pretraining_seeds for init in self.inits}
+        return make_grid(list(self.tasks), self.inits, self.fractions, self.seeds, counts)
+
+    def chosen(self) -> list[Cell]:
+        """The cells to run now; `--cell i` is the i-th of them, from 0."""
+        return select(self.cells(), self.select)
+
+    @property
+    def phantom_options(self) -> dict[str, Any]:
+        return _PHANTOMS | self.phantoms
+
+    @property
+    def comparison(self) -> dict[str, Any] | None:
+        """The primary comparison, whole; None where none is asked for."""
+        if self.primary.get("none"):
+            return None
+        return _PRIMARY | self.primary
+
+    def pretraining_of(self, init: str, number: int, output: Path, more: Mapping[str, Any]) -> PretrainingConfig:
+        """The options of a preset's pretraining.
+
+        Args:
+            number: of it, which is its seed.
+            output: folder of the run.
+            more: options that hold where `pretraining` doesn't say otherwise.
+
+        Raises:
+            ValueError: options that pretraining doesn't have, or that the study sets.
+        """
+        own = {"output", "preset", "tasks", "seed"} & set(self.pretraining)
+        if own:
+            raise ValueError(f"pretraining names {sorted(own)}, which the study sets itself; expected other options")
+        values = {**more, **self.pretraining}
+        if values.get("cache_folder") is not None:
+            values["cache_folder"] = Path(values["cache_folder"])
+        try:
+            return PretrainingConfig.of(output, {**values, "preset": init, "seed": number})
+        except ValueError as error:
+            raise ValueError(f"pretraining: {error}") from error
+
+    def donor(self, task: str) -> str:
+        """The task whose labels `supervised` pretrains on, for a task: the next one."""
+        names = list(self.tasks)
+        return names[(names.index(task) + 1) % len(names)]
+
+    def plain(self) -> dict[str, Any]:
+        """What a run is, as plain YAML and JSON values, with absolute paths; how and where it is run is left out."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NO_OPTIONS}
+        for task in values["tasks"].values():
+            if task.get("data") is not None:
+                task["data"] = str(Path(task["data"]).resolve())
+        values["weights"] = {
+            name: [str(Path(file).resolve()) for file in files] for name, files in values["weights"].items()
+        }
+        return json.loads(json.dumps(values, default=str))
+
+    def digest(self) -> str:
+        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        return digest(self.plain())
+
+    def _check_tasks(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty; expected at least one")
+        for name, task in self.tasks.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"tasks names {name!r}; expected letters, digits and _")
+            _check_keys(f"tasks.{name}", task, _TASK)
+            if task.get("data") is None and name not in TASKS:
+                raise ValueError(
+                    f"tasks.{name} has no data; expected a folder, or one of the phantoms' {list(TASKS)}"
+                )
+        _check_keys("phantoms", self.phantoms, _PHANTOMS)
+        for name in ("cases", "pool"):
+            count = self.phantom_options[name]
+            if not isinstance(count, int) or not 1 <= count <= 1000:
+                raise ValueError(f"phantoms.{name} is {count!r}; expected a whole number from 1 to 1000")
+        if any(task.get("data") is None for task in self.tasks.values()):
+            check_fractions(
+                [f"{i:03d}" for i in range(self.phantom_options["cases"])], self.fractions, "the phantom tasks"
+            )
+
+    def _check_inits(self) -> None:
+        known = (RANDOM, SUPERVISED, *PRESETS, *self.weights)
+        unknown = [init for init in self.inits if init not in known]
+        if unknown:
+            raise ValueError(f"inits names {unknown}; expected some of {', '.join(dict.fromkeys(known))}")
+        if RANDOM in self.weights:
+            raise ValueError(f"weights has files for {RANDOM!r}; expected another name: that is without any")
+        for init in self.inits:
+            if init in PRESETS and init not in self.weights:
+                self.pretraining_of(init, 0, self.output, {})
+        for name, files in self.weights.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"weights names {name!r}; expected letters, digits and _")
+            if not isinstance(files, list) or not files:
+                raise ValueError(f"weights.{name} is {files!r}; expected a list of files, at least one")
+        if SUPERVISED in self.inits and SUPERVISED not in self.weights and len(self.tasks) < 2:
+            raise ValueError("inits has 'supervised' and there is one task; expected a second one to pretrain on")
+
+    def _check_primary(self) -> None:
+        _check_keys("primary", self.primary, {*_PRIMARY, "none"})
+        primary = self.comparison
+        if primary is None:
+            return
+        for key, values in (
+            ("task", tuple(self.tasks)),
+            ("fraction", self.fractions),
+            ("init", self.inits),
+            ("against", self.inits),
+        ):
+            if primary[key] not in values:
+                raise ValueError(
+                    f"primary.{key} is {primary[key]!r}; expected one of the study's, {', '.join(map(str, values))}, "
+                    "or primary: {none: true}"
+                )
+        if primary["init"] == primary["against"]:
+            raise ValueError(f"primary compares {primary['init']!r} with itself; expected two initializations")
+        check_seeds(self.seeds, primary["seeds"])
+
+    def _check_illustration(self) -> None:
+        if not self.illustration:
+            return
+        _check_keys("illustration", self.illustration, _ILLUSTRATION)
+        missing = {"image", "task"} - set(self.illustration)
+        if missing or ("organs" in self.illustration) != ("label" in self.illustration):
+            raise ValueError(
+                f"illustration is {self.illustration}; expected image and task, and organs together with label"
+            )
+        if self.illustration["task"] not in self.tasks:
+            raise ValueError(
+                f"illustration.task is {self.illustration['task']!r}; expected one of {', '.join(self.tasks)}"
+            )
+
+
+def check_fractions(names: Sequence[str], fractions: Sequence[float], whose: str) -> None:
+    """Refuses fractions that leave no case to train on.
+
+    Raises:
+        ValueError: so, or too few cases to split.
+    """
+    try:
+        split = split_cases(names, 0)
+        for fraction in fractions:
+            split.subset(fraction)
+    except ValueError as error:
+        raise ValueError(f"{whose}: {error}") from error
+
+
+def _check_keys(name: str, values: Mapping[str, Any], known: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {values!r}; expected some of {', '.join(sorted(known))}, by name")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{name} names {unknown}; expected some of {', '.join(sorted(known))}")

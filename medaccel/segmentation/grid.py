@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cells of a study, run through joblib: on this machine's processes, on a cluster, or one after the other.
+
+A cell leaves all that it makes in its folder, and result.json last. Where that is there, the cell isn't run again, so
+a grid that was killed, or whose cluster lost a machine, goes on when it is started again. A cell that fails leaves
+error.txt, and the others run on.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medaccel.data import write_text
+from medaccel.segmentation.msd import MSDDataset
+from medaccel.segmentation.protocol import Cell, Split
+
+RESULT, ERROR = "result.json", "error.txt"
+#: As `medaccel.segmentation.cell.run_cell`.
+RunCell = Callable[..., Mapping[str, Any]]
+# A worker that is killed from outside, as for want of memory, takes joblib's pool with it; what had not ended is
+# begun again, this many times.
+_POOLS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """A cell with all that it needs; can be sent to another process.
+
+    Args:
+        cell, dataset, split, settings, weights: as `run_cell` takes them.
+        folder: of the cell.
+    """
+
+    cell: Cell
+    dataset: MSDDataset
+    split: Split
+    folder: Path
+    settings: Mapping[str, Any]
+    weights: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT).is_file()
+
+
+def run_grid(
+    works: Sequence[Work],
+    *,
+    jobs: int = 1,
+    backend: str = "loky",
+    scheduler: str | None = None,
+    run: RunCell | None = None,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Runs those that have no result yet.
+
+    Args:
+        works: in the order in which they are begun.
+        jobs: how many at a time on this machine; each process computes with as many threads as that leaves it. A
+            cluster runs as many as it has threads, with the threads that its workers are given.
+        backend: "loky", "dask", "ray" or "sequential".
+        scheduler: address of the cluster, for dask and ray.
+        run: stands for `medaccel.segmentation.cell.run_cell`.
+        progress: show a bar over the cells.
+
+    Returns:
+        Of the cells that failed, by name, the error in a sentence; the whole is in their error.txt.
+
+    Raises:
+        ValueError: a backend whose package isn't installed.
+        OSError: no cluster at that address.
+    """
+    from tqdm import tqdm
+
+    failed: dict[str, str] = {}
+    waiting = [work for work in works if not work.finished]
+    with tqdm(total=len(works), initial=len(works) - len(waiting), desc="cells", disable=not progress) as bar:
+        for _ in range(_POOLS):
+            for name, error in _in_parallel(waiting, jobs, backend, scheduler, run):
+                bar.update()
+                if error is not None:
+                    failed[name] = error
+            waiting = [work for work in waiting if not work.finished and work.cell.name not in failed]
+            if not waiting:
+                break
+        for work in waiting:
+            failed[work.cell.name] = "its process was killed from outside, as for want of memory"
+            _note(work, failed[work.cell.name])
+    return failed
+
+
+def _in_parallel(
+    works: Sequence[Work], jobs: int, backend: str, scheduler: str | None, run: RunCell | None
+) -> Iterator[tuple[str, str | None]]:
+    """Names of cells as they end, with their errors; ends early where the pool breaks."""
+    if backend == "sequential":
+        yield from (attempt(work, run) for work in works)
+        return
+    import joblib
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    with ExitStack() as stack:
+        if backend == "loky":
+            count, threads = min(jobs, max(len(works), 1)), max((os.cpu_count() or 1) // jobs, 1)
+            stack.enter_context(joblib.parallel_config(backend="loky", inner_max_num_threads=threads))
+        else:
+            count, threads = -1, None  # the workers' own
+            stack.enter_context(_dask(scheduler) if backend == "dask" else _ray(scheduler))
+        # One cell at a time: a process that took several would leave the others without at the end.
+        parallel = joblib.Parallel(
+            n_jobs=count, batch_size=1, pre_dispatch="all", return_as="generator_unordered", verbose=0
+        )
+        try:
+            yield from parallel(joblib.delayed(attempt)(work, run, threads) for work in works)
+        except BrokenProcessPool:
+            return
+
+
+def attempt(
+    work: Work, run: RunCell | None = None, threads: int | None = None, *, progress: bool = False
+) -> tuple[str, str | None]:
+    """Runs a cell and returns its name, and what went wrong in a sentence, None where nothing did.
+
+    Args:
+        run: as `run_grid`'s.
+        threads: of torch in this process; None leaves them.
+        progress: show the cell's own bars.
+    """
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    try:
+        if run is None:
+            from medaccel.segmentation.cell import run_cell
+
+            run = run_cell
+        run(
+            work.cell,
+            work.dataset,
+            work.split,
+            work.folder,
+            settings=work.settings,
+            weights=work.weights,
+            progress=progress,
+        )
+    except Exception as error:  # whatever it is: the other cells are to run
+        sentence = str(error).strip().partition("\n")[0] or type(error).__name__
+        _note(work, traceback.format_exc())
+        return work.cell.name, sentence
+    (work.folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
+    return work.cell.name, None
+
+
+def _note(work: Work, text: str) -> None:
+    work.folder.mkdir(parents=True, exist_ok=True)
+    write_text(work.folder / ERROR, text.rstrip() + "\n", force=True)
+
+
+@contextmanager
+def _dask(scheduler: str | None) -> Iterator[None]:
+    """joblib's jobs to a dask cluster that is there."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ValueError(
+            "backend is dask, and dask.distributed is not installed here: pip install distributed"
+        ) from error
+    import joblib
+
+    try:
+        client = Client(scheduler, timeout="20s", set_as_default=False)
+    except (OSError, TimeoutError) as error:
+        raise OSError(f"no dask scheduler answers at {scheduler} ({error})") from error
+    with client, joblib.parallel_config(backend="dask", client=client):
+        yield
+
+
+@contextmanager
+def _ray(scheduler: str | None) -> Iterator[None]:
+    """joblib's jobs to a ray cluster that is there."""
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise ValueError("backend is ray, and ray is not installed here: pip install ray") from error
+    import joblib
+
+    ray.init(address=scheduler or "auto", ignore_reinit_error=True)
+    register_ray()
+    with joblib.parallel_config(backend="ray"):
+        yield

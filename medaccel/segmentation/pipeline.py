@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all that is there.
+
+Each part is taken up where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
+cluster without dask or ray, the cells are an array of jobs:
+
+    medaccel segmentation run --config study.yaml --jobs 0        prepares data and pretraining
+    sbatch --array=0-143 … medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
+    medaccel segmentation run --config study.yaml --jobs 0        reports
+
+Several devices within a cell are Lightning's: `torchrun … -m medaccel.cli segmentation run … --cell i`, or with
+`--backend sequential` for one cell after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
+from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, run_grid
+from medaccel.segmentation.msd import DATASET_JSON, MSDDataset, read_dataset
+from medaccel.segmentation.phantom_task import write_pool, write_task
+from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
+from medaccel.segmentation.run_folder import StudyFolder
+from medaccel.training import ranks
+
+Say = Callable[[str], None]
+#: As `pretrain_preset`.
+Pretrain = Callable[[SegmentationConfig, str, int, StudyFolder, int, Say], None]
+WEIGHTS = Path("checkpoints") / "weights.pt"  # of a pretraining
+BEST = "best.pt"  # of a cell
+_NAMED = 5  # of many failed cells, this many are named
+
+
+def run(
+    config: SegmentationConfig,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    cell: int | None = None,
+    say: Say = print,
+    run_cell: RunCell | None = None,
+    pretrain: Pretrain | None = None,
+) -> Path:
+    """Prepares data and pretraining, runs the chosen cells, and reports on all that are there.
+
+    Args:
+        config: the options.
+        force: start clean where the folder holds a study with other options, or a finished one.
+        resume: refuse a folder that holds no study. (One that holds this study is taken up in any case.)
+        cell: number of one of the chosen cells, from 0: that one alone is run, what it needs must be there, and no
+            report is written.
+        say: told what happens, a line at a time.
+        run_cell: stands for `medaccel.segmentation.cell.run_cell`.
+        pretrain: stands for `pretrain_preset`.
+
+    Returns:
+        The path of report.html; of result.json where one cell was run; of the folder where there is nothing to
+        report yet.
+
+    Raises:
+        ValueError, OSError: bad options or data, a folder that holds something else, no cluster; cells that failed,
+            after the others have run and the report was written.
+    """
+    settings = {name: settings_of(config, name) for name in config.tasks}
+    if ranks.world_size() > 1 and cell is None and config.jobs and config.backend != "sequential":
+        raise ValueError(
+            f"torchrun started {ranks.world_size()} processes and backend is {config.backend}; expected sequential, "
+            "or one --cell: all processes work on the same cell"
+        )
+    accelerator = str(next(iter(settings.values()))["accelerator"])
+    ranks.join(accelerator)
+    folder, chosen = StudyFolder(config.output), config.chosen()
+    if cell is not None:
+        return _run_one(Study(config, folder, settings), cell, say, run_cell)
+    with ranks.first_process() as first:
+        if first:
+            folder.start(config, force, resume, say)
+            make_data(config, folder, chosen)
+    study = Study(config, folder, settings)
+    if ranks.rank() == 0:
+        splits = {name: list(of_task.values()) for name, of_task in study.splits.items()}
+        write_splits(folder.path / "splits.json", splits, config.fractions)
+    pretrainings = {one.init + str(one.pretraining): one for one in chosen if study.pretrained(one)}
+    for one in pretrainings.values():
+        say(f"pretraining {one.init}, number {one.pretraining}: {study.weights(one)}")
+        width = settings[one.task]["feature_size"]
+        (pretrain or pretrain_preset)(config, one.init, one.pretraining, folder, width, say)
+        ranks.join(accelerator)  # where a pretraining ended by taking leave
+    donors = dict.fromkeys(study.donor(one) for one in chosen if study.supervised(one))
+    failed = _run_cells(study, list(donors), say, run_cell, "to be fine-tuned from")
+    if not failed and config.jobs:
+        failed = _run_cells(study, chosen, say, run_cell, "of the study")
+    report = folder.path / "report.html"
+    if ranks.rank() == 0:
+        from medaccel.segmentation.report import write_outcome
+
+        report = write_outcome(study, say)
+    ranks.leave()
+    if failed:
+        raise ValueError(_failures(failed, folder.path, say))
+    return report
+
+
+def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell | None, what: str) -> dict[str, str]:
+    works = [study.work(one) for one in cells]
+    if works and ranks.rank() == 0:
+        say(f"{len(works)} cells {what}, {sum(work.finished for work in works)} of them finished")
+    return run_grid(
+        works,
+        jobs=max(study.config.jobs, 1),
+        backend=study.config.backend,
+        scheduler=study.config.scheduler,
+        run=run_cell,
+        progress=bool(works) and ranks.rank() == 0,
+    )
+
+
+def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
+    """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
+    study.folder.check(study.config)
+    chosen = study.config.chosen()
+    if not 0 <= number < len(chosen):
+        raise ValueError(f"cell is {number}; expected 0 to {len(chosen) - 1}, one of the {len(chosen)} chosen cells")
+    one = chosen[number]
+    start = study.weights(one)
+    for missing, path in ((one.task not in study.data, one.task), (start is not None and not start.exists(), start)):
+        if missing:
+            raise FileNotFoundError(
+                f"cell {one.name} needs {path}, which is not there yet; the same command with --jobs 0 in place of "
+                "--cell prepares data and pretraining for all cells"
+            )
+    say(f"cell {number} of {len(chosen)}: {one.name}")
+    work = study.work(one)
+    if not work.finished:
+        _, error = attempt(work, run_cell, progress=True)
+        if error is not None:
+            raise ValueError(f"cell {one.name} failed: {error}; more is in {work.folder / ERROR}")
+    ranks.leave()
+    return work.folder / RESULT
+
+
+def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
+    for name, error in failed.items():
+        say(f"{name}: {error}")
+    more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+    return (
+        f"{len(failed)} cells failed: {', '.join(list(failed)[:_NAMED])}{more}; why is in "
+        f"{path / 'cells'}/…/{ERROR}, and the same command runs them again"
+    )
+
+
+def settings_of(config: SegmentationConfig, task: str) -> dict[str, Any]:
+    """All settings of a task's cells.
+
+    Raises:
+        ValueError: an unknown preset or setting, or a value out of range.
+    """
+    from medaccel.segmentation.presets import make_settings
+
+    options = config.tasks[task]
+    preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
+    try:
+        return make_settings({"preset": preset, **config.settings, **options.get("settings", {})})
+    except ValueError as error:
+        raise ValueError(f"task {task}: {error}") from error
+
+
+def pretrain_preset(
+    config: SegmentationConfig, init: str, number: int, folder: StudyFolder, width: int, say: Say
+) -> None:
+    """Pretrains a preset; one that has ended returns at once.
+
+    Args:
+        init: the preset.
+        number: of the pretraining, which is its seed.
+        folder: of the study.
+        width: channels of the network, where the options say nothing of it.
+        say: told what happens.
+    """
+    from medaccel.pretraining.pipeline import run as pretrain
+
+    more = {"scans": [str(folder.pool)], "cache_folder": folder.path / "pretraining" / "cache"}
+    options = config.pretraining_of(init, number, folder.pretraining(f"{init}-{number}"), more)
+    pretrain(replace(options, network={"feature_size": width, **options.network}), say=say)
+
+
+def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[Cell]) -> None:
+    """Writes the phantoms that the cells need, and those of a task that was begun."""
+    options = config.phantom_options
+    needed = {cell.task for cell in cells}
+    needed |= {config.donor(cell.task) for cell in cells if cell.init == SUPERVISED}
+    for name, task in config.tasks.items():
+        path = folder.task(name)
+        if task.get("data") is None and (name in needed or (path / DATASET_JSON).exists()):
+            write_task(path, name, options["cases"], seed=options["seed"], spacing=options["spacing"])
+    pretrained = any(cell.init not in (RANDOM, SUPERVISED, *config.weights) for cell in cells)
+    if pretrained and not config.pretraining.get("scans"):
+        write_pool(folder.pool, options["pool"], seed=options["seed"], spacing=options["pool_spacing"])
+
+
+class Study:
+    """What the cells share: data, splits, settings, and what each starts from.
+
+    Args:
+        config, folder: of the study.
+        settings: of each task.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case. Phantoms may be missing.
+    """
+
+    def __init__(
+        self, config: SegmentationConfig, folder: StudyFolder, settings: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.config, self.folder, self.settings = config, folder, settings
+        self.data: dict[str, MSDDataset] = {}
+        for name, task in config.tasks.items():
+            given = task.get("data")
+            path = folder.task(name) if given is None else Path(given)
+            if given is not None or path.exists():
+                self.data[name] = read_dataset(path)
+                check_fractions([case.name for case in self.data[name].cases], config.fractions, f"task {name}")
+        self.splits = {
+            name: {seed: split_cases([case.name for case in dataset.cases], seed) for seed in config.seeds}
+            for name, dataset in self.data.items()
+        }
+
+    def supervised(self, cell: Cell) -> bool:
+        """Whether it starts from what another task's labels taught."""
+        return cell.init == SUPERVISED and SUPERVISED not in self.config.weights
+
+    def pretrained(self, cell: Cell) -> bool:
+        """Whether it starts from a pretraining of the study's own."""
+        return cell.init not in (RANDOM, SUPERVISED, *self.config.weights)
+
+    def donor(self, cell: Cell) -> Cell:
+        """The cell whose network a supervised one starts from: the other task's, trained on all of its labels."""
+        seed = self.config.seeds[cell.pretraining % len(self.config.seeds)]
+        return Cell(self.config.donor(cell.task), RANDOM, 1.0, seed)
+
+    def weights(self, cell: Cell) -> Path | None:
+        """The file that a cell starts from, there or not."""
+        if cell.init == RANDOM:
+            return None
+        if cell.init in self.config.weights:
+            return Path(self.config.weights[cell.init][cell.pretraining])
+        if self.supervised(cell):
+            return self.folder.cell(self.donor(cell).name) / BEST
+        return self.folder.pretraining(f"{cell.init}-{cell.pretraining}") / WEIGHTS
+
+    def work(self, cell: Cell) -> Work:
+        """With all that another process needs to run it."""
+        return Work(
+            cell,
+            self.data[cell.task],
+            self.splits[cell.task][cell.seed],
+            self.folder.cell(cell.name),
+            self.settings[cell.task],
+            self.weights(cell),
+        )

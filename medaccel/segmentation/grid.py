@@ -21,11 +21,11 @@ from medaccel.segmentation.msd import MSDDataset
 from medaccel.segmentation.protocol import Cell, Split
 
 RESULT, ERROR = "result.json", "error.txt"
+# There while a cell is run, and afterwards where its process was killed.
+_BEGUN = "begun"
 #: As `medaccel.segmentation.cell.run_cell`.
 RunCell = Callable[..., Mapping[str, Any]]
-# A worker that is killed from outside, as for want of memory, takes joblib's pool with it; what had not ended is
-# begun again, this many times.
-_POOLS = 3
+_PATIENCE = "20s"  # until a scheduler is said not to answer
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def run_grid(
 
     Args:
         works: in the order in which they are begun.
-        jobs: how many at a time on this machine; each process computes with as many threads as that leaves it. A
-            cluster runs as many as it has threads, with the threads that its workers are given.
+        jobs: how many at a time on this machine, one in this process, more in processes of their own; each computes
+            with as many threads as that leaves it. A cluster runs as many as it has threads, with the threads that
+            its workers are given.
         backend: "loky", "dask", "ray" or "sequential".
         scheduler: address of the cluster, for dask and ray.
         run: stands for `medaccel.segmentation.cell.run_cell`.
@@ -81,17 +82,24 @@ def run_grid(
     failed: dict[str, str] = {}
     waiting = [work for work in works if not work.finished]
     with tqdm(total=len(works), initial=len(works) - len(waiting), desc="cells", disable=not progress) as bar:
-        for _ in range(_POOLS):
-            for name, error in _in_parallel(waiting, jobs, backend, scheduler, run):
+
+        def run_some(some: Sequence[Work]) -> list[Work]:
+            """Those that neither ended nor failed."""
+            for name, error in _in_parallel(some, jobs, backend, scheduler, run):
                 bar.update()
                 if error is not None:
                     failed[name] = error
-            waiting = [work for work in waiting if not work.finished and work.cell.name not in failed]
-            if not waiting:
-                break
-        for work in waiting:
-            failed[work.cell.name] = "its process was killed from outside, as for want of memory"
-            _note(work, failed[work.cell.name])
+            return [work for work in some if not work.finished and work.cell.name not in failed]
+
+        while waiting := run_some(waiting):
+            # A process that is killed from outside, as for want of memory, takes joblib's pool with it. What was
+            # run at that moment is run alone: it may be what asks for too much, or have stood beside it.
+            alone = [work for work in waiting if (work.folder / _BEGUN).exists()] or waiting
+            for work in alone:
+                for lost in run_some([work]):
+                    failed[lost.cell.name] = "its process was killed from outside, as for want of memory"
+                    _note(lost, failed[lost.cell.name])
+            waiting = [work for work in waiting if work not in alone]
     return failed
 
 
@@ -105,20 +113,21 @@ def _in_parallel(
     import joblib
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
+    broken: tuple[type[Exception], ...] = (BrokenProcessPool,)
     with ExitStack() as stack:
         if backend == "loky":
-            count, threads = min(jobs, max(len(works), 1)), max((os.cpu_count() or 1) // jobs, 1)
+            count, threads = jobs, max((os.cpu_count() or 1) // jobs, 1)
             stack.enter_context(joblib.parallel_config(backend="loky", inner_max_num_threads=threads))
         else:
             count, threads = -1, None  # the workers' own
-            stack.enter_context(_dask(scheduler) if backend == "dask" else _ray(scheduler))
+            broken += stack.enter_context(_dask(scheduler) if backend == "dask" else _ray(scheduler))
         # One cell at a time: a process that took several would leave the others without at the end.
         parallel = joblib.Parallel(
             n_jobs=count, batch_size=1, pre_dispatch="all", return_as="generator_unordered", verbose=0
         )
         try:
             yield from parallel(joblib.delayed(attempt)(work, run, threads) for work in works)
-        except BrokenProcessPool:
+        except broken:
             return
 
 
@@ -136,6 +145,8 @@ def attempt(
         import torch
 
         torch.set_num_threads(threads)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    (work.folder / _BEGUN).touch()
     try:
         if run is None:
             from medaccel.segmentation.cell import run_cell
@@ -154,20 +165,21 @@ def attempt(
         sentence = str(error).strip().partition("\n")[0] or type(error).__name__
         _note(work, traceback.format_exc())
         return work.cell.name, sentence
+    finally:
+        (work.folder / _BEGUN).unlink(missing_ok=True)
     (work.folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
     return work.cell.name, None
 
 
 def _note(work: Work, text: str) -> None:
-    work.folder.mkdir(parents=True, exist_ok=True)
     write_text(work.folder / ERROR, text.rstrip() + "\n", force=True)
 
 
 @contextmanager
-def _dask(scheduler: str | None) -> Iterator[None]:
-    """joblib's jobs to a dask cluster that is there."""
+def _dask(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
+    """joblib's jobs to a dask cluster that is there; yields what is raised where a cell took worker after worker."""
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
     except ImportError as error:
         raise ValueError(
             "backend is dask, and dask.distributed is not installed here: pip install distributed"
@@ -175,15 +187,15 @@ def _dask(scheduler: str | None) -> Iterator[None]:
     import joblib
 
     try:
-        client = Client(scheduler, timeout="20s", set_as_default=False)
+        client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)
     except (OSError, TimeoutError) as error:
         raise OSError(f"no dask scheduler answers at {scheduler} ({error})") from error
     with client, joblib.parallel_config(backend="dask", client=client):
-        yield
+        yield (KilledWorker,)
 
 
 @contextmanager
-def _ray(scheduler: str | None) -> Iterator[None]:
+def _ray(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
     """joblib's jobs to a ray cluster that is there."""
     try:
         import ray
@@ -195,4 +207,4 @@ def _ray(scheduler: str | None) -> Iterator[None]:
     ray.init(address=scheduler or "auto", ignore_reinit_error=True)
     register_ray()
     with joblib.parallel_config(backend="ray"):
-        yield
+        yield ()

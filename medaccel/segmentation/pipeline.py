@@ -66,6 +66,10 @@ def run(
             after the others have run and the report was written.
     """
     settings = {name: settings_of(config, name) for name in config.tasks}
+    for name, files in config.weights.items():
+        for file in files if name in config.inits else ():
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"weights.{name}: {file} not found")
     if ranks.world_size() > 1 and cell is None and config.jobs and config.backend != "sequential":
         raise ValueError(
             f"torchrun started {ranks.world_size()} processes and backend is {config.backend}; expected sequential, "

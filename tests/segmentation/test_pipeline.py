@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`segmentation run` with cells that take no time: files, what is run again, what is refused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from medaccel.segmentation import report_examples
+from medaccel.segmentation.config import SegmentationConfig
+from medaccel.segmentation.phantom_task import write_task
+from medaccel.segmentation.pipeline import run
+from tests.segmentation.fake_cells import fake_cell, fake_pretraining
+
+PHANTOMS = {"cases": 9, "spacing": [8.0, 8.0, 8.0], "pool": 2, "pool_spacing": [8.0, 8.0, 8.0]}
+NONE = {"none": True}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    write_task(folder, "spleen", 9, spacing=(8.0, 8.0, 8.0), progress=False)
+    return folder
+
+
+def make_config(output: Path, task: Path, **options: Any) -> SegmentationConfig:
+    """Twelve cells of a task that is there."""
+    values: dict[str, Any] = {
+        "tasks": {"spleen": {"data": str(task)}},
+        "phantoms": PHANTOMS,
+        "inits": ("random", "instance_pixel"),
+        "fractions": (0.34, 1.0),
+        "seeds": (0, 1, 2),
+        "primary": {"fraction": 0.34, "seeds": [0, 1, 2]},
+        "backend": "sequential",
+    }
+    return SegmentationConfig(output=output, **{**values, **options})
+
+
+def run_fake(config: SegmentationConfig, **options: Any) -> tuple[Path, list[str]]:
+    lines: list[str] = []
+    path = run(config, run_cell=fake_cell, pretrain=fake_pretraining, say=lines.append, **options)
+    return path, lines
+
+
+def runs(folder: Path) -> dict[str, int]:
+    """How often each cell and pretraining was run."""
+    files = [*folder.glob("cells/*/runs.txt"), *folder.glob("pretraining/*/runs.txt")]
+    return {path.parent.name: len(path.read_text().splitlines()) for path in files}
+
+
+def test_the_folder_holds_all_that_was_promised(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task)
+    report, lines = run_fake(config)
+    assert report == config.output / "report.html"
+    options = yaml.safe_load((config.output / "config.yaml").read_text())
+    assert options["seeds"] == [0, 1, 2]
+    splits = json.loads((config.output / "splits.json").read_text())["spleen"]
+    assert [split["seed"] for split in splits] == [0, 1, 2]
+    assert len(splits[0]["subsets"]["0.34"]) == 1
+    assert sorted(runs(config.output)) == sorted(
+        [*(cell.name for cell in config.cells()), "instance_pixel-0", "instance_pixel-1"]
+    )
+    with (config.output / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 * 3
+    assert {row["cell"] for row in rows} == {cell.name for cell in config.cells()}
+    metrics = json.loads((config.output / "metrics.json").read_text())
+    assert metrics["cells"] == {"planned": 12, "finished": 12}
+    assert metrics["config_digest"] == config.digest()
+    means = {(g["init"], g["fraction"]): g["dice"]["mean"] for g in metrics["groups"]}
+    assert metrics["primary"]["result"]["difference"] == pytest.approx(
+        means["instance_pixel", 0.34] - means["random", 0.34]
+    )
+    assert len(list((config.output / "figures").glob("*.png"))) >= 5
+    assert "Primary comparison" in lines[-2]
+
+
+def test_seeds_take_the_weights_in_turn(tmp_path: Path, task: Path):
+    config = make_config(tmp_path, task)
+    assert [c.pretraining for c in config.cells() if c.init == "instance_pixel" and c.fraction == 1] == [0, 1, 0]
+    given = replace(config, inits=("random", "published"), weights={"published": ["a.pt"]}, primary=NONE)
+    assert {c.pretraining for c in given.cells()} == {0}
+
+
+def test_a_second_run_runs_nothing_again_and_reports_the_same(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task)
+    run_fake(config)
+    before = (config.output / "metrics.csv").read_bytes(), (config.output / "metrics.json").read_bytes()
+    (config.output / "cells" / config.cells()[4].name / "result.json").unlink()
+    _, lines = run_fake(config)
+    assert "going on with the study that is there" in lines[0]
+    counts = runs(config.output)
+    assert counts.pop(config.cells()[4].name) == 2
+    assert {name: count for name, count in counts.items() if count != 1 and "-seed" in name} == {}
+    assert before == ((config.output / "metrics.csv").read_bytes(), (config.output / "metrics.json").read_bytes())
+
+
+def test_a_part_of_the_grid_is_run_first_and_the_rest_later(tmp_path: Path, task: Path):
+    part = make_config(tmp_path / "study", task, select={"fraction": [0.34], "init": ["random"]})
+    _, lines = run_fake(part)
+    assert len(runs(part.output)) == 3  # and no pretraining
+    assert "not complete, no figure is given. Of instance_pixel there are runs of the seeds []; expected" in lines[-2]
+    whole = replace(part, select={}, jobs=2, backend="sequential")
+    run_fake(whole)
+    assert set(runs(part.output).values()) == {1}
+    assert json.loads((part.output / "metrics.json").read_text())["cells"]["finished"] == 12
+
+
+def test_a_study_with_other_options_is_refused_unless_forced(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task)
+    run_fake(config)
+    other = replace(config, settings={"steps": 50})
+    with pytest.raises(ValueError, match=r"holds a study with other options \(settings differ\); choose another"):
+        run_fake(other)
+    run_fake(other, force=True)
+    assert set(runs(config.output).values()) == {1}
+    with pytest.raises(ValueError, match="holds no study to resume"):
+        run_fake(make_config(tmp_path / "none", task), resume=True)
+    with pytest.raises(ValueError, match="is not empty and holds no study"):
+        run_fake(make_config(tmp_path, task))
+    (config.output / "config.yaml").write_text("[]")
+    with pytest.raises(ValueError, match="holds no options; --force starts clean"):
+        run_fake(config)
+
+
+def test_cells_of_an_array_of_jobs_are_run_one_by_one_and_reported_later(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task)
+    with pytest.raises(FileNotFoundError, match=r"holds no study yet .* with --jobs 0 in place of --cell"):
+        run_fake(config, cell=0)
+    path, lines = run_fake(replace(config, jobs=0))
+    assert path == config.output
+    assert "no cell has ended yet" in lines[-1]
+    for number, cell in enumerate(config.cells()):
+        path, _ = run_fake(config, cell=number)
+        assert path == config.output / "cells" / cell.name / "result.json"
+        run_fake(config, cell=number)
+    assert not (config.output / "report.html").exists()
+    path, _ = run_fake(replace(config, jobs=0))
+    assert path.name == "report.html"
+    assert {count for name, count in runs(config.output).items() if "seed" in name} == {1}
+    with pytest.raises(ValueError, match="cell is 12; expected 0 to 11, one of the 12 chosen cells"):
+        run_fake(config, cell=12)
+
+
+def test_one_cell_does_not_prepare_what_others_would_prepare_too(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task, select={"init": ["random"]})
+    run_fake(replace(config, jobs=0))
+    with pytest.raises(FileNotFoundError, match=r"needs .*instance_pixel-0.*weights.pt, which is not there yet"):
+        run_fake(replace(config, select={"init": ["instance_pixel"]}), cell=0)
+
+
+def test_cells_that_fail_are_named_after_the_others_have_run(
+    tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(tmp_path / "study", task)
+    monkeypatch.setenv("FAKE_FAILURE", "spleen-random-034-seed1")
+    with pytest.raises(ValueError, match=r"1 cells failed: spleen-random-034-seed1; why is in .*error.txt"):
+        run_fake(config)
+    assert json.loads((config.output / "metrics.json").read_text())["cells"]["finished"] == 11
+    assert (config.output / "report.html").exists()
+    with pytest.raises(ValueError, match="cell spleen-random-034-seed1 failed: the loss is nan"):
+        run_fake(config, cell=1)
+    monkeypatch.delenv("FAKE_FAILURE")
+    run_fake(config)
+    assert json.loads((config.output / "metrics.json").read_text())["cells"]["finished"] == 12
+
+
+def test_supervised_pretraining_is_another_tasks_network(tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch):
+    # What stands for networks here can't segment the report's examples.
+    monkeypatch.setattr(report_examples, "_segmented", lambda checkpoint, scan: np.zeros(scan.shape, np.uint8))
+    seen: dict[str, Path] = {}
+
+    def watched(cell: Any, dataset: Any, split: Any, folder: Path, **options: Any) -> Any:
+        seen[cell.name] = options["weights"]
+        (folder / "best.pt").parent.mkdir(parents=True, exist_ok=True)
+        (folder / "best.pt").touch()
+        return fake_cell(cell, dataset, split, folder, **options)
+
+    data = {"data": str(task)}
+    config = make_config(
+        tmp_path / "study",
+        task,
+        tasks={"one": data, "two": data},
+        inits=("random", "supervised"),
+        primary=NONE,
+        select={"task": ["one"], "init": ["supervised"], "fraction": [0.34]},
+    )
+    run(config, run_cell=watched, pretrain=fake_pretraining, say=lambda line: None)
+    donor = config.output / "cells" / "two-random-100-seed0"
+    assert seen["one-supervised-034-seed0"] == donor / "best.pt"
+    assert seen["two-random-100-seed0"] is None
+    assert runs(config.output) == {
+        **{f"one-supervised-034-seed{seed}": 1 for seed in range(3)},
+        **{f"two-random-100-seed{seed}": 1 for seed in range(2)},
+    }
+
+
+def test_a_grid_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path, task: Path):
+    """kill -9 while cells are run, twice; finished cells are not run again."""
+    undisturbed = make_config(tmp_path / "undisturbed", task)
+    run_fake(undisturbed)
+    config = replace(undisturbed, output=tmp_path / "killed")
+    script = (
+        "from pathlib import Path\n"
+        "from tests.segmentation.test_pipeline import make_config, run_fake\n"
+        f"run_fake(make_config(Path({str(config.output)!r}), Path({str(task)!r})))\n"
+    )
+    environment = os.environ | {"FAKE_SECONDS": "0.2", "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    for enough in (3, 7):
+        process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], env=environment)
+        while len(list(config.output.glob("cells/*/result.json"))) < enough:
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = {path.parent.name for path in config.output.glob("cells/*/result.json")}
+    assert len(finished) < 12
+    run_fake(config)
+    counts = {name: count for name, count in runs(config.output).items() if "seed" in name}
+    assert sum(counts.values()) <= 12 + 2  # what was run at the time of a kill is run again
+    assert {counts[name] for name in finished} <= {1, 2}
+    for name in ("metrics.csv", "splits.json"):
+        assert (config.output / name).read_bytes() == (undisturbed.output / name).read_bytes()
+    mine, its = (json.loads((c.output / "metrics.json").read_text()) for c in (config, undisturbed))
+    assert mine["groups"] == its["groups"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": (0, 1)}, r"runs of the seeds \[0, 1\]; expected \[0, 1, 2\], 3 runs"),
+        (
+            {"fractions": (0.1,), "primary": NONE},
+            r"task spleen: fraction is 0.1 of 3 training cases, which leaves no",
+        ),
+        ({"tasks": {"spleen": {"data": "nowhere"}}}, "nowhere/dataset.json: not found"),
+        ({"settings": {"stepz": 5}}, "task spleen: settings names stepz; expected some of"),
+        ({"inits": ("random", "instant")}, r"inits names \['instant'\]; expected some of random, supervised, nvidia"),
+        ({"weights": {"random": ["a.pt"]}}, "weights has files for 'random'; expected another name"),
+        ({"weights": {"mine": []}}, r"weights.mine is \[\]; expected a list of files"),
+        ({"weights": {"../x": ["a.pt"]}}, r"weights names '../x'; expected letters"),
+        ({"inits": ("random", "supervised"), "primary": NONE}, "one task; expected a second one to pretrain on"),
+        ({"tasks": {}}, "tasks is empty; expected at least one"),
+        ({"tasks": {"liver": {}}}, "tasks.liver has no data; expected a folder, or one of the phantoms'"),
+        ({"tasks": {"a/b": {"data": "x"}}}, "tasks names 'a/b'; expected letters, digits and _"),
+        ({"tasks": {"spleen": {"folder": "x"}}}, r"tasks.spleen names \['folder'\]; expected some of data, preset"),
+        ({"phantoms": {"persons": 3}}, r"phantoms names \['persons'\]; expected some of cases"),
+        ({"phantoms": {"cases": 0}}, "phantoms.cases is 0; expected a whole number from 1 to 1000"),
+        ({"tasks": {"spleen": {}}, "phantoms": {"cases": 6}}, "the phantom tasks: fraction is 0.1 of 2 training"),
+        ({"pretraining": {"seed": 3}}, r"pretraining names \['seed'\], which the study sets itself"),
+        ({"pretraining": {"held_out": 2}}, "pretraining: held_out is 2; expected a share"),
+        ({"pretraining_seeds": 0}, "pretraining_seeds is 0; expected a whole number >= 1"),
+        ({"seeds": (-1, 0)}, r"seeds is \[-1, 0\]; expected whole numbers >= 0"),
+        ({"seeds": ()}, r"seeds is \[\]; expected at least one, each once"),
+        ({"jobs": -1}, "jobs is -1; expected how many cells run at a time, or 0"),
+        ({"backend": "mpi"}, "backend is 'mpi'; expected one of loky, dask, ray, sequential"),
+        ({"backend": "dask"}, "backend is dask and scheduler is missing; expected its address"),
+        ({"scheduler": "tcp://x:1"}, "scheduler is tcp://x:1 and backend sequential; expected dask or ray"),
+        ({"select": {"init": ["nvidia"]}}, r"selection of init is \['nvidia'\]; expected some of"),
+        ({"primary": {"task": "lung"}}, "primary.task is 'lung'; expected one of the study's, spleen, or"),
+        ({"primary": {"init": "random", "fraction": 1.0}}, "primary compares 'random' with itself"),
+        ({"primary": {"winner": 1}}, r"primary names \['winner'\]"),
+        ({"illustration": {"image": "x.nii.gz"}}, "expected image and task, and organs together with label"),
+        ({"illustration": {"image": "x", "task": "lung"}}, "illustration.task is 'lung'; expected one of spleen"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path: Path, task: Path, options: dict[str, Any], message: str):
+    if options.get("tasks") == {"spleen": {}}:
+        options = options | {"fractions": (0.1,), "primary": NONE}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_fake(make_config(tmp_path / "study", task, **options))
+    assert not (tmp_path / "study" / "cells").exists()
+
+
+def test_five_seeds_are_not_called_six(tmp_path: Path, task: Path):
+    with pytest.raises(ValueError, match=r"runs of the seeds \[0, 1, 2, 3, 4\]; expected \[0, .*\], 6 runs"):
+        make_config(tmp_path, task, seeds=(0, 1, 2, 3, 4), primary={"fraction": 0.34})
+
+
+def test_given_weights_that_are_missing_are_named_before_anything_is_run(tmp_path: Path, task: Path):
+    config = make_config(
+        tmp_path / "study", task, inits=("random", "published"), weights={"published": ["a.pt"]}, primary=NONE
+    )
+    with pytest.raises(FileNotFoundError, match=r"weights.published: a.pt not found"):
+        run_fake(config)
+    assert not config.output.exists()

@@ -205,7 +205,7 @@ def pixel_retrieval(
         projected = task.project(net, net.features(views, {task.level})).cpu()
         affines = task.affines({key: item[key][None] for key in ("affine1", "affine2")}, projected)
         radius = float(default_radius(*affines)) if task.radius is None else task.radius
-        size = tuple(projected.shape[2:])
+        size = (projected.shape[2], projected.shape[3], projected.shape[4])
         at = [pixel_centres(size, affine)[0] for affine in affines]
         rows = [F.normalize(p.flatten(1).T, dim=1) for p in projected]
         body = [F.adaptive_avg_pool3d(v[None].cpu(), size).flatten() > level for v in views]

@@ -96,7 +96,8 @@ def features(backbone: SwinUNETR, x: Tensor, levels: Collection[str]) -> dict[st
 
 def _stages(backbone: SwinUNETR, x: Tensor, depth: int) -> list[Tensor]:
     """The transformer's hidden states 0 … depth, as its own forward gives them."""
-    vit, hidden = backbone.swinViT, []
+    vit = backbone.swinViT
+    hidden: list[Tensor] = []
     if depth < 0:
         return hidden
     x = vit.pos_drop(vit.patch_embed(x))

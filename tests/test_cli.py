@@ -19,7 +19,17 @@ def image(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [["smooth"], ["restoration", "run"], ["restoration", "score"], ["restoration", "apply"], ["demo"]]
+    "command",
+    [
+        ["smooth"],
+        ["restoration", "run"],
+        ["restoration", "score"],
+        ["restoration", "apply"],
+        ["pretraining", "run"],
+        ["segmentation", "run"],
+        ["segmentation", "apply"],
+        ["demo"],
+    ],
 )
 def test_help_has_examples_one_a_line(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
@@ -27,7 +37,7 @@ def test_help_has_examples_one_a_line(command: list[str], capsys: pytest.Capture
     assert end.value.code == 0
     text = capsys.readouterr().out
     examples = text[text.index("examples:") :].splitlines()[1:]
-    assert all(line.strip().startswith(("medaccel ", "torchrun ")) for line in examples if line.strip())
+    assert all(line.strip().startswith(("medaccel ", "torchrun ", "--")) for line in examples if line.strip())
     assert "--config" in text
 
 

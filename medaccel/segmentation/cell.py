@@ -80,9 +80,10 @@ def run_cell(
     Returns:
         What result.json holds: "cell", "settings", "labels", "cases" (how many trained, chose and tested),
         "initialization" (None, or file, SHA-256, dialect and numbers of tensors loaded, skipped and missing),
-        "steps", "best" (step, dice), "curve" of the validation, "losses" of the training (means of
-        `steps_per_epoch` steps), "dice" (mean over the test cases, by structure), "rows" (case, structure,
-        `CaseScores`), "seconds", "training_seconds", "validation_seconds", "test_seconds" and "seconds_per_step".
+        "steps", "best" (step, dice), "curve" (step, dice of the validation, mean training loss since the point
+        before), "dice" (mean over the test cases, by structure), "rows" (case, structure, `CaseScores`), "seconds"
+        (all runs of it together, without reading cases), of which "training_seconds", "validation_seconds" and
+        "test_seconds", and "seconds_per_step".
 
     Raises:
         ValueError: settings or weights that don't fit the cell; a result or a checkpoint in the folder of others; a
@@ -105,15 +106,14 @@ def run_cell(
     validation = validation[: s["validation_cases"] or None]
 
     ranks.join(s["accelerator"])
-    start = time.perf_counter()
     network, initialization = _initialized(s, len(dataset.labels), cell.seed, weights, sha256)
     crops = Crops(dataset, training, s, seed=cell.seed, progress=progress)
     known = [validation_case(*load_case(dataset, case), s) for case in validation]
     check = Validation(known, len(dataset.labels), s)
     # What the training depends on, beside its settings: a checkpoint of others is refused.
     whose = {"cell": asdict(cell), "initialization": sha256, "cases": [c.name for c in (*training, *validation)]}
-    losses, trained, _ = train(
-        SegmentationFit(network, s | {"whose": whose}),
+    _, trained, _ = train(
+        SegmentationFit(network, len(dataset.labels), s | {"whose": whose}),
         crops,
         folder,
         seed=cell.seed,
@@ -140,7 +140,6 @@ def run_cell(
                 "steps": s["steps"],
                 "best": check.best,
                 "curve": check.curve,
-                "losses": losses,
                 "dice": _means(rows),
                 "rows": rows,
                 "seconds": trained + tested,
@@ -148,7 +147,6 @@ def run_cell(
                 "validation_seconds": check.seconds,
                 "test_seconds": tested,
                 "seconds_per_step": (trained - check.seconds) / s["steps"],
-                "wall_seconds": time.perf_counter() - start,
             }
             write_text(folder / RESULT, json.dumps(result, indent=1) + "\n", force=True)
             (folder / _LAST).unlink(missing_ok=True)

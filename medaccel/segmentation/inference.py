@@ -49,7 +49,7 @@ def predict_probabilities(
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
             logits = sliding_window_inference(
                 shown,
-                settings["window_size"] or settings["roi_size"],
+                settings["roi_size"],
                 settings["sw_batch_size"],
                 network,
                 overlap=settings["overlap"],

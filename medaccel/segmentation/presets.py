@@ -28,9 +28,8 @@ class TaskPreset:
     Args:
         spacing: voxel size that the network sees, mm, to the right, the front and up.
         window: HU that become 0 and 1.
-        roi_size: voxels of a training crop, multiples of 32, one of them at least 64.
-        window_size: voxels of a window of inference, likewise; None is `roi_size`. A large one wastes less on
-            overlaps.
+        roi_size: voxels of a training crop and of a window of inference, multiples of 32, one of them at least 64.
+            One size for both: a network with instance normalization errs in windows of another.
         overlap: share that neighbouring windows have in common.
         sw_batch_size: windows at once.
         positive, negative: parts of the crops that are centred on foreground, and on the rest of the body.
@@ -40,6 +39,7 @@ class TaskPreset:
         intensity_scale, intensity_shift: largest change of a crop, of the window.
         noise: largest standard deviation of added noise, of the window.
         include_background: the Dice part of the loss counts the background as a class too.
+        foreground_weight: of a structure's voxels in the cross entropy; the background's have 1.
         batch_dice: Dice of the batch's crops together, which rates those without foreground better.
         keep_largest: components that are kept of each structure, 0 is all.
         feature_size: channels of the Swin UNETR, a multiple of 12.
@@ -50,7 +50,6 @@ class TaskPreset:
     spacing: tuple[float, float, float] = (1.5, 1.5, 2.0)
     window: tuple[float, float] = (-1000.0, 1000.0)
     roi_size: tuple[int, int, int] = (96, 96, 96)
-    window_size: tuple[int, int, int] | None = None
     overlap: float = 0.5
     sw_batch_size: int = 4
     positive: float = 1.0
@@ -61,6 +60,7 @@ class TaskPreset:
     intensity_shift: float = 0.1
     noise: float = 0.02
     include_background: bool = True
+    foreground_weight: float = 1.0
     batch_dice: bool = False
     keep_largest: int = 0
     feature_size: int = 48
@@ -77,28 +77,28 @@ PRESETS: Mapping[str, TaskPreset] = {
         _PHANTOM,
         spacing=(6.0, 6.0, 6.0),
         window=(-160.0, 240.0),
-        roi_size=(64, 64, 32),
-        window_size=(64, 64, 64),
+        roi_size=(64, 32, 32),
+        include_background=False,
+        batch_dice=True,
     ),
     "phantom_lung": dataclasses.replace(
         _PHANTOM,
         spacing=(4.0, 4.0, 4.0),
         window=(-1000.0, 400.0),
         roi_size=(64, 32, 32),
-        window_size=(96, 64, 96),
         flip_axes=(0, 1, 2),
         batch_dice=True,
     ),
 }
 # What the trainings of segmentation have otherwise than `medaccel.training.fit.TRAINING`.
-_TRAINING: Mapping[str, Any] = {
+_TRAINING: dict[str, Any] = {
     "steps": 5000,
     "steps_per_epoch": 50,
     "batch_size": 2,
     "learning_rate": 4e-4,
     "ema_decay": 0.0,  # the best on validation is chosen
 }
-_PHANTOM_TRAINING: Mapping[str, Any] = {"steps": 200, "steps_per_epoch": 25, "learning_rate": 2e-3}
+_PHANTOM_TRAINING: dict[str, Any] = {"steps": 200, "steps_per_epoch": 25, "learning_rate": 2e-3}
 
 
 def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,13 +132,9 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, value: Any, default: Any) -> Any:
     """The value as plain type of the default's; ValueError where it is of another kind."""
-    if name == "window_size" and value is None:
-        return None
-    if name == "window_size":
-        default = (MULTIPLE,) * 3
     if isinstance(default, tuple):
         kind = float if default and isinstance(default[0], float) else int
-        count = {"spacing": 3, "window": 2, "roi_size": 3, "window_size": 3}.get(name)
+        count = {"spacing": 3, "window": 2, "roi_size": 3}.get(name)
         if not isinstance(value, list | tuple) or (count is not None and len(value) != count):
             raise ValueError(f"{name} is {value!r}; expected {'a list of' if count is None else count} numbers")
         return [_number(name, entry, kind) for entry in value]
@@ -166,10 +162,9 @@ def _number(name: str, value: Any, kind: type) -> Any:
 
 
 def _check_ranges(s: Mapping[str, Any]) -> None:
-    for name in ("roi_size", "window_size"):
-        size = s[name]
-        if size is not None and (any(n < MULTIPLE or n % MULTIPLE for n in size) or max(size) < _LONGEST):
-            raise ValueError(f"{name} is {size}; expected multiples of {MULTIPLE}, one of them at least {_LONGEST}")
+    size = s["roi_size"]
+    if any(n < MULTIPLE or n % MULTIPLE for n in size) or max(size) < _LONGEST:
+        raise ValueError(f"roi_size is {size}; expected multiples of {MULTIPLE}, one of them at least {_LONGEST}")
     if not all(step > 0 for step in s["spacing"]):
         raise ValueError(f"spacing is {s['spacing']}; expected mm above 0")
     if not s["window"][0] < s["window"][1]:
@@ -194,5 +189,6 @@ def _check_ranges(s: Mapping[str, Any]) -> None:
     for name in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validate_every"):
         if s[name] < 1:
             raise ValueError(f"{name} is {s[name]}; expected at least 1")
-    if not s["learning_rate"] > 0:
-        raise ValueError(f"learning_rate is {s['learning_rate']:g}; expected above 0")
+    for name in ("learning_rate", "foreground_weight"):
+        if not s[name] > 0:
+            raise ValueError(f"{name} is {s[name]:g}; expected above 0")

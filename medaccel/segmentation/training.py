@@ -17,7 +17,7 @@ import lightning
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.losses import DiceCELoss
+from monai.losses import DiceLoss
 from monai.transforms import (
     Compose,
     RandCropByPosNegLabeld,
@@ -154,26 +154,32 @@ def _random_transforms(s: Mapping[str, Any]) -> Compose:
 
 
 class SegmentationFit(NetworkFit):
-    """A network and MONAI's Dice and cross entropy of its softmax.
+    """A network and Dice plus cross entropy of its softmax: MONAI's `DiceCELoss`, where classes weigh the same.
 
     Args:
         network: (B, 1, i, j, k) to logits (B, classes, i, j, k).
+        classes: with the background.
         settings: of `medaccel.segmentation.presets.make_settings`; more keys, which tell one training from another,
             may be in it.
     """
 
-    def __init__(self, network: nn.Module, settings: Mapping[str, Any]) -> None:
+    def __init__(self, network: nn.Module, classes: int, settings: Mapping[str, Any]) -> None:
         super().__init__(network, settings)
-        self.loss = DiceCELoss(
+        self.dice = DiceLoss(
             include_background=settings["include_background"],
             to_onehot_y=True,
             softmax=True,
             batch=settings["batch_dice"],
         )
+        # `DiceCELoss` would weigh its Dice part too, but not where there is one structure.
+        weights = [1.0] + [float(settings["foreground_weight"])] * (classes - 1)
+        self.cross_entropy = nn.CrossEntropyLoss(torch.tensor(weights))
 
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
-        """ "loss", of crops as `Crops` gives them."""
-        return {"loss": self.loss(self.network(batch["image"]).float(), batch["label"])}
+        """ "loss" and its parts, "dice" and "cross_entropy", of crops as `Crops` gives them."""
+        logits, label = self.network(batch["image"]).float(), batch["label"]
+        overlap, entropy = self.dice(logits, label), self.cross_entropy(logits, label[:, 0].long())
+        return {"loss": overlap + entropy, "dice": overlap, "cross_entropy": entropy}
 
 
 def shared_out(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
@@ -189,8 +195,8 @@ def shared_out(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
 class Validation(lightning.Callback):
     """Mean foreground Dice on validation cases, on the network's grid, and the weights that had the best.
 
-    All of it is in the checkpoint, for the run that resumes. Of equal ones, the earlier weights are kept. Several
-    processes share the cases out.
+    The curve also has the mean training loss since the point before. All of it is in the checkpoint, for the run
+    that resumes. Of equal ones, the earlier weights are kept. Several processes share the cases out.
 
     Args:
         cases: (HU on the network's grid, labels likewise), as `canonical` gives them.
@@ -203,17 +209,23 @@ class Validation(lightning.Callback):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, float] = {"step": 0, "dice": -1.0}
         self.weights: dict[str, Tensor] = {}
+        self.losses: list[float] = []  # since the curve's last point
         self.seconds = 0.0
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, *_: Any
+    ) -> None:
         step = trainer.global_step
+        self.losses.append(float(outputs["loss"]))
         if step % self.settings["validate_every"] and step < self.settings["steps"]:
             return
         start = time.perf_counter()
         network = pl_module.network
         assert isinstance(network, nn.Module)
         found = float(np.mean(shared_out(lambda case: self._dice(network, case), self.cases)))
-        self.curve.append({"step": step, "dice": found})
+        loss = float(np.mean(shared_out(lambda _: float(np.mean(self.losses)), range(ranks.world_size()))))
+        self.curve.append({"step": step, "dice": found, "loss": loss})
+        self.losses = []
         if found > self.best["dice"]:
             self.best = {"step": step, "dice": found}
             self.weights = {k: v.detach().to("cpu", copy=True) for k, v in network.state_dict().items()}
@@ -227,11 +239,13 @@ class Validation(lightning.Callback):
         return float(np.mean([dice(labels == value, truth == value) for value in range(1, self.classes)]))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curve": self.curve, "best": self.best, "weights": self.weights, "seconds": self.seconds}
+        names = ("curve", "best", "weights", "losses", "seconds")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve, self.best = list(state_dict["curve"]), dict(state_dict["best"])
-        self.weights, self.seconds = dict(state_dict["weights"]), state_dict["seconds"]
+        self.weights, self.losses = dict(state_dict["weights"]), list(state_dict["losses"])
+        self.seconds = state_dict["seconds"]
 
 
 def validation_case(scan: Nifti1Image, label: Nifti1Image, settings: Mapping[str, Any]) -> dict[str, MetaTensor]:

@@ -4,7 +4,13 @@
 import numpy as np
 import pytest
 
-from medaccel.segmentation.metrics import bland_altman, component_voxels, largest_components, lesion_summary, score_case
+from medaccel.segmentation.metrics import (
+    bland_altman,
+    component_voxels,
+    largest_components,
+    lesion_summary,
+    score_case,
+)
 
 SPACING = (2.0, 2.0, 2.0)
 EMPTY = np.zeros((16, 16, 16), dtype=bool)

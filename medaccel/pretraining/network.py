@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
@@ -164,8 +163,3 @@ class PretrainingNet(nn.Module):
 
 def _within(name: str, parts: Collection[str]) -> bool:
     return any(name.startswith(f"{part}.") for part in parts)
-
-
-def mean_over_pixels(features: Tensor) -> Tensor:
-    """(B, C, *spatial) to (B, C)."""
-    return torch.flatten(features, 2).mean(dim=2)

@@ -15,6 +15,7 @@ from medaccel.pretraining.tasks import PRESETS, TASKS, Step, make_tasks
 from medaccel.pretraining.tasks.inpainting import Inpainting, Reconstruction, cut_out
 from medaccel.pretraining.tasks.instance import Instance
 from medaccel.pretraining.tasks.pixels import PixelContrast, PixPro, PixProHead, momentum
+from medaccel.pretraining.tasks.pooling import StandardisedMean
 from medaccel.pretraining.tasks.rotation import Rotation
 from tests.pretraining.made import ROI
 
@@ -99,8 +100,8 @@ def test_the_rotation_is_told_on_a_crop_that_nothing_else_has_turned_or_flipped(
 def test_the_rotation_loss_is_the_cross_entropy_of_chance_for_a_network_that_knows_nothing():
     task = make("rotation", roi=(64, 64, 32))
     net = PretrainingNet([task], feature_size=12)
-    torch.nn.init.zeros_(net.heads["rotation"].weight)
-    torch.nn.init.zeros_(net.heads["rotation"].bias)
+    for parameter in net.heads["rotation"].parameters():
+        torch.nn.init.zeros_(parameter)
     batch = {"rotation_view": torch.rand(4, 1, 64, 64, 32), "rotation": torch.tensor([0, 1, 2, 3])}
     terms = task.losses(Step(net, {}, batch, 0.0))
     assert float(terms["rotation"].detach()) == pytest.approx(math.log(4), abs=1e-6)
@@ -116,10 +117,27 @@ def test_instance_contrast_is_nt_xent_and_its_bound_stays_below_log_n():
     task = make("instance", temperature=0.2)
     step = step_of(task, views())
     terms = task.losses(step)
+    step.net.eval()  # with the statistics that the step left
     first, second = task.embed(step.net, step.maps).chunk(2)
     torch.testing.assert_close(terms["instance"], nt_xent_loss(first, second, temperature=0.2))
     assert float(terms["mutual_information_bound"]) <= math.log(2)
     assert not terms["mutual_information_bound"].requires_grad
+
+
+def test_a_mean_is_standardised_by_what_steps_have_shown_and_by_no_other_item():
+    pooling = StandardisedMean(3)
+    first, second = torch.randn(2, 6, 3, 4, 4, 4) + 5.0
+    shown = pooling(first)
+    torch.testing.assert_close(shown.mean(dim=0), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(shown.std(dim=0, unbiased=False), torch.ones(3), rtol=0, atol=1e-3)
+    pooling(second)
+    means = [x.mean(dim=(0, 2, 3, 4)) for x in (first, second)]
+    torch.testing.assert_close(pooling.mean, 0.9 * means[0] + 0.1 * means[1])
+    pooling.eval()
+    together = pooling(second)
+    torch.testing.assert_close(torch.cat([pooling(x[None]) for x in second]), together)
+    torch.testing.assert_close(pooling.mean, 0.9 * means[0] + 0.1 * means[1])
+    assert set(pooling.state_dict()) == {"mean", "variance", "steps"}
 
 
 def test_pixel_contrast_is_the_mean_of_the_items_losses():

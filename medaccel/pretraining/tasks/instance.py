@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
-from medaccel.pretraining.network import channels, mean_over_pixels
+from medaccel.pretraining.network import channels
 from medaccel.pretraining.tasks.base import Step, Task, process_group
+from medaccel.pretraining.tasks.pooling import StandardisedMean
 
 _LEVEL = "encoder4"
 
 
 class Instance(Task):
-    """NT-Xent on the mean of the transformer's last map, through two layers; the negatives are all processes'.
+    """NT-Xent on the standardised mean of the last map, through two layers; the negatives are all processes'.
 
     Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
     two views, in nats, which can't say more than log N, N the items of a step.
@@ -40,11 +41,16 @@ class Instance(Task):
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
         width = channels(_LEVEL, feature_size)
-        return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.settings["dimensions"]))
+        return nn.Sequential(
+            StandardisedMean(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, self.settings["dimensions"]),
+        )
 
     def embed(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
         """(B, dimensions) of views' maps."""
-        embedding: Tensor = net.heads[self.name](mean_over_pixels(maps[_LEVEL])).float()
+        embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
         return embedding
 
     def losses(self, step: Step) -> dict[str, Tensor]:

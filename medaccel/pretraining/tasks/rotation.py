@@ -13,8 +13,9 @@ from monai.transforms import RandSpatialCrop, SpatialPad
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
-from medaccel.pretraining.network import channels, mean_over_pixels
+from medaccel.pretraining.network import channels
 from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.tasks.pooling import StandardisedMean
 
 _NOISE = 0.03  # of the window; its strength is drawn
 
@@ -39,7 +40,8 @@ class Rotation(Task):
             )
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
-        return nn.Linear(channels("encoder4", feature_size), 4)
+        width = channels("encoder4", feature_size)
+        return nn.Sequential(StandardisedMean(width), nn.Linear(width, 4))
 
     def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:
         crop = self.crop(image, rng)
@@ -60,7 +62,7 @@ class Rotation(Task):
 
     def logits(self, net: Any, x: Tensor) -> Tensor:
         """(B, 1, *roi_size) to (B, 4)."""
-        scores: Tensor = net.heads[self.name](mean_over_pixels(net.features(x, {"encoder4"})["encoder4"]))
+        scores: Tensor = net.heads[self.name](net.features(x, {"encoder4"})["encoder4"])
         return scores
 
     def losses(self, step: Step) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ class TaskPreset:
         noise: largest standard deviation of added noise, of the window.
         include_background: the Dice part of the loss counts the background as a class too.
         foreground_weight: of a structure's voxels in the cross entropy; the background's have 1.
+        foreground_prior: probability that a structure's voxels start with, by the last layer's bias (Lin et al.,
+            "Focal loss", ICCV 2017); 0 leaves the bias random. Small structures are learned from the first step on.
         batch_dice: Dice of the batch's crops together, which rates those without foreground better.
         keep_largest: components that are kept of each structure, 0 is all.
         feature_size: channels of the Swin UNETR, a multiple of 12.
@@ -61,6 +63,7 @@ class TaskPreset:
     noise: float = 0.02
     include_background: bool = True
     foreground_weight: float = 1.0
+    foreground_prior: float = 0.0
     batch_dice: bool = False
     keep_largest: int = 0
     feature_size: int = 48
@@ -189,6 +192,8 @@ def _check_ranges(s: Mapping[str, Any]) -> None:
     for name in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validate_every"):
         if s[name] < 1:
             raise ValueError(f"{name} is {s[name]}; expected at least 1")
+    if not 0 <= s["foreground_prior"] < 0.5:
+        raise ValueError(f"foreground_prior is {s['foreground_prior']:g}; expected a probability from 0 to below 0.5")
     for name in ("learning_rate", "foreground_weight"):
         if not s[name] > 0:
             raise ValueError(f"{name} is {s[name]:g}; expected above 0")

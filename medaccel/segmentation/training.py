@@ -8,6 +8,7 @@ that it would have had.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,13 @@ def make_network(settings: Mapping[str, Any], classes: int, seed: int) -> SwinUN
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SwinUNETR(in_channels=1, out_channels=classes, feature_size=settings["feature_size"])
+        network = SwinUNETR(in_channels=1, out_channels=classes, feature_size=settings["feature_size"])
+    prior, bias = settings["foreground_prior"], network.out.conv.conv.bias
+    if prior:
+        with torch.no_grad():
+            bias.fill_(math.log(prior / (1 - prior)))
+            bias[0] = 0.0
+    return network
 
 
 class Crops(torch.utils.data.Dataset):

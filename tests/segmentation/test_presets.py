@@ -38,6 +38,7 @@ def test_settings_are_plain_and_whole(name: str):
         ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'; expected a number"),
         ({"learning_rate": 0.0}, "learning_rate is 0; expected above 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; expected a number"),
+        ({"foreground_prior": 0.5}, "foreground_prior is 0.5; expected a probability"),
         ({"precision": 16}, "precision is 16; expected a name"),
         ({"spacing": [1.0, 1.0]}, r"spacing is \[1.0, 1.0\]; expected 3 numbers"),
         ({"spacing": [1.0, 1.0, 0.0]}, r"spacing is \[1.0, 1.0, 0.0\]; expected mm above 0"),

@@ -113,6 +113,15 @@ def test_random_weights_depend_on_the_seed_alone():
     assert not torch.equal(second["out.conv.conv.weight"], other["out.conv.conv.weight"])
 
 
+def test_a_prior_is_what_an_untrained_network_says():
+    settings = make_settings({"preset": "phantom_spleen", "foreground_prior": 0.01})
+    network = make_network(settings, 2, 0)
+    with torch.no_grad():
+        network.out.conv.conv.weight.zero_()
+        said = network(torch.rand(1, 1, 64, 32, 32)).softmax(dim=1)[:, 1]
+    assert torch.allclose(said, torch.tensor(0.01))
+
+
 @pytest.mark.parametrize("include_background", [True, False])
 def test_the_loss_is_monais_unless_the_foreground_weighs_more(include_background: bool):
     from monai.losses import DiceCELoss

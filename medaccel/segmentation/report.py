@@ -161,7 +161,11 @@ def _primary_blocks(study: Study, outcome: Outcome) -> list[Block]:
         "as it is; a line joins the runs of one seed, which share split, crops and order."
     )
     figure = Figure(figures.paired_plot(groups), caption, f"Dice of each run: {', '.join(g.init for g in groups)}")
-    return [figure, Note(words.STATISTICS)]
+    blocks: list[Block] = [figure]
+    if len(groups) == 2:
+        base, first = ([run.curve for run in group.runs.values()] for group in groups)
+        blocks.append(Text(words.head_start(first, base)))
+    return [*blocks, Note(words.STATISTICS)]
 
 
 def _task_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
@@ -289,13 +293,17 @@ def _training_table(outcome: Outcome) -> Table:
 
 
 def _pretraining_blocks(pretraining: dict[str, Any]) -> list[Block]:
-    found = {name: words.pretraining_values(content) for name, content in pretraining.items()}
-    headers = list(dict.fromkeys(key for values in found.values() for key in values))
-    rows = [Row(name, [values.get(key, float("nan")) for key in headers]) for name, values in found.items()]
+    columns = [Column("Measured by"), *(Column(name, digits=3) for name in ("Reached", "Chance", "Asked for"))]
+    rows = [
+        Row(label, cells)
+        for name, content in pretraining.items()
+        for label, cells in words.pretraining_rows(name, content)
+    ]
     caption = (
-        "What each pretraining reached on scans that it did not see; the reports in their folders have the curves."
+        "What each pretraining reached on scans that it did not see; curves and pictures are in the reports in the "
+        "folder pretraining."
     )
-    return [Table(caption, [Column(key, digits=3) for key in headers], rows, "Pretraining")]
+    return [Table(caption, [*columns, Column("Met")], rows, "Pretraining, task")]
 
 
 def _label(group: Group) -> str:

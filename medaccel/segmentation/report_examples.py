@@ -39,26 +39,27 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
     if not runs or task not in study.data:
         return []
     names = list(dict.fromkeys(row["case"] for row in runs[0].rows))[:_CASES]
-    cases = [case for case in study.data[task].cases if case.name in names]
-    examples = []
-    for case in cases:
+    low, high = study.settings[task]["window"]
+    blocks: list[Block] = []
+    for case in study.data[task].cases:
+        if case.name not in names:
+            continue
         scan, label = load_case(study.data[task], case)
         predicted = {}
         for run in runs:
             of_case = np.mean([row["dice"] for row in run.rows if row["case"] == case.name])
-            title = f"{run.cell.init}, seed {run.cell.seed}: {100 * of_case:.1f}"
-            predicted[title] = _segmented(files[run.cell], scan)
-        low, high = study.settings[task]["window"]
-        examples.append((case.name, scan, np.asarray(label.dataobj), predicted, (low, high)))
-    blocks: list[Block] = []
-    for name, scan, truth, predicted, window in examples:
-        example = figures.Example(name, scan.affine, np.asarray(scan.dataobj), truth, predicted, window)
-        caption = (
-            f"Test case {name}, {100 * fraction:g} % of the labels: axial slice with most of the truth; contours of "
-            "the truth (green) and of the prediction (red) by each initialization's run nearest to its mean, with "
-            "this case's Dice in points. The patient's right is on the left."
+            predicted[f"{run.cell.init}, seed {run.cell.seed}: {100 * of_case:.1f}"] = _segmented(
+                files[run.cell], scan
+            )
+        example = figures.Example(
+            scan.affine, np.asarray(scan.dataobj), np.asarray(label.dataobj), predicted, (low, high)
         )
-        blocks.append(Figure(figures.contour_figure([example]), caption, f"Contours on {name}"))
+        caption = (
+            f"Test case {case.name}, {100 * fraction:g} % of the labels: axial slice with most of the truth; "
+            "contours of the truth (green) and of the prediction (red) by each initialization's run nearest to its "
+            "mean, with this case's Dice in points. The patient's right is on the left."
+        )
+        blocks.append(Figure(figures.contour_figure(example), caption, f"Contours on {case.name}"))
     return blocks
 
 
@@ -82,11 +83,11 @@ def illustration_blocks(study: Study) -> list[Block]:
     low, high = study.settings[options["task"]]["window"]
     name = Path(options["image"]).name
     example = figures.Example(
-        name, scan.affine, np.asarray(scan.dataobj), truth, {path.parent.name: predicted}, (low, high)
+        scan.affine, np.asarray(scan.dataobj), truth, {path.parent.name: predicted}, (low, high)
     )
     caption = f"{name}: the network of cell {path.parent.name}. {stated} Truth green, prediction red."
     return [
-        Figure(figures.contour_figure([example]), caption, f"Contours on {name}"),
+        Figure(figures.contour_figure(example), caption, f"Contours on {name}"),
         Note("One scan, shown as an illustration: it is no part of the study, and no figure of it rests on this."),
     ]
 

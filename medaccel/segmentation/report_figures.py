@@ -114,6 +114,7 @@ def volume_plot(groups: Sequence[Group]) -> bytes:
             alpha=0.5,
             color=COLOURS[number % len(COLOURS)],
         )
+        axes.axhline(0, color="#d3d8de", linewidth=0.8, zorder=0)
         if len(true) > 1:
             found = bland_altman(true.tolist(), predicted.tolist())
             axes.axhline(found["bias_ml"], color="#1c2126", linewidth=1)
@@ -130,7 +131,6 @@ class Example:
     """A scan with the truth and predictions, to be shown as axial slices.
 
     Args:
-        name: the scan's.
         affine: (4, 4), voxel indices to RAS, mm.
         hu: (i, j, k).
         truth: (i, j, k), above 0 is foreground; None where it isn't known.
@@ -138,7 +138,6 @@ class Example:
         window: HU that are black and white.
     """
 
-    name: str
     affine: np.ndarray
     hu: np.ndarray
     truth: np.ndarray | None
@@ -147,46 +146,32 @@ class Example:
 
 
 @styled
-def contour_figure(examples: Sequence[Example]) -> bytes:
-    """A row a scan, a column a prediction: the axial slice with most foreground, contours of truth and prediction.
-
-    Raises:
-        ValueError: no example, or examples with other predictions than the first.
-    """
-    titles = list(examples[0].predicted) if examples else []
-    if not titles or any(list(example.predicted) != titles for example in examples):
-        raise ValueError("contour_figure needs examples with the same predictions (expected at least one of each)")
-    figure = new_figure(2.9 * len(titles) + 0.2, 2.75 * len(examples))
-    panels = figure.subplots(len(examples), len(titles), squeeze=False)
-    figure.subplots_adjust(left=0.03, right=0.99, bottom=0.02, top=0.93, wspace=0.04, hspace=0.12)
-    for row, example in zip(panels, examples, strict=True):
-        hu, spacing = to_canonical(example.hu, example.affine)
-        truth = None if example.truth is None else to_canonical(example.truth > 0, example.affine)[0]
-        masks = {title: to_canonical(mask > 0, example.affine)[0] for title, mask in example.predicted.items()}
-        k = _fullest_slice(truth if truth is not None and truth.any() else sum(masks.values()))
-        for axes, title in zip(row, titles, strict=True):
-            picture = axial_slice(hu, spacing, k)
-            down, right = picture.spacing
-            height, width = picture.pixels.shape
-            extent = (0, width * right, height * down, 0)
-            low, high = example.window
-            axes.imshow(picture.pixels, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
-            for mask, colour in ((truth, TRUTH), (masks[title], PREDICTION)):
-                if mask is not None and mask[:, :, k].any():
-                    pixels = axial_slice(mask, spacing, k).pixels
-                    axes.contour(
-                        (np.arange(width) + 0.5) * right,
-                        (np.arange(height) + 0.5) * down,
-                        pixels,
-                        levels=[0.5],
-                        colors=[colour],
-                        linewidths=1.3,
-                    )
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.grid(False)
-            axes.set_title(title, fontsize=8.5)
-        row[0].set_ylabel(example.name, fontsize=8)
+def contour_figure(example: Example) -> bytes:
+    """The axial slice with most foreground, a picture a prediction, with contours of truth and prediction."""
+    hu, spacing = to_canonical(example.hu, example.affine)
+    truth = None if example.truth is None else to_canonical(example.truth > 0, example.affine)[0]
+    masks = {title: to_canonical(mask > 0, example.affine)[0] for title, mask in example.predicted.items()}
+    k = _fullest_slice(truth if truth is not None and truth.any() else sum(masks.values()))
+    picture = axial_slice(hu, spacing, k)
+    (height, width), (down, right) = picture.pixels.shape, picture.spacing
+    low, high = example.window
+    wide = 3.0  # inches of a picture
+    tall = wide * height * down / (width * right)
+    figure = new_figure(wide * len(masks), tall + 0.25)
+    panels = figure.subplots(1, len(masks), squeeze=False)[0]
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=tall / (tall + 0.25), wspace=0.03)
+    for axes, (title, predicted) in zip(panels, masks.items(), strict=True):
+        extent = (0, width * right, height * down, 0)
+        axes.imshow(picture.pixels, cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="nearest")
+        for mask, colour in ((truth, TRUTH), (predicted, PREDICTION)):
+            if mask is not None and mask[:, :, k].any():
+                centres = (np.arange(width) + 0.5) * right, (np.arange(height) + 0.5) * down
+                pixels = axial_slice(mask, spacing, k).pixels
+                axes.contour(*centres, pixels, levels=[0.5], colors=[colour], linewidths=1.3)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.grid(False)
+        axes.set_title(title, fontsize=8, pad=3)
     return to_png(figure)
 
 

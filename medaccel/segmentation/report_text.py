@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medaccel.segmentation.metrics import BAND_MM, TOLERANCE_MM
-from medaccel.segmentation.statistics import Comparison, Spread
+from medaccel.segmentation.statistics import Comparison, Spread, mean_curve
 
 STATISTICS = (
     "The t test is paired over the runs, seed by seed, and asks whether another run would show the same on these "
@@ -91,15 +91,40 @@ def late_gain(curve: Sequence[tuple[int, float]]) -> float:
     return max(dice for _, dice in curve) - max(before) if before else math.nan
 
 
-def pretraining_values(content: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a pretraining's metrics.json, by name, those within others as outer.inner."""
-    found: dict[str, float] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            found |= {f"{key}.{inner}": v for inner, v in pretraining_values(value).items()}
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = float(value)
-    return found
+def head_start(first: Sequence[Sequence[tuple[int, float]]], second: Sequence[Sequence[tuple[int, float]]]) -> str:
+    """How two initializations differ on the validation cases at the first and at the last step, in a sentence."""
+    steps, means, _ = mean_curve(first)
+    others = dict(zip(*mean_curve(second)[:2], strict=True))
+    shared = [(step, 100 * (mean - others[step])) for step, mean in zip(steps, means, strict=True) if step in others]
+    if not shared:
+        return ""
+    (start, early), (end, late) = shared[0], shared[-1]
+    return (
+        f"While training, the mean Dice on the validation cases differed by {_signed(early)} points at step {start} "
+        f"and by {_signed(late)} at the last, {end}: a difference that is there early and gone late is a head start, "
+        "which random initialization makes up for."
+    )
+
+
+# Of a pretraining task's figures: what it is measured by, and its unit.
+_MEASURED = {
+    "accuracy": "accuracy",
+    "error_hu": "mean error, HU (asked: the harmonic fill's)",
+    "top1": "top-1 of the view pairs",
+    "share_in_body": "share of pixels within the radius",
+}
+
+
+def pretraining_rows(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Of a pretraining's metrics.json, a row a task: measure, figure, chance, what is asked for, whether reached."""
+    rows = []
+    for task, figures in content["held_out"].items():
+        key = next(key for key in _MEASURED if key in figures)
+        reached = "yes" if figures["reached"] else "no"
+        rows.append(
+            (f"{name}, {task}", [_MEASURED[key], figures[key], figures["chance"], figures["target"], reached])
+        )
+    return rows
 
 
 def _signed(value: float, digits: int = 1) -> str:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import yaml
 
+from medaccel.cli import build_parser
 from medaccel.segmentation import report_examples
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.phantom_task import write_task
-from medaccel.segmentation.pipeline import run
+from medaccel.segmentation.pipeline import run, settings_of
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 
 PHANTOMS = {"cases": 9, "spacing": [8.0, 8.0, 8.0], "pool": 2, "pool_spacing": [8.0, 8.0, 8.0]}
@@ -281,6 +282,24 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, task: Path, options
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_fake(make_config(tmp_path / "study", task, **options))
     assert not (tmp_path / "study" / "cells").exists()
+
+
+@pytest.mark.parametrize("name", ["segmentation_small", "segmentation_full"])
+def test_the_configurations_are_the_study(name: str):
+    path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    part = "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
+    arguments = build_parser().parse_args(["segmentation", "run", "--config", str(path), "--select", part])
+    options = arguments.segmentation.run.as_dict()
+    known = {field.name for field in fields(SegmentationConfig)}
+    config = SegmentationConfig(
+        **{k: tuple(v) if k in ("inits", "fractions", "seeds") else v for k, v in options.items() if k in known}
+    )
+    assert len(config.cells()) == 144
+    assert len(config.chosen()) == 12
+    assert {cell.pretraining for cell in config.chosen()} == {0, 1}
+    assert config.comparison is not None
+    widths = {settings_of(config, task)["feature_size"] for task in config.tasks}
+    assert widths == {config.pretraining["network"]["feature_size"]}
 
 
 def test_five_seeds_are_not_called_six(tmp_path: Path, task: Path):

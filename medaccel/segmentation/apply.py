@@ -67,6 +67,8 @@ def apply(
         check_output(path, force=force)
     if keep_largest is not None and keep_largest < 0:
         raise ValueError(f"keep_largest is {keep_largest}; expected 0 for all components, or how many are kept")
+    import torch
+
     from medaccel.segmentation.checkpoint import load
     from medaccel.segmentation.inference import segment
 
@@ -74,7 +76,8 @@ def apply(
     scan = read_scan(_scan(input, series_uid))
     for sentence in _unlike(scan, trained.seen):
         warnings.warn(f"{input}: {sentence}", stacklevel=2)
-    labels = segment(trained.network(), scan, trained.settings, keep_largest=keep_largest, progress=progress)
+    network = trained.network().to("cuda" if torch.cuda.is_available() else "cpu")
+    labels = segment(network, scan, trained.settings, keep_largest=keep_largest, progress=progress)
     labels.header["descrip"] = f"{RESEARCH_ONLY}: labels".encode()[:79]
     content = {
         "input": str(input),

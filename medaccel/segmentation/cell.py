@@ -167,6 +167,8 @@ def _finished(path: Path, cell: Cell, settings: Mapping[str, Any], sha256: str |
         differing.append("weights")
     if differing:
         raise ValueError(f"{path}: of another {', '.join(differing)}; delete it to run the cell anew")
+    if ranks.rank() == 0:
+        path.with_name(_LAST).unlink(missing_ok=True)  # of a cell that was killed behind its last line
     return result
 
 

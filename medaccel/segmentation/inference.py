@@ -60,7 +60,7 @@ def predict_probabilities(
             )
     finally:
         network.train(before)
-    return torch.as_tensor(logits)[0].float().softmax(dim=0).clone()
+    return torch.as_tensor(logits)[0].float().softmax(dim=0)
 
 
 def segment(

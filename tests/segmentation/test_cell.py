@@ -54,7 +54,9 @@ def test_a_cell_says_what_it_found(tiny_cell: Finished):
 def test_a_finished_cell_is_read_not_run(tiny_task: Path, tiny_cell: Finished):
     folder, result = tiny_cell
     before = (folder / "best.pt").stat().st_mtime_ns
+    (folder / "last.ckpt").write_bytes(b"left by a cell that was killed before it removed it")
     assert run_tiny(tiny_task, folder) == result
+    assert not (folder / "last.ckpt").exists()
     assert (folder / "best.pt").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"result\.json: of another cell's seed; delete it to run the cell anew"):
         run_tiny(tiny_task, folder, seed=2)

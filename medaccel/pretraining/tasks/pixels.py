@@ -65,14 +65,14 @@ class _Projecting(nn.Module):
 class PixelContrast(_PixelTask):
     """`medaccel.losses.PixelContrastiveLoss` in both directions: a place is told from all others of the other view.
 
-    Settings: `level` (default "decoder2", stride 4), `dimensions` of the projection (64), `temperature` (0.3),
-    `radius` in mm below which two pixels are the same place (None: about one bin).
+    Settings: `level` (default "decoder2", stride 4), `dimensions` of the projection (32; the loss costs in proportion
+    to them), `temperature` (0.3), `radius` in mm below which two pixels are the same place (None: about one bin).
     """
 
     name = "pixel"
     defaults: ClassVar[Mapping[str, Any]] = {
         "level": "decoder2",
-        "dimensions": 64,
+        "dimensions": 32,
         "temperature": 0.3,
         "radius": None,
     }
@@ -130,12 +130,12 @@ class PixPro(_PixelTask):
     the weights that the last one left. Beside the backbone's pass there is a second one without gradient, about a
     third of the step's cost.
 
-    Settings: `level` (default "decoder2"), `dimensions` (64), `radius` in mm (None: about one bin), `power` of the
+    Settings: `level` (default "decoder2"), `dimensions` (32), `radius` in mm (None: about one bin), `power` of the
     propagation (2).
     """
 
     name = "pixpro"
-    defaults: ClassVar[Mapping[str, Any]] = {"level": "decoder2", "dimensions": 64, "radius": None, "power": 2.0}
+    defaults: ClassVar[Mapping[str, Any]] = {"level": "decoder2", "dimensions": 32, "radius": None, "power": 2.0}
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)

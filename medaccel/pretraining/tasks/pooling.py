@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from medaccel.pretraining.tasks.base import process_group
 
 _DECAY = 0.9  # of the running mean and variance: those of about ten steps
-_FLOOR = 1e-6
+_FLOOR = 1e-4  # of the variance: channels that hardly differ stay small
 
 
 class StandardisedMean(nn.Module):
-    """(B, C, *spatial) to (B, C): the mean over pixels, each channel by its running mean and deviation.
+    """(B, C, *spatial) to (B, C): the mean over pixels, each channel by its mean and deviation among views.
 
     Views differ little in such a mean: their embeddings start nearly parallel, and a contrast of directions finds no
-    gradient there. Without the channels' means they do differ. The running figures, of all processes' views together,
-    are what DINO's centre is; gradients don't pass through them, so items stay independent of each other, which batch
-    normalisation would end. They are buffers: a resumed training has them, and evaluation takes them as they are.
+    gradient there. Without the channels' means they do differ. In training these are of the step's views, of all
+    processes together, so that processes which share a batch have one process's; gradients don't pass through them.
+    In evaluation they are the running ones, buffers that a checkpoint holds.
 
     Args:
         channels: C.
@@ -37,11 +37,11 @@ class StandardisedMean(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         pooled = features.float().flatten(2).mean(dim=2)
-        if self.training and torch.is_grad_enabled():
-            self._follow(pooled.detach())
-        return (pooled - self.mean) / (self.variance + _FLOOR).sqrt()
+        mean, variance = self._of(pooled.detach()) if self.training else (self.mean, self.variance)
+        return (pooled - mean) / (variance + _FLOOR).sqrt()
 
-    def _follow(self, pooled: Tensor) -> None:
+    def _of(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a step's views, which the running ones follow."""
         moments = torch.stack([pooled.mean(dim=0), pooled.square().mean(dim=0)])
         group = process_group()
         if group is not None:
@@ -49,7 +49,7 @@ class StandardisedMean(nn.Module):
             moments /= dist.get_world_size(group)
         mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
         weight = 1.0 if int(self.steps) == 0 else 1 - _DECAY
-        # New tensors: this step's backward may still need the old ones.
-        self.mean = torch.lerp(self.mean, mean, weight)
-        self.variance = torch.lerp(self.variance, variance, weight)
-        self.steps = self.steps + 1
+        self.mean.lerp_(mean, weight)
+        self.variance.lerp_(variance, weight)
+        self.steps += 1
+        return mean, variance

@@ -14,6 +14,7 @@ Several devices within a cell are Lightning's: `torchrun … -m medaccel.cli seg
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def run(
         return _run_one(Study(config, folder, settings), cell, say, run_cell)
     with ranks.first_process() as first:
         if first:
-            folder.start(config, force, resume, say)
+            folder.start(options_of(config, settings), force, resume, say)
             make_data(config, folder, chosen)
     study = Study(config, folder, settings)
     if ranks.rank() == 0:
@@ -125,7 +126,7 @@ def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell 
 
 def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
     """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
-    study.folder.check(study.config)
+    study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
     if not 0 <= number < len(chosen):
         raise ValueError(f"cell is {number}; expected 0 to {len(chosen) - 1}, one of the {len(chosen)} chosen cells")
@@ -171,6 +172,12 @@ def settings_of(config: SegmentationConfig, task: str) -> dict[str, Any]:
         return make_settings({"preset": preset, **config.settings, **options.get("settings", {})})
     except ValueError as error:
         raise ValueError(f"task {task}: {error}") from error
+
+
+def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a study is: its options, and the cells' settings, which another version's presets could change."""
+    plain: dict[str, Any] = json.loads(json.dumps({"cells": settings}))
+    return config.plain() | plain
 
 
 def pretrain_preset(

@@ -137,9 +137,10 @@ def build_page(study: Study, outcome: Outcome, sentence: str, pretraining: dict[
     if config.illustration:
         sections.append(Section("Illustration", illustration_blocks(study)))
     found = versions()
+    options = yaml.safe_load(study.folder.record.read_text(encoding="utf-8"))
     run: list[Block] = [
         Table("", [Column("Version")], [Row(name, [version]) for name, version in found.items()], "Software"),
-        Code("Configuration (YAML)", yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)),
+        Code("Configuration (YAML)", yaml.safe_dump(options, sort_keys=False, allow_unicode=True)),
     ]
     sections.append(Section("This run", run))
     facts = {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a segmentation study.
 
-config.yaml                       the options
+config.yaml                       the options, and all settings of the cells that follow from them
 splits.json                       each task's splits, and the subsets that fractions train on
 data/<task>/, data/pool/          phantoms
 pretraining/<init>-<n>/           a run of `medaccel pretraining run` each, or weights of another task's network
@@ -12,14 +12,13 @@ metrics.json|csv, figures/, report.html
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from medaccel.data import write_text
-from medaccel.segmentation.config import SegmentationConfig
 
 GENERATED = ("data", "pretraining", "cells", "figures")
 
@@ -49,8 +48,12 @@ class StudyFolder:
     def cell(self, name: str) -> Path:
         return self.path / "cells" / name
 
-    def start(self, config: SegmentationConfig, force: bool, resume: bool, say: Callable[[str], None]) -> None:
+    def start(self, options: Mapping[str, Any], force: bool, resume: bool, say: Callable[[str], None]) -> None:
         """Makes the folder, or takes up the study that it holds; says which.
+
+        Args:
+            options: of the study, plain values.
+            force, resume, say: as the pipeline's.
 
         Raises:
             ValueError: the folder holds a study with other options, or something else; or there is none to resume.
@@ -59,7 +62,7 @@ class StudyFolder:
         if self.record.exists():
             before = {} if force else self._read()
             if not force:
-                self._check_same(config, before)
+                self._check_same(options, before)
                 say(f"{self.path}: going on with the study that is there (the same options)")
                 return
             say(f"{self.path}: starting clean (--force); what the earlier study made is removed")
@@ -75,10 +78,10 @@ class StudyFolder:
             raise OSError(
                 error.errno, f"the output folder can't be made: {error.strerror}", str(self.path)
             ) from error
-        text = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
         write_text(self.record, text, force=True)
 
-    def check(self, config: SegmentationConfig) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Refuses to run one cell where the study was not prepared, or with other options.
 
         Raises:
@@ -90,10 +93,9 @@ class StudyFolder:
                 f"{self.path}: holds no study yet (no config.yaml); the same command with --jobs 0 in place of "
                 "--cell prepares data and pretraining for all cells"
             )
-        self._check_same(config, self._read())
+        self._check_same(options, self._read())
 
-    def _check_same(self, config: SegmentationConfig, before: dict[str, Any]) -> None:
-        now = config.plain()
+    def _check_same(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
         if differing:
             raise ValueError(

@@ -122,7 +122,9 @@ def test_a_study_with_other_options_is_refused_unless_forced(tmp_path: Path, tas
     config = make_config(tmp_path / "study", task)
     run_fake(config)
     other = replace(config, settings={"steps": 50})
-    with pytest.raises(ValueError, match=r"holds a study with other options \(settings differ\); choose another"):
+    with pytest.raises(
+        ValueError, match=r"holds a study with other options \(settings, cells differ\); choose another"
+    ):
         run_fake(other)
     run_fake(other, force=True)
     assert set(runs(config.output).values()) == {1}
@@ -130,6 +132,11 @@ def test_a_study_with_other_options_is_refused_unless_forced(tmp_path: Path, tas
         run_fake(make_config(tmp_path / "none", task), resume=True)
     with pytest.raises(ValueError, match="is not empty and holds no study"):
         run_fake(make_config(tmp_path, task))
+    record = yaml.safe_load((config.output / "config.yaml").read_text())
+    record["cells"]["spleen"]["learning_rate"] = 0.5  # as another version's preset could have had it
+    (config.output / "config.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(ValueError, match=r"other options \(cells differ\)"):
+        run_fake(other)
     (config.output / "config.yaml").write_text("[]")
     with pytest.raises(ValueError, match="holds no options; --force starts clean"):
         run_fake(config)

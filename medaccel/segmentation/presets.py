@@ -87,7 +87,7 @@ PRESETS: Mapping[str, TaskPreset] = {
     "Task06_Lung": TaskPreset(spacing=(1.5, 1.5, 2.0), flip_axes=(0, 1, 2), rotate90=True),
     "Task09_Spleen": TaskPreset(window=(-57.0, 164.0), keep_largest=1),
     "phantom_spleen": dataclasses.replace(
-        _PHANTOM, spacing=(6.0, 6.0, 6.0), window=(-160.0, 240.0), foreground_prior=0.02
+        _PHANTOM, spacing=(6.0, 6.0, 6.0), window=(-160.0, 240.0), foreground_prior=0.02, keep_largest=1
     ),
     "phantom_lung": dataclasses.replace(
         _PHANTOM,
@@ -107,7 +107,10 @@ _TRAINING: dict[str, Any] = {
     "learning_rate": 4e-4,
     "ema_decay": 0.0,  # the best on validation is chosen
 }
-_PHANTOM_TRAINING: dict[str, Any] = {"steps": 300, "steps_per_epoch": 25, "learning_rate": 4e-3}
+_PHANTOM_TRAINING: Mapping[str, Mapping[str, Any]] = {
+    "phantom_spleen": {"steps": 300, "steps_per_epoch": 25, "learning_rate": 4e-3},
+    "phantom_lung": {"steps": 300, "steps_per_epoch": 25, "learning_rate": 2e-3},  # 4e-3 loses what was learned
+}
 
 
 def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
     fields = dataclasses.asdict(PRESETS[name])
-    training = TRAINING | _TRAINING | (_PHANTOM_TRAINING if name.startswith("phantom_") else {})
+    training = TRAINING | _TRAINING | dict(_PHANTOM_TRAINING.get(name, {}))
     known: dict[str, Any] = {"preset": name} | fields | training
     unknown = sorted(set(overrides) - set(known))
     if unknown:

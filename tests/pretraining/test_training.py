@@ -62,7 +62,7 @@ from pathlib import Path
 import torch
 from medaccel.training.fit import train
 from tests.pretraining.made import prepared, training
-fit, items = training(prepared(Path(sys.argv[1])), {"instance": 1.0, "pixel": 1.0}, steps=12)
+fit, items = training(prepared(Path(sys.argv[1])), {"instance": 1.0, "pixel": 1.0}, steps=8)
 train(fit, items, Path(sys.argv[2]), progress=False)
 torch.save(fit.network.trained_state(), Path(sys.argv[2]) / "weights.pt")
 """

@@ -42,12 +42,13 @@ class StandardisedMean(nn.Module):
 
     def _of(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of a step's views, which the running ones follow."""
-        moments = torch.stack([pooled.mean(dim=0), pooled.square().mean(dim=0)])
+        # In fp64: the deviations are a hundredth of the means, and their squares cancel.
+        moments = torch.stack([pooled.double().mean(dim=0), pooled.double().square().mean(dim=0)])
         group = process_group()
         if group is not None:
             dist.all_reduce(moments, group=group)
             moments /= dist.get_world_size(group)
-        mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
+        mean, variance = moments[0].float(), (moments[1] - moments[0].square()).clamp(min=0).float()
         weight = 1.0 if int(self.steps) == 0 else 1 - _DECAY
         self.mean.lerp_(mean, weight)
         self.variance.lerp_(variance, weight)

@@ -79,7 +79,7 @@ _PHANTOM = TaskPreset(
     include_background=False,
     batch_dice=True,
     feature_size=12,
-    validate_every=75,
+    validate_every=100,
     validation_cases=8,
 )
 PRESETS: Mapping[str, TaskPreset] = {
@@ -108,8 +108,8 @@ _TRAINING: dict[str, Any] = {
     "ema_decay": 0.0,  # the best on validation is chosen
 }
 _PHANTOM_TRAINING: Mapping[str, Mapping[str, Any]] = {
-    "phantom_spleen": {"steps": 300, "steps_per_epoch": 25, "learning_rate": 4e-3},
-    "phantom_lung": {"steps": 300, "steps_per_epoch": 25, "learning_rate": 2e-3},  # 4e-3 loses what was learned
+    "phantom_spleen": {"steps": 400, "steps_per_epoch": 25, "learning_rate": 4e-3},
+    "phantom_lung": {"steps": 500, "steps_per_epoch": 25, "learning_rate": 2e-3},  # 4e-3 loses what was learned
 }
 
 

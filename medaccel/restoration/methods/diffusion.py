@@ -54,7 +54,7 @@ class DiffusionFit(NetworkFit):
     """
 
     def __init__(self, method: DiffusionMethod) -> None:
-        super().__init__(method.network, method.settings)
+        super().__init__(method.network, method.training_settings)
         self.method = [method]  # in a list, so that it is no sub-module
         levels = [method.sde.level(i) for i in range(method.levels)]
         self.register_buffer("alphas", torch.tensor([level.alpha for level in levels]), persistent=False)
@@ -203,8 +203,8 @@ class DiffusionMethod(NetworkMethod):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
 
-        The air far from the body stays as it is. Samples are appended to `kept`, where it is given; `options` are
-        `draw`'s further ones.
+        The air far from the body stays as it is; `give_back` concerns the mean alone. Samples are appended to `kept`,
+        where it is given; `options` are `draw`'s further ones.
         """
         box = body_box(volume, spacing)
         around = None if ct is None else ct[box]
@@ -222,7 +222,7 @@ class DiffusionMethod(NetworkMethod):
         activity, std = volume.astype(np.float32), np.zeros(volume.shape, dtype=np.float32)
         activity[box] = mean
         std[box] = np.sqrt(squares / np.float32(max(len(seeds) - 1, 1)))
-        return activity, std
+        return self.given_back(volume, activity, spacing), std
 
     def weight(self, seconds: int) -> float:
         """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""

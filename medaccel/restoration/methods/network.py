@@ -17,6 +17,7 @@ from medaccel.restoration import metrics
 from medaccel.restoration.base_image import base_image
 from medaccel.restoration.methods.base import Fitted, Method, Task
 from medaccel.restoration.metrics import Array, Mask
+from medaccel.restoration.residual import give_back
 from medaccel.restoration.study import Study, load_study
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit, train
@@ -32,7 +33,8 @@ class NetworkMethod(Method):
 
     Settings beside `medaccel.training.fit.TRAINING`'s: `roi_size` (voxels a window and training patch),
     `overlap` and `sw_batch_size` (of windows), `reference` ("noise_free", "target" or "auto": what it is trained
-    to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made).
+    to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made), `give_back` (threshold of
+    `residual.give_back`, which the restored activity goes through; 0 leaves that out).
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -45,6 +47,7 @@ class NetworkMethod(Method):
         "scaling": "asinh",
         "base": "gaussian",
         "validation_studies": 4,
+        "give_back": 0.0,
     }
     multiple: ClassVar[int] = 32  # that windows must be of
     least: ClassVar[int] = (
@@ -57,6 +60,8 @@ class NetworkMethod(Method):
         for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
             if self.settings[key] < 1:
                 raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
+        if self.settings["give_back"] < 0:
+            raise ValueError(f"{self.name}: give_back is {self.settings['give_back']}; expected a number >= 0")
         roi = self.settings["roi_size"]
         if len(roi) != 3 or max(roi) < self.least or any(n < 1 or n % self.multiple for n in roi):
             raise ValueError(
@@ -140,6 +145,21 @@ class NetworkMethod(Method):
             device=torch.device("cpu"),  # a whole body at 440×440×644 stays in the host's memory
         )
         assert isinstance(result, Tensor)
+        return result
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """The settings without what plays no part in training: that must not make a training another one."""
+        return {key: value for key, value in self.settings.items() if key != "give_back"}
+
+    def given_back(self, volume: Array, activity: Array, spacing: Sequence[float]) -> Array:
+        """The activity, (i, j, k) SUV, with what the network took for noise and was more, as `give_back` says."""
+        if not self.settings["give_back"]:
+            return activity
+        mask = metrics.body_mask(volume, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
+        box = body_box(volume, spacing)
+        result = activity.copy()
+        result[box] = give_back(volume[box], activity[box], mask[box], spacing, self.settings["give_back"])
         return result
 
     def device(self) -> torch.device:

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from medaccel.restoration import losses
 from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
 from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
-from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.networks import ActivityNet, Conditioning, blend, swin_unetr
-from medaccel.restoration.residual import give_back
 from medaccel.restoration.study import Study
 from medaccel.training.fit import NetworkFit
 
@@ -73,8 +71,7 @@ class SwinUNETRMethod(NetworkMethod):
     """Swin UNETR (Hatamizadeh et al., 2022), accelerated; see the module.
 
     Settings beside `NetworkMethod`'s: `feature_size`, `depths`, `num_heads`; `loss` (mse, mse_ssim, ssim) with
-    `scaled_weight` and `ssim_weight`; `predict` (activity, target); `accelerate`: False trains MONAI's own layers;
-    `give_back`: threshold of `residual.give_back`, which the predicted activity goes through; 0 leaves that out.
+    `scaled_weight` and `ssim_weight`; `predict` (activity, target); `accelerate`: False trains MONAI's own layers.
     """
 
     name = "swin_unetr"
@@ -101,8 +98,6 @@ class SwinUNETRMethod(NetworkMethod):
             raise ValueError(
                 f"swin_unetr: predict is {chosen['predict']!r}; expected one of {', '.join(PREDICTIONS)}"
             )
-        if chosen["give_back"] < 0:
-            raise ValueError(f"swin_unetr: give_back is {chosen['give_back']}; expected a number >= 0")
         super().__init__(task, settings)
 
     def build(self) -> nn.Module:
@@ -111,9 +106,7 @@ class SwinUNETRMethod(NetworkMethod):
 
     def module(self) -> NetworkFit:
         assert isinstance(self.network, ActivityNet)
-        # What plays no part in training must not make a training another one.
-        settings = {key: value for key, value in self.settings.items() if key != "give_back"}
-        return ActivityFit(self.network, settings, self.task.target_seconds)
+        return ActivityFit(self.network, self.training_settings, self.task.target_seconds)
 
     def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
         if self.settings["predict"] == "target":
@@ -150,10 +143,7 @@ class SwinUNETRMethod(NetworkMethod):
 
         predicted = volume.astype(np.float32)
         predicted[box] = np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)
-        if self.settings["predict"] == "activity" and self.settings["give_back"]:
-            mask = body_mask(volume, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
-            predicted[box] = give_back(volume[box], predicted[box], mask[box], spacing, self.settings["give_back"])
-        return predicted
+        return predicted if self.settings["predict"] == "target" else self.given_back(volume, predicted, spacing)
 
     def restore(
         self,

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from medaccel.ops.nt_xent.gather import gather
 from medaccel.pretraining.tasks.base import process_group
 
 _DECAY = 0.9  # of the running mean and variance: those of about ten steps
-_FLOOR = 1e-4  # of the variance: channels that hardly differ stay small
+_FLOOR = 1e-5  # of the variance, which starts at about 1e-3
 
 
 class StandardisedMean(nn.Module):
@@ -18,8 +18,9 @@ class StandardisedMean(nn.Module):
 
     Views differ little in such a mean: their embeddings start nearly parallel, and a contrast of directions finds no
     gradient there. Without the channels' means they do differ. In training these are of the step's views, of all
-    processes together, so that processes which share a batch have one process's; gradients don't pass through them.
-    In evaluation they are the running ones, buffers that a checkpoint holds.
+    processes together, so that processes which share a batch have one process's (torch's SyncBatchNorm needs GPUs).
+    Gradients pass through them: without that, nothing keeps the views from becoming alike, and within 250 steps their
+    deviation fell from 0.04 to 0.0003. In evaluation they are the running ones, buffers that a checkpoint holds.
 
     Args:
         channels: C.
@@ -37,20 +38,19 @@ class StandardisedMean(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         pooled = features.float().flatten(2).mean(dim=2)
-        mean, variance = self._of(pooled.detach()) if self.training else (self.mean, self.variance)
+        mean, variance = self._of(pooled) if self.training else (self.mean, self.variance)
         return (pooled - mean) / (variance + _FLOOR).sqrt()
 
     def _of(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of a step's views, which the running ones follow."""
         # In fp64: the deviations are a hundredth of the means, and their squares cancel.
-        moments = torch.stack([pooled.double().mean(dim=0), pooled.double().square().mean(dim=0)])
-        group = process_group()
+        rows, group = pooled.double(), process_group()
         if group is not None:
-            dist.all_reduce(moments, group=group)
-            moments /= dist.get_world_size(group)
-        mean, variance = moments[0].float(), (moments[1] - moments[0].square()).clamp(min=0).float()
-        weight = 1.0 if int(self.steps) == 0 else 1 - _DECAY
-        self.mean.lerp_(mean, weight)
-        self.variance.lerp_(variance, weight)
-        self.steps += 1
+            rows = gather("StandardisedMean", rows, group)
+        mean, variance = rows.mean(dim=0).float(), rows.var(dim=0, unbiased=False).float()
+        with torch.no_grad():
+            weight = 1.0 if int(self.steps) == 0 else 1 - _DECAY
+            self.mean.lerp_(mean, weight)
+            self.variance.lerp_(variance, weight)
+            self.steps += 1
         return mean, variance

@@ -128,7 +128,10 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
         assert losses[1][key] == pytest.approx(values, abs=1e-5), key
     single, shared = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert set(single) == set(shared)
-    largest = max(float(g.abs().max()) for g in single.values())
-    assert largest > 0
-    for name, gradient in single.items():
-        torch.testing.assert_close(shared[name], gradient, rtol=0, atol=1e-5 * max(largest, 1.0), msg=name)
+    # As one vector: the patch embedding's bias alone is a sum over all voxels, which fp32 rounds by more than that.
+    whole, other = (
+        torch.cat([g.flatten().double() for g in (grads[n] for n in single)]) for grads in (single, shared)
+    )
+    assert float(whole.norm()) > 0.1
+    assert float((other - whole).norm() / whole.norm()) < 1e-5
+    assert float((other - whole).abs().max()) < 1e-4

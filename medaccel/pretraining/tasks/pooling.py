@@ -37,20 +37,19 @@ class StandardisedMean(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(self, features: Tensor) -> Tensor:
-        pooled = features.float().flatten(2).mean(dim=2)
-        mean, variance = self._of(pooled) if self.training else (self.mean, self.variance)
-        return (pooled - mean) / (variance + _FLOOR).sqrt()
+        # In fp64: the deviations are a hundredth of the means, forward and backward lose what the means add.
+        pooled = features.double().flatten(2).mean(dim=2)
+        mean, variance = self._of(pooled) if self.training else (self.mean.double(), self.variance.double())
+        return ((pooled - mean) / (variance + _FLOOR).sqrt()).float()
 
     def _of(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of a step's views, which the running ones follow."""
-        # In fp64: the deviations are a hundredth of the means, and their squares cancel.
-        rows, group = pooled.double(), process_group()
-        if group is not None:
-            rows = gather("StandardisedMean", rows, group)
-        mean, variance = rows.mean(dim=0).float(), rows.var(dim=0, unbiased=False).float()
+        group = process_group()
+        rows = pooled if group is None else gather("StandardisedMean", pooled, group)
+        mean, variance = rows.mean(dim=0), rows.var(dim=0, unbiased=False)
         with torch.no_grad():
             weight = 1.0 if int(self.steps) == 0 else 1 - _DECAY
-            self.mean.lerp_(mean, weight)
-            self.variance.lerp_(variance, weight)
+            self.mean.lerp_(mean.to(self.mean), weight)
+            self.variance.lerp_(variance.to(self.variance), weight)
             self.steps += 1
         return mean, variance

@@ -202,8 +202,8 @@ DEMO_RUN = RunConfig(
         "gaussian1": {"epochs": 4},
         "gaussian3": {"epochs": 4},
         "gaussian_mix": {"epochs": 4},
-        # So few steps can't do much; small ones keep it near the smoothed copy that it starts from.
-        "swin_unetr": {"steps": 15, "steps_per_epoch": 5, "learning_rate": 1e-4},
+        # So few steps can't do much; small ones keep it near the denoised copy that it starts from.
+        "swin_unetr": {"steps": 15, "steps_per_epoch": 5, "learning_rate": 1e-4, "base": "nlm"},
         "diffusion_sdedit": {
             "steps": 20,
             "steps_per_epoch": 5,

@@ -8,6 +8,7 @@ worst that could be. Lesions are 26-connected components.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -189,10 +190,13 @@ def _surfaces(p: np.ndarray, t: np.ndarray, spacing: list[float], tolerance: flo
     where = np.nonzero(p | t)
     box = tuple(slice(max(int(w.min()) - 1, 0), int(w.max()) + 2) for w in where)
     one_hot = [torch.from_numpy(np.stack([~m[box], m[box]])[None]).float() for m in (p, t)]
-    distance = compute_hausdorff_distance(*one_hot, include_background=False, percentile=95, spacing=spacing)
-    surface = compute_surface_dice(
-        *one_hot, class_thresholds=[tolerance], include_background=False, spacing=tuple(spacing)
-    )
+    with warnings.catch_warnings():
+        # MONAI 1.6 warns of an argument that it passes itself.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
+        distance = compute_hausdorff_distance(*one_hot, include_background=False, percentile=95, spacing=spacing)
+        surface = compute_surface_dice(
+            *one_hot, class_thresholds=[tolerance], include_background=False, spacing=tuple(spacing)
+        )
     return float(distance), float(surface)
 
 

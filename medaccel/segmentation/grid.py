@@ -141,6 +141,8 @@ def attempt(
         threads: of torch in this process; None leaves them.
         progress: show the cell's own bars.
     """
+    if work.finished:  # a cluster repeats what ended on a worker that died before it was asked for the result
+        return work.cell.name, None
     if threads is not None:
         import torch
 

@@ -15,21 +15,30 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from medaccel.data.files import atomic_path, write_text
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.training import ranks
+from medaccel.training.run_folder import OptionsFolder
 
 Say = Callable[[str], None]
-GENERATED = ("scans", "training", "checkpoints")
 REPORT = "report.html"
+
+
+class PretrainingFolder(OptionsFolder):
+    """The folder of a pretraining."""
+
+    generated = ("scans", "training", "checkpoints", REPORT, "metrics.json", "metrics.csv", "scans.json")
+    folders = ("checkpoints",)
+
+    @property
+    def ended(self) -> bool:
+        return (self.path / REPORT).exists()
 
 
 def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
@@ -70,7 +79,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
     cache = folder / "cache" if config.cache_folder is None else config.cache_folder
     with ranks.first_process() as first:
         if first:
-            _start(config, force, resume, say)
+            PretrainingFolder(folder).start(config.plain(), force, resume, say)
     if report.exists():
         say(f"{folder}: pretrained before")
         ranks.leave()
@@ -139,48 +148,6 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
 def weights(output: Path) -> Path:
     """Where a run leaves its weights."""
     return output / "checkpoints" / "weights.pt"
-
-
-def _start(config: PretrainingConfig, force: bool, resume: bool, say: Say) -> None:
-    """Makes the folder, or takes up the run that it holds; says which."""
-    folder, record = config.output, config.output / "config.yaml"
-    now = config.plain()
-    if record.exists():
-        before = {} if force else _read(record)
-        if before == now:
-            if not (folder / REPORT).exists():
-                say(f"{folder}: resuming the run that is there (the same options); --force starts clean")
-            return
-        if not force:
-            differing = [key for key in {**now, **before} if before.get(key) != now.get(key)]
-            raise ValueError(
-                f"{folder} holds a run with other options ({', '.join(differing)} differ); choose another --output, "
-                "or --force to start clean"
-            )
-        say(f"{folder}: starting clean (--force); what the earlier run made is removed")
-        for name in GENERATED:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (REPORT, "metrics.json", "metrics.csv", "scans.json"):
-            (folder / name).unlink(missing_ok=True)
-    elif resume:
-        raise ValueError(f"{folder} holds no run to resume (no config.yaml)")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run (no config.yaml); choose another --output")
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"the output folder can't be made: {error.strerror}", str(folder)) from error
-    write_text(record, yaml.safe_dump(now, sort_keys=False, allow_unicode=True), force=True)
-
-
-def _read(record: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(record.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{record}: can't be read ({error}); --force starts clean") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{record}: holds no options; --force starts clean")
-    return values
 
 
 def _phantoms(config: PretrainingConfig) -> Path:

@@ -65,7 +65,7 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
     ranks.join(str(config.trainer.get("accelerator", "auto")))
     with ranks.first_process() as first:
         if first:
-            folder.start(config, force, resume, say)
+            folder.start(config.plain(), force, resume, say)
             training_studies(config, say)
     train, validation = known_studies(config)
     trained_on = cache(lambda: TrainingRange.of(train, config.exposures).plain())  # read once, and only if needed

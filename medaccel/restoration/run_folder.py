@@ -15,66 +15,26 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from medaccel.data.files import write_text
 from medaccel.restoration.config import RunConfig
 from medaccel.training.digest import digest
+from medaccel.training.run_folder import OptionsFolder
 
-GENERATED = ("studies", "fits", "checkpoints", "validation", "scored", "figures")
 
+class RunFolder(OptionsFolder):
+    """`start` begins or takes up a run, `frozen` is what a score needs."""
 
-class RunFolder:
-    """Opens what is there; `start` begins or takes up a run, `frozen` is what a score needs.
+    generated = ("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json")
+    folders = ("checkpoints",)
 
-    Args:
-        path: the folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.record = path / "config.yaml"
-
-    def start(self, config: RunConfig, force: bool, resume: bool, say: Callable[[str], None]) -> None:
-        """Makes the folder, or takes up the run that it holds; says which.
-
-        Raises:
-            ValueError: the folder holds a run with other options, or something else; or there is none to resume.
-            OSError: it can't be made.
-        """
-        if self.record.exists():
-            before = {} if force else self._read()
-            before.pop("frozen", None)
-            now = config.plain()
-            if before == now:
-                say(f"{self.path}: resuming the run that is there (the same options); --force starts clean")
-                return
-            if not force:
-                differing = [k for k in {**now, **before} if before.get(k) != now.get(k)]
-                raise ValueError(
-                    f"{self.path} holds a run with other options ({', '.join(differing)} differ); "
-                    "choose another --output, or --force to start clean"
-                )
-            say(f"{self.path}: starting clean (--force); what the earlier run made is removed")
-            for name in GENERATED:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            (self.path / "scored.json").unlink(missing_ok=True)
-        elif resume:
-            raise ValueError(f"{self.path} holds no run to resume (no config.yaml)")
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no run (no config.yaml); choose another --output")
-        try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"the output folder can't be made: {error.strerror}", str(self.path)
-            ) from error
-        self._write(config.plain())
+    def options(self) -> dict[str, Any]:
+        values = self.read()
+        values.pop("frozen", None)
+        return values
 
     def freeze(self, config: RunConfig, choices: Mapping[str, Any], best: str) -> None:
         """Records what was chosen, and the hashes that hold it fast.
@@ -89,11 +49,11 @@ class RunFolder:
             "choices": dict(choices),
             "checkpoints": self.hashes(config),
         }
-        if (self.path / "scored.json").exists() and self._read().get("frozen", {}).get("digest") != digest(content):
+        if (self.path / "scored.json").exists() and self.read().get("frozen", {}).get("digest") != digest(content):
             raise ValueError(
                 f"{self.path}: this run has been scored on test studies with other choices; --force starts clean"
             )
-        self._write(config.plain() | {"frozen": content | {"digest": digest(content)}})
+        self.write(config.plain() | {"frozen": content | {"digest": digest(content)}})
 
     def frozen(self) -> tuple[RunConfig, dict[str, Any]]:
         """The options and what was chosen.
@@ -104,7 +64,7 @@ class RunFolder:
         """
         if not self.record.exists():
             raise FileNotFoundError(f"{self.path}: holds no run (no config.yaml)")
-        values = self._read()
+        values = self.read()
         content = values.pop("frozen", None)
         if content is None:
             raise FileNotFoundError(
@@ -144,15 +104,3 @@ class RunFolder:
             if path.exists():
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            values = yaml.safe_load(self.record.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{self.record}: can't be read ({error}); --force starts clean") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{self.record}: holds no options; --force starts clean")
-        return values
-
-    def _write(self, values: Mapping[str, Any]) -> None:
-        write_text(self.record, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), force=True)

@@ -69,7 +69,7 @@ def score_case(
         predicted, truth: (i, j, k), boolean or 0 and 1, of one structure.
         spacing: mm.
         tolerance: of surface Dice, mm.
-        band: half-width of the boundary's band, mm.
+        band: half-width of the boundary's band, mm; a voxel's largest side at least.
 
     Raises:
         ValueError: shapes that differ or aren't of three axes, values beside 0 and 1, spacing out of range.
@@ -201,9 +201,12 @@ def _surfaces(p: np.ndarray, t: np.ndarray, spacing: list[float], tolerance: flo
 
 
 def _near_surface(truth: np.ndarray, spacing: list[float], band: float) -> np.ndarray:
-    """Voxels whose centres lie within the band around the mask's surface; none without a mask."""
+    """Voxels whose centres lie within the band around the mask's surface; none without a mask.
+
+    Of voxels larger than the band, it is a voxel on either side: otherwise none would be within.
+    """
     if not truth.any() or truth.all():
         return np.zeros_like(truth)
     inside = ndimage.distance_transform_edt(truth, sampling=spacing)
     outside = ndimage.distance_transform_edt(~truth, sampling=spacing)
-    return np.where(truth, inside, outside) <= band
+    return np.where(truth, inside, outside) <= max(band, *spacing)

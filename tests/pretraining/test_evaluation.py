@@ -69,15 +69,16 @@ def test_a_network_that_restores_everything_has_no_error_and_beats_the_harmonic_
     volumes: Volumes, monkeypatch: pytest.MonkeyPatch
 ):
     task: Any = make_tasks(["inpainting"], {}, ROI)[0]
-    truths: list[torch.Tensor] = []
+    missing: list[torch.Tensor] = []
     hide = task.hide
 
     def watched(view: torch.Tensor, rng: np.random.Generator) -> Any:
-        truths.append(view)
-        return hide(view, rng)
+        mask, seen = hide(view, rng)
+        missing.append(view[None] - task.fill(seen[None], mask[None]))
+        return mask, seen
 
     monkeypatch.setattr(task, "hide", watched)
-    knows: Any = _Knows(task, lambda x: truths[-1][None])
+    knows: Any = _Knows(task, lambda x: missing[-1])
     figure, pictures = evaluation.inpainting_error(knows, task, volumes, WINDOW, 0, CPU)
     assert figure["error_hu"] == pytest.approx(0, abs=1e-3)
     assert figure["reached"]
@@ -85,7 +86,9 @@ def test_a_network_that_restores_everything_has_no_error_and_beats_the_harmonic_
     assert figure["better_in"] == figure["scans"] == 4
     assert set(pictures) == {f"inpainting: {name}" for name in ("input", "network", "harmonic", "truth")}
     blank: Any = _Knows(task, torch.zeros_like)
-    assert not evaluation.inpainting_error(blank, task, volumes, WINDOW, 0, CPU)[0]["reached"]
+    untrained = evaluation.inpainting_error(blank, task, volumes, WINDOW, 0, CPU)[0]
+    assert untrained["error_hu"] == untrained["chance"] > untrained["harmonic_hu"]
+    assert not untrained["reached"]
 
 
 def _drawn(task: Task, volumes: Volumes, count: int) -> list[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from medaccel.losses import PixelContrastiveLoss
 from medaccel.ops import nt_xent_loss
 from medaccel.pretraining.network import PretrainingNet
 from medaccel.pretraining.tasks import PRESETS, TASKS, Step, make_tasks
-from medaccel.pretraining.tasks.inpainting import Inpainting, Reconstruction, cut_out
+from medaccel.pretraining.tasks.inpainting import Inpainting, Reconstruction, cut_out, smooth_fill
 from medaccel.pretraining.tasks.instance import Instance
 from medaccel.pretraining.tasks.pixels import PixelContrast, PixPro, PixProHead, momentum
 from medaccel.pretraining.tasks.pooling import StandardisedMean
@@ -54,6 +54,8 @@ def test_the_shuffled_head_puts_each_voxel_into_its_pixel():
     head = Reconstruction(2, 4, 8)
     features = torch.zeros(1, 2, 2, 2, 2)
     with torch.no_grad():
+        assert not head(features).any()  # untrained, it adds nothing to the smooth fill
+        torch.nn.init.normal_(head.layers[2].weight)
         before = head(features)
         features[0, :, 1, 0, 1] = 5.0
         changed = (head(features) != before)[0, 0]
@@ -61,6 +63,14 @@ def test_the_shuffled_head_puts_each_voxel_into_its_pixel():
     assert changed[4:, :4, 4:].all()
     changed[4:, :4, 4:] = False
     assert not changed.any()
+
+
+def test_the_smooth_fill_is_of_what_is_seen_alone_and_keeps_a_constant():
+    mask = torch.zeros(1, 1, 12, 12, 12, dtype=torch.bool)
+    mask[..., 4:8, 4:8, 4:8] = True
+    view = torch.where(mask, 99.0, torch.full(mask.shape, 0.7))
+    assert torch.allclose(smooth_fill(view, mask, 2.0), torch.tensor(0.7), atol=1e-5)
+    assert not smooth_fill(view, torch.ones_like(mask), 2.0).any()
 
 
 def test_inpainting_looks_at_the_hidden_voxels_alone_unless_told_otherwise():

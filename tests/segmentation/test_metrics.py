@@ -66,6 +66,13 @@ def test_boundary_and_interior_tell_faults_apart():
     assert thin.interior_dice == 1
 
 
+def test_the_boundary_of_large_voxels_is_a_voxel_on_either_side():
+    truth = cube(4, 12)
+    thin = score_case(cube(5, 11), truth, (8.0, 8.0, 8.0), band=6.0)
+    assert thin.boundary_dice == 0
+    assert thin.interior_dice == 1
+
+
 def test_lesions_are_counted_one_by_one():
     truth, predicted = EMPTY.copy(), EMPTY.copy()
     truth[1:4, 1:4, 1:4] = truth[8:10, 8:10, 8:10] = truth[13, 13, 13] = True

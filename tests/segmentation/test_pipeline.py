@@ -100,7 +100,7 @@ def test_a_second_run_runs_nothing_again_and_reports_the_same(tmp_path: Path, ta
     before = (config.output / "metrics.csv").read_bytes(), (config.output / "metrics.json").read_bytes()
     (config.output / "cells" / config.cells()[4].name / "result.json").unlink()
     _, lines = run_fake(config)
-    assert "going on with the study that is there" in lines[0]
+    assert "resuming the study that is there" in lines[0]
     counts = runs(config.output)
     assert counts.pop(config.cells()[4].name) == 2
     assert {name: count for name, count in counts.items() if count != 1 and "-seed" in name} == {}

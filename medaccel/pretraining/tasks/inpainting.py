@@ -12,8 +12,11 @@ from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
+from medaccel.ops import gaussian_filter
 from medaccel.pretraining.network import STRIDES, channels, check_level
 from medaccel.pretraining.tasks.base import Step, Task
+
+_LEAST_WEIGHT = 1e-6  # of what is visible; below it there is nothing to take a mean of
 
 
 def cut_out(shape: tuple[int, ...], share: float, sides: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
@@ -38,13 +41,35 @@ def cut_out(shape: tuple[int, ...], share: float, sides: tuple[float, float], rn
         mask[block] = True
 
 
+def smooth_fill(view: Tensor, mask: Tensor, sigma: float) -> Tensor:
+    """What the visible voxels around say of the hidden ones: their mean with Gaussian weights.
+
+    Args:
+        view: (B, 1, *spatial); what it holds in the holes is not looked at.
+        mask: bool, of its shape, True in the holes.
+        sigma: of the weights, in voxels. Where no visible voxel is within 4 σ, it is 0.
+
+    Returns:
+        fp32, of its shape, in holes and elsewhere.
+    """
+    seen = (~mask).float()
+    weights = gaussian_filter(seen, sigma)
+    return gaussian_filter(view.float() * seen, sigma) / weights.clamp(min=_LEAST_WEIGHT)
+
+
 class Reconstruction(nn.Module):
-    """(B, C, *spatial) to (B, 1, *(spatial · stride)): a channel for each voxel of a pixel, shuffled into place."""
+    """(B, C, *spatial) to (B, 1, *(spatial · stride)): a channel for each voxel of a pixel, shuffled into place.
+
+    It starts at 0.
+    """
 
     def __init__(self, channels: int, stride: int, hidden: int) -> None:
         super().__init__()
         self.stride = stride
-        self.layers = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU(), nn.Conv3d(hidden, stride**3, 1))
+        last = nn.Conv3d(hidden, stride**3, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(torch.as_tensor(last.bias))
+        self.layers = nn.Sequential(nn.Conv3d(channels, hidden, 1), nn.GELU(), last)
 
     def forward(self, features: Tensor) -> Tensor:
         return pixelshuffle(self.layers(features), 3, self.stride)
@@ -54,7 +79,9 @@ class Inpainting(Task):
     """Blocks of 5 to 25 % of each side, at most 30 % of a view, become noise; L1 to what was there.
 
     As in the published Swin UNETR pretraining (Tang et al., CVPR 2022), both views are cut out, so that the other
-    tasks see the holes too and the backbone runs once for all. The view is predicted at `level` by 1 × 1 × 1
+    tasks see the holes too and the backbone runs once for all. Predicted is the change from `smooth_fill`, which
+    knows how bright its surroundings are: the backbone's norms take that out of the features, and a network that was
+    to predict the view itself gave the mean of two windows' greys in either. It is predicted at `level` by 1 × 1 × 1
     convolutions and a pixel shuffle: finer blocks of the U-Net, the costly ones, are not computed.
 
     Settings: `level` (default "decoder2", stride 4), `share` masked, `sides` of blocks, `on` ("masked": the loss is
@@ -101,9 +128,19 @@ class Inpainting(Task):
         noise = torch.from_numpy(rng.random(view.shape, dtype=np.float32))
         return mask, torch.where(mask, noise, view)
 
+    def predict(self, net: Any, features: Tensor, view: Tensor, mask: Tensor) -> Tensor:
+        """Views (B, 1, *roi_size), fp32, from their maps at `level`, what is visible of them, and the masks."""
+        return self.fill(view, mask) + net.heads[self.name](features).float()
+
+    def fill(self, view: Tensor, mask: Tensor) -> Tensor:
+        """`smooth_fill` from as far as half the largest block: where a training starts."""
+        return smooth_fill(view, mask, self.sides[1] * max(self.roi_size) / 4)
+
     def losses(self, step: Step) -> dict[str, Tensor]:
-        target, mask = (torch.cat([step.batch[f"{name}{n}"] for n in (1, 2)]) for name in ("target", "mask"))
-        distance = (step.net.heads[self.name](step.maps[self.level]).float() - target).abs()
+        view, target, mask = (
+            torch.cat([step.batch[f"{name}{n}"] for n in (1, 2)]) for name in ("view", "target", "mask")
+        )
+        distance = (self.predict(step.net, step.maps[self.level], view, mask) - target).abs()
         if self.settings["on"] == "all":
             return {self.name: distance.mean()}
         # A mean of each view, so that all items count alike whatever their holes.

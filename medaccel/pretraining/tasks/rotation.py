@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,9 +14,8 @@ from monai.transforms import RandSpatialCrop, SpatialPad
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
-from medaccel.pretraining.network import channels
+from medaccel.pretraining.network import STRIDES, channels
 from medaccel.pretraining.tasks.base import Step, Task
-from medaccel.pretraining.tasks.pooling import StandardisedMean
 
 _NOISE = 0.03  # of the window; its strength is drawn
 
@@ -40,8 +40,9 @@ class Rotation(Task):
             )
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
-        width = channels("encoder4", feature_size)
-        return nn.Sequential(StandardisedMean(width), nn.Linear(width, 4))
+        # All pixels of the last map, not their mean: where the spine lies tells more than that there is one.
+        pixels = math.prod(n // STRIDES["encoder4"] for n in self.roi_size)
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels * channels("encoder4", feature_size), 4))
 
     def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:
         crop = self.crop(image, rng)

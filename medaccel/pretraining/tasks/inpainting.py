@@ -133,8 +133,8 @@ class Inpainting(Task):
         return self.fill(view, mask) + net.heads[self.name](features).float()
 
     def fill(self, view: Tensor, mask: Tensor) -> Tensor:
-        """`smooth_fill` from as far as half the largest block: where a training starts."""
-        return smooth_fill(view, mask, self.sides[1] * max(self.roi_size) / 4)
+        """`smooth_fill` where a training starts; 4 σ are half the largest block, whose middle then still sees out."""
+        return smooth_fill(view, mask, self.sides[1] * max(self.roi_size) / 8)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         view, target, mask = (

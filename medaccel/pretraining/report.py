@@ -55,7 +55,7 @@ def write_report(
     notes = [
         Note(
             "Rotation: share of right answers. Inpainting: mean error on hidden voxels of the body, against the "
-            "harmonic fill (Laplace's equation in the hole); its chance is the smooth fill that the head starts from. "
+            "harmonic fill (Laplace's equation in the hole); its chance is the smooth fill that it starts from. "
             "Instance: how often the most alike view is of the same scan. Pixels: share of body pixels whose most "
             "alike pixel of the other view lies within the radius."
         )

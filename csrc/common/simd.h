@@ -155,9 +155,16 @@ Vec<T> repeat(const T* p) {
         std::memcpy(&two, p, 8);
         return {(typename Vec<T>::Native)Vec<double>::all(two).v};
     } else {
+        // Not the loop below: GCC puts it together in memory and loads it as a whole, which waits for all the stores.
+#if defined(MEDACCEL_AVX512)
+        return {(typename Vec<T>::Native)_mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)))};
+#elif defined(MEDACCEL_AVX2)
+        return {(typename Vec<T>::Native)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p))};
+#else
         Vec<T> r;
         for (int i = 0; i < kBytes; i += 16) std::memcpy(reinterpret_cast<char*>(&r.v) + i, p, 16);
         return r;
+#endif
     }
 }
 

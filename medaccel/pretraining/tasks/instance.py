@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
-from medaccel.pretraining.network import channels
+from medaccel.pretraining.network import STRIDES, channels
 from medaccel.pretraining.tasks.base import Step, Task, process_group
-from medaccel.pretraining.tasks.pooling import StandardisedMean
+from medaccel.pretraining.tasks.standardise import StandardisedMap
 
 _LEVEL = "encoder4"
 
 
 class Instance(Task):
-    """NT-Xent on the standardised mean of the last map, through two layers; the negatives are all processes'.
+    """NT-Xent on the standardised last map, through two layers; the negatives are all processes'.
 
     Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
     two views, in nats, which can't say more than log N, N the items of a step.
@@ -41,9 +42,10 @@ class Instance(Task):
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
         width = channels(_LEVEL, feature_size)
+        elements = width * math.prod(n // STRIDES[_LEVEL] for n in self.roi_size)
         return nn.Sequential(
-            StandardisedMean(width),
-            nn.Linear(width, width),
+            StandardisedMap(elements),
+            nn.Linear(elements, width),
             nn.GELU(),
             nn.Linear(width, self.settings["dimensions"]),
         )

@@ -85,6 +85,7 @@ class Population:
         texture: standard deviation within an organ, HU.
         lesions: how many are in the lungs, from and to.
         lesion_diameter: drawn evenly in its logarithm; painted at least a voxel wide.
+        tumour_diameter: the same of the first lesion, where it is another than the others.
     """
 
     name: str
@@ -102,9 +103,13 @@ class Population:
     texture: Range = (3.0, 8.0)
     lesions: tuple[int, int] = (1, 3)
     lesion_diameter: Range = (3.0, 30.0)
+    tumour_diameter: Range | None = None
 
 
 STANDARD = Population("standard")
+#: Patients with a lung tumour, as all of Task06_Lung are. With lesions from 3 mm on alone, three in ten would have none
+#: of more than five voxels of 4 mm.
+TUMOUR = Population("tumour", tumour_diameter=(10.0, 30.0))
 SHIFTED = Population(
     "shifted",
     half_width=(130.0, 195.0),
@@ -290,11 +295,13 @@ class _Person:
 
     def lung_lesions(self) -> None:
         """Nodules and masses, solid or, one in five, part-solid; some lie at the pleura or at a vessel."""
-        rng, (low, high) = self.rng, self.population.lesion_diameter
-        for _ in range(int(rng.integers(self.population.lesions[0], self.population.lesions[1] + 1))):
+        rng, population = self.rng, self.population
+        for number in range(int(rng.integers(population.lesions[0], population.lesions[1] + 1))):
             places = np.argwhere(self.organs == ORGANS["lung"])
             if len(places) < 200:
                 return  # the field of view shows hardly any lung
+            first = population.tumour_diameter if number == 0 else None
+            low, high = first or population.lesion_diameter
             diameter = float(np.exp(rng.uniform(np.log(low), np.log(high))))
             place = places[rng.integers(len(places))]
             centre = np.array([self.position[axis][tuple(place)] for axis in range(3)], dtype=float)

@@ -15,7 +15,7 @@ import numpy as np
 
 from medaccel.data import make_nifti, save_nifti, write_text
 from medaccel.segmentation.msd import DATASET_JSON, MSDDataset, read_dataset
-from medaccel.segmentation.phantom_ct import ORGANS, SHIFTED, STANDARD, PhantomCT, Population, make_phantom
+from medaccel.segmentation.phantom_ct import ORGANS, SHIFTED, STANDARD, TUMOUR, PhantomCT, Population, make_phantom
 
 # Persons of one task are none of another's, nor of the pool's.
 _POOL_SEED = 900_000
@@ -23,18 +23,19 @@ _POOL_SEED = 900_000
 
 @dataclass(frozen=True)
 class PhantomTask:
-    """What a task labels, the field of view that shows it, and where its persons' seeds start."""
+    """What a task labels, the field of view that shows it, where its persons' seeds start, and who they are."""
 
     title: str
     label: str
     organs: tuple[str, ...]
     centre_z: float  # mm, of `make_phantom`
     first_seed: int
+    population: Population
 
 
 TASKS = {
-    "spleen": PhantomTask("PhantomSpleen", "spleen", ("spleen",), -60.0, 100_000),
-    "lung": PhantomTask("PhantomLung", "cancer", ("lesion",), 80.0, 200_000),
+    "spleen": PhantomTask("PhantomSpleen", "spleen", ("spleen",), -60.0, 100_000, STANDARD),
+    "lung": PhantomTask("PhantomLung", "cancer", ("lesion",), 80.0, 200_000, TUMOUR),
 }
 
 
@@ -45,18 +46,18 @@ def write_task(
     *,
     seed: int = 0,
     spacing: Sequence[float] = (4.0, 4.0, 4.0),
-    population: Population = STANDARD,
+    population: Population | None = None,
     progress: bool = True,
 ) -> MSDDataset:
     """Writes a labelled task of phantom CTs and returns it as `read_dataset` does.
 
     Args:
         folder: of the task; made if missing.
-        task: "spleen" or "lung"; the lungs' lesions are the latter's label, and a person may have none.
+        task: "spleen" or "lung"; the lungs' lesions are the latter's label, a tumour and smaller ones.
         cases: how many; at least 1.
         seed: shifts all persons; another seed's are others.
         spacing: mm.
-        population: that they are drawn from.
+        population: that they are drawn from; by default the task's own, `STANDARD` or `TUMOUR`.
         progress: show a bar.
 
     Raises:
@@ -65,6 +66,7 @@ def write_task(
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     chosen, root = TASKS[task], Path(folder)
+    population = population or chosen.population
     what = {"cases": cases, "seed": seed, "spacing_mm": [float(s) for s in spacing], "population": population.name}
     names = [f"{task}_{number:03d}" for number in range(cases)]
     content = {

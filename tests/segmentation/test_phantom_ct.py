@@ -8,8 +8,17 @@ import pytest
 
 from medaccel.data import read_nifti
 from medaccel.segmentation.msd import load_case, read_dataset
-from medaccel.segmentation.phantom_ct import MEASURED, ORGANS, SHIFTED, STANDARD, PhantomCT, Population, make_phantom
-from medaccel.segmentation.phantom_task import write_pool, write_task
+from medaccel.segmentation.phantom_ct import (
+    MEASURED,
+    ORGANS,
+    SHIFTED,
+    STANDARD,
+    TUMOUR,
+    PhantomCT,
+    Population,
+    make_phantom,
+)
+from medaccel.segmentation.phantom_task import TASKS, write_pool, write_task
 
 COARSE = (6.0, 6.0, 6.0)
 PLAIN = Population("plain", phases={"none": 1.0})
@@ -68,6 +77,14 @@ def test_lesions_lie_in_the_lungs_and_carry_their_numbers():
             assert np.pi / 6 * diameter**3 == pytest.approx(np.count_nonzero(lesions == number) * 6.0**3)
         seen += len(diameters)
     assert seen >= 6
+
+
+def test_every_patient_of_the_lung_task_has_a_tumour():
+    for seed in range(6):
+        person = make_phantom(seed, population=TUMOUR, spacing=COARSE, centre_z=80.0)
+        # The smallest that is drawn, 10 mm, may be flattened and cut off by the lung's border.
+        assert max(person.parameters["lesion_diameters_mm"]) > 7.0
+    assert TASKS["lung"].population is TUMOUR
 
 
 def test_the_shifted_population_is_another():

@@ -32,7 +32,7 @@ BACKENDS = ("loky", "dask", "ray", "sequential")
 SUPERVISED = "supervised"
 # How the work is done and what is shown beside it; figures don't depend on them.
 _NO_OPTIONS = ("output", "jobs", "backend", "scheduler", "select", "illustration")
-_TASK = {"data", "preset", "settings"}
+_TASK = {"data", "preset", "settings", "by_fraction"}
 _PHANTOMS: dict[str, Any] = {
     "cases": 60,
     "spacing": [4.0, 4.0, 4.0],
@@ -58,9 +58,11 @@ class SegmentationConfig:
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
-        tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}}. Without data, "spleen"
-            and "lung" are phantom tasks. preset is one of `medaccel.segmentation.presets`, by default the phantoms'
-            or "generic"; settings are those of the preset and of the training that differ, in this task alone.
+        tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}, by_fraction: {1.0: {…}}}.
+            Without data, "spleen" and "lung" are phantom tasks. preset is one of `medaccel.segmentation.presets`, by
+            default the phantoms' or "generic"; settings are those of the preset and of the training that differ, in
+            this task alone, and by_fraction those that differ further at a share of the labels, for every
+            initialization alike: more labels take more steps to a plateau.
         phantoms: of the phantom tasks: cases each, spacing in mm, pool (how many unlabelled scans are pretrained on
             where `pretraining` names no scans), pool_spacing, seed.
         inits: initializations: random, the presets of pretraining (nvidia, instance, instance_pixel, pixpro, all),
@@ -164,6 +166,15 @@ class SegmentationConfig:
         except ValueError as error:
             raise ValueError(f"pretraining: {error}") from error
 
+    def overrides(self, task: str, fraction: float | None = None) -> dict[str, Any]:
+        """The settings of a task's cells that differ from its preset's: of all, or of those at one fraction."""
+        options = self.tasks[task]
+        found = {**self.settings, **options.get("settings", {})}
+        for key, values in options.get("by_fraction", {}).items():
+            if fraction is not None and float(key) == fraction:
+                found.update(values)
+        return found
+
     def donor(self, task: str) -> str:
         """The task whose labels `supervised` pretrains on, for a task: the next one."""
         names = list(self.tasks)
@@ -195,6 +206,7 @@ class SegmentationConfig:
                 raise ValueError(
                     f"tasks.{name} has no data; expected a folder, or one of the phantoms' {list(TASKS)}"
                 )
+            self._check_by_fraction(name)
         _check_keys("phantoms", self.phantoms, _PHANTOMS)
         for name in ("cases", "pool"):
             count = self.phantom_options[name]
@@ -204,6 +216,22 @@ class SegmentationConfig:
             check_fractions(
                 [f"{i:03d}" for i in range(self.phantom_options["cases"])], self.fractions, "the phantom tasks"
             )
+
+    def _check_by_fraction(self, task: str) -> None:
+        given = self.tasks[task].get("by_fraction", {})
+        if not isinstance(given, Mapping) or not all(isinstance(values, Mapping) for values in given.values()):
+            raise ValueError(f"tasks.{task}.by_fraction is {given!r}; expected settings by fraction, {{1.0: {{…}}}}")
+        for key, values in given.items():
+            if "feature_size" in values:
+                raise ValueError(f"tasks.{task}.by_fraction sets feature_size; expected one for all")
+            try:
+                known = float(key) in self.fractions
+            except (TypeError, ValueError):
+                known = False
+            if not known:
+                raise ValueError(
+                    f"tasks.{task}.by_fraction names {key!r}; expected some of {', '.join(map(str, self.fractions))}"
+                )
 
     def _check_inits(self) -> None:
         known = (RANDOM, SUPERVISED, *PRESETS, *self.weights)

@@ -107,8 +107,8 @@ class Population:
 
 
 STANDARD = Population("standard")
-#: Patients with a lung tumour, as all of Task06_Lung are. With lesions from 3 mm on alone, three in ten would have none
-#: of more than five voxels of 4 mm.
+#: Patients with a lung tumour, as all of Task06_Lung are. With lesions from 3 mm on alone, three in ten would have
+#: none of more than five voxels of 4 mm.
 TUMOUR = Population("tumour", tumour_diameter=(10.0, 30.0))
 SHIFTED = Population(
     "shifted",

@@ -67,6 +67,9 @@ def run(
             after the others have run and the report was written.
     """
     settings = {name: settings_of(config, name) for name in config.tasks}
+    for name in config.tasks:
+        for fraction in config.fractions:
+            settings_of(config, name, fraction)  # refuses what they don't take before anything is made
     for name, files in config.weights.items():
         for file in files if name in config.inits else ():
             if not Path(file).is_file():
@@ -158,8 +161,8 @@ def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
     )
 
 
-def settings_of(config: SegmentationConfig, task: str) -> dict[str, Any]:
-    """All settings of a task's cells.
+def settings_of(config: SegmentationConfig, task: str, fraction: float | None = None) -> dict[str, Any]:
+    """All settings of a task's cells, or of those at one fraction.
 
     Raises:
         ValueError: an unknown preset or setting, or a value out of range.
@@ -169,7 +172,7 @@ def settings_of(config: SegmentationConfig, task: str) -> dict[str, Any]:
     options = config.tasks[task]
     preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
     try:
-        return make_settings({"preset": preset, **config.settings, **options.get("settings", {})})
+        return make_settings({"preset": preset, **config.overrides(task, fraction)})
     except ValueError as error:
         raise ValueError(f"task {task}: {error}") from error
 
@@ -270,6 +273,6 @@ class Study:
             self.data[cell.task],
             self.splits[cell.task][cell.seed],
             self.folder.cell(cell.name),
-            self.settings[cell.task],
+            settings_of(self.config, cell.task, cell.fraction),
             self.weights(cell),
         )

@@ -96,6 +96,7 @@ PRESETS: Mapping[str, TaskPreset] = {
         positive=2.0,
         flip_axes=(0, 1, 2),
         foreground_prior=0.005,
+        validate_every=250,
         validation_cases=6,
     ),
 }
@@ -109,7 +110,7 @@ _TRAINING: dict[str, Any] = {
 }
 _PHANTOM_TRAINING: Mapping[str, Mapping[str, Any]] = {
     "phantom_spleen": {"steps": 400, "steps_per_epoch": 25, "learning_rate": 4e-3},
-    "phantom_lung": {"steps": 500, "steps_per_epoch": 25, "learning_rate": 2e-3},  # 4e-3 loses what was learned
+    "phantom_lung": {"steps": 1500, "steps_per_epoch": 25, "learning_rate": 2e-3},  # 4e-3 loses what was learned
 }
 
 

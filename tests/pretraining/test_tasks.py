@@ -15,8 +15,8 @@ from medaccel.pretraining.tasks import PRESETS, TASKS, Step, make_tasks
 from medaccel.pretraining.tasks.inpainting import Inpainting, Reconstruction, cut_out, smooth_fill
 from medaccel.pretraining.tasks.instance import Instance
 from medaccel.pretraining.tasks.pixels import PixelContrast, PixPro, PixProHead, momentum
-from medaccel.pretraining.tasks.standardise import StandardisedMap
 from medaccel.pretraining.tasks.rotation import Rotation
+from medaccel.pretraining.tasks.standardise import StandardisedMap
 from tests.pretraining.made import ROI
 
 

@@ -60,6 +60,7 @@ def fake_cell(
         )
     result = {
         "cell": vars(cell),
+        "settings": dict(settings),
         "curve": [{"step": step, "dice": 0.8 * (1 - 2 ** (-step / 50))} for step in (50, 100, 150, 200)],
         "initialization": None if weights is None else {"loaded": 150, "skipped": 2, "missing": 9},
         "rows": rows,

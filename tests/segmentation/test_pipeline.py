@@ -94,6 +94,17 @@ def test_seeds_take_the_weights_in_turn(tmp_path: Path, task: Path):
     assert {c.pretraining for c in given.cells()} == {0}
 
 
+def test_more_labels_may_have_more_steps(tmp_path: Path, task: Path):
+    tasks = {"spleen": {"data": str(task), "settings": {"steps": 400}, "by_fraction": {1.0: {"steps": 900}}}}
+    config = make_config(tmp_path / "run", task, tasks=tasks, inits=("random",), primary=NONE)
+    path, _ = run_fake(config)
+    seen = {file.parent.name: json.loads(file.read_text()) for file in (path.parent / "cells").glob("*/result.json")}
+    assert len(seen) == 6
+    for content in seen.values():
+        assert content["settings"]["steps"] == (900 if content["cell"]["fraction"] == 1.0 else 400)
+    assert settings_of(config, "spleen")["steps"] == 400
+
+
 def test_a_second_run_runs_nothing_again_and_reports_the_same(tmp_path: Path, task: Path):
     config = make_config(tmp_path / "study", task)
     run_fake(config)
@@ -262,7 +273,24 @@ def test_a_grid_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path, task:
         ({"tasks": {}}, "tasks is empty; expected at least one"),
         ({"tasks": {"liver": {}}}, "tasks.liver has no data; expected a folder, or one of the phantoms'"),
         ({"tasks": {"a/b": {"data": "x"}}}, "tasks names 'a/b'; expected letters, digits and _"),
-        ({"tasks": {"spleen": {"folder": "x"}}}, r"tasks.spleen names \['folder'\]; expected some of data, preset"),
+        (
+            {"tasks": {"spleen": {"by_fraction": {0.7: {"steps": 5}}}}},
+            r"tasks.spleen.by_fraction names 0.7; expected some of 0.34, 1.0",
+        ),
+        (
+            {"tasks": {"spleen": {"by_fraction": {"all": {"steps": 5}}}}},
+            r"tasks.spleen.by_fraction names 'all'; expected some of 0.34, 1.0",
+        ),
+        ({"tasks": {"spleen": {"by_fraction": {1.0: 5}}}}, r"by_fraction is {1.0: 5}; expected settings by fraction"),
+        (
+            {"tasks": {"spleen": {"by_fraction": {1.0: {"feature_size": 24}}}}},
+            r"by_fraction sets feature_size; expected one for all",
+        ),
+        ({"tasks": {"spleen": {"by_fraction": {1.0: {"stepz": 5}}}}}, "task spleen: settings names stepz"),
+        (
+            {"tasks": {"spleen": {"folder": "x"}}},
+            r"tasks.spleen names \['folder'\]; expected some of by_fraction, data",
+        ),
         ({"phantoms": {"persons": 3}}, r"phantoms names \['persons'\]; expected some of cases"),
         ({"phantoms": {"cases": 0}}, "phantoms.cases is 0; expected a whole number from 1 to 1000"),
         ({"tasks": {"spleen": {}}, "phantoms": {"cases": 6}}, "the phantom tasks: fraction is 0.1 of 2 training"),

@@ -48,6 +48,7 @@ class Stage:
 STAGES = [
     Stage(48, 24, 3),
     Stage(48, 24, 3, shifted=False),
+    Stage(48, 12, 3),
     Stage(48, 48, 3),
     Stage(24, 48, 6),
     Stage(12, 96, 12),

@@ -82,9 +82,8 @@ def evaluate(
         if retrieving:
             # Views as in training, less the holes of inpainting: it isn't among the tasks here.
             options: Any = {"roi_size": roi_size, "views": views, "seed": seed}
-            drawn = [
-                _pairs(Items(volumes, retrieving, windows=[limits], **options), pairs, seed) for limits in windows
-            ]
+            shown = windows if any(isinstance(task, Instance) for task in retrieving) else windows[:1]
+            drawn = [_pairs(Items(volumes, retrieving, windows=[limits], **options), pairs, seed) for limits in shown]
             result.pictures.update({name: drawn[0][0][name][0].numpy() for name in ("view1", "view2")})
             for task in retrieving:
                 if isinstance(task, Instance):

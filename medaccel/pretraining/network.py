@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ def channels(level: str, feature_size: int) -> int:
     if level.startswith("encoder"):
         return feature_size * 2 ** int(level[-1])
     return {"decoder4": 8, "decoder3": 4, "decoder2": 2}.get(level, 1) * feature_size
+
+
+def elements(level: str, feature_size: int, roi_size: Sequence[int]) -> int:
+    """Of a level's map of one view: channels times pixels."""
+    return channels(level, feature_size) * math.prod(n // STRIDES[level] for n in roi_size)
 
 
 def features(backbone: SwinUNETR, x: Tensor, levels: Collection[str]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def write_task(
 
     Args:
         folder: of the task; made if missing.
-        task: "spleen" or "lung"; the lungs' lesions are the latter's label, a tumour and smaller ones.
+        task: "spleen" or "lung"; the lungs' lesions are the latter's label, a tumour and up to two more.
         cases: how many; at least 1.
         seed: shifts all persons; another seed's are others.
         spacing: mm.

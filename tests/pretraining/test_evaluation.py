@@ -146,6 +146,8 @@ def test_a_view_finds_its_own_or_by_chance(volumes: Volumes, monkeypatch: pytest
     numbers = iter(range(16))
     figure = evaluation.instance_retrieval(net, task, [drawn, drawn], 4, CPU)
     assert (figure["top1_by_window"], figure["top1"], figure["reached"]) == ([1.0, 1 / 8], 9 / 16, False)
+    monkeypatch.setattr(task, "embed", lambda net, maps: torch.ones(2, 3))
+    assert evaluation.instance_retrieval(net, task, [drawn], 4, CPU)["top1"] == 1 / 8
 
 
 def test_a_network_that_sees_which_side_is_heavier_tells_the_rotation(volumes: Volumes):

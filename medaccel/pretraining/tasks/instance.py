@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
-from medaccel.pretraining.network import STRIDES, channels
+from medaccel.pretraining.network import channels, elements
 from medaccel.pretraining.tasks.base import Step, Task, process_group
 from medaccel.pretraining.tasks.standardise import StandardisedMap
 
@@ -42,10 +41,10 @@ class Instance(Task):
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
         width = channels(_LEVEL, feature_size)
-        elements = width * math.prod(n // STRIDES[_LEVEL] for n in self.roi_size)
+        inputs = elements(_LEVEL, feature_size, self.roi_size)
         return nn.Sequential(
-            StandardisedMap(elements),
-            nn.Linear(elements, width),
+            StandardisedMap(inputs),
+            nn.Linear(inputs, width),
             nn.GELU(),
             nn.Linear(width, self.settings["dimensions"]),
         )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from monai.transforms import RandSpatialCrop, SpatialPad
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
-from medaccel.pretraining.network import STRIDES, channels
+from medaccel.pretraining.network import elements
 from medaccel.pretraining.tasks.base import Step, Task
 
 _NOISE = 0.03  # of the window; its strength is drawn
@@ -41,8 +40,7 @@ class Rotation(Task):
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
         # All pixels of the last map, not their mean: where the spine lies tells more than that there is one.
-        pixels = math.prod(n // STRIDES["encoder4"] for n in self.roi_size)
-        return nn.Sequential(nn.Flatten(), nn.Linear(pixels * channels("encoder4", feature_size), 4))
+        return nn.Sequential(nn.Flatten(), nn.Linear(elements("encoder4", feature_size, self.roi_size), 4))
 
     def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:
         crop = self.crop(image, rng)

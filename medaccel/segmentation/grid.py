@@ -122,9 +122,9 @@ def _in_parallel(
             count, threads = -1, None  # the workers' own
             broken += stack.enter_context(_dask(scheduler) if backend == "dask" else _ray(scheduler))
         # One cell at a time: a process that took several would leave the others without at the end.
-        parallel = joblib.Parallel(
-            n_jobs=count, batch_size=1, pre_dispatch="all", return_as="generator_unordered", verbose=0
-        )
+        # joblib's ray backend has no generator: its cells are counted when all have ended.
+        order = "list" if backend == "ray" else "generator_unordered"
+        parallel = joblib.Parallel(n_jobs=count, batch_size=1, pre_dispatch="all", return_as=order, verbose=0)
         try:
             yield from parallel(joblib.delayed(attempt)(work, run, threads) for work in works)
         except broken:
@@ -198,9 +198,10 @@ def _dask(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
 
 @contextmanager
 def _ray(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
-    """joblib's jobs to a ray cluster that is there."""
+    """joblib's jobs to a ray cluster that is there; yields what is raised where a cell took its worker."""
     try:
         import ray
+        from ray.exceptions import RayActorError
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ValueError("backend is ray, and ray is not installed here: pip install ray") from error
@@ -209,4 +210,4 @@ def _ray(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
     ray.init(address=scheduler or "auto", ignore_reinit_error=True)
     register_ray()
     with joblib.parallel_config(backend="ray"):
-        yield ()
+        yield (RayActorError,)

@@ -133,6 +133,19 @@ def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, monkeypatch
     assert json.loads((works[0].folder / "result.json").read_text())["cell"]["task"] == "spleen"
 
 
+def test_a_ray_cluster_runs_each_cell_and_outlives_a_killed_worker(tmp_path: Path):
+    """Where ray is installed: pip install ray."""
+    ray = pytest.importorskip("ray")
+    works = make_works(tmp_path, make_grid(["spleen"], ["random"], [1.0], [0, 1, 2]))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        failed = run_grid(works, backend="ray", run=deadly_cell, progress=False)
+    finally:
+        ray.shutdown()
+    assert set(failed) == {works[2].cell.name}
+    assert [work.finished for work in works] == [True, True, False]
+
+
 def test_a_cluster_that_is_not_there_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(grid, "_PATIENCE", "1s")

@@ -36,6 +36,9 @@ class TaskPreset:
         flip_axes: those that crops are flipped along, half of them each; 0 exchanges left and right, which is
             nonsense for an organ that has a side.
         rotate90: turn crops by multiples of 90° in the axial plane (roi_size must be square there).
+        rotate: largest angle that a crop is turned by about each axis, degrees.
+        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. What comes from outside of the crop
+            is background, as dark as air.
         intensity_scale, intensity_shift: largest change of a crop, of the window.
         noise: largest standard deviation of added noise, of the window.
         include_background: the Dice part of the loss counts the background as a class too.
@@ -58,6 +61,8 @@ class TaskPreset:
     negative: float = 1.0
     flip_axes: tuple[int, ...] = ()
     rotate90: bool = False
+    rotate: float = 0.0
+    zoom: float = 0.0
     intensity_scale: float = 0.1
     intensity_shift: float = 0.1
     noise: float = 0.02
@@ -196,7 +201,9 @@ def _check_ranges(s: Mapping[str, Any]) -> None:
         raise ValueError(f"feature_size is {s['feature_size']}; expected a multiple of 12")
     if s["cache"] not in CACHES:
         raise ValueError(f"cache is {s['cache']!r}; expected one of {', '.join(CACHES)}")
-    for name in ("intensity_scale", "intensity_shift", "noise", "keep_largest", "validation_cases"):
+    if s["zoom"] >= 1:
+        raise ValueError(f"zoom is {s['zoom']:g}; expected a share below 1")
+    for name in ("rotate", "zoom", "intensity_scale", "intensity_shift", "noise", "keep_largest", "validation_cases"):
         if s[name] < 0:
             raise ValueError(f"{name} is {s[name]:g}; expected >= 0")
     for name in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validate_every"):

@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai.losses import DiceLoss
 from monai.transforms import (
     Compose,
+    RandAffined,
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
@@ -151,6 +152,17 @@ def _random_transforms(s: Mapping[str, Any]) -> Compose:
     steps += [RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in s["flip_axes"]]
     if s["rotate90"]:
         steps.append(RandRotate90d(both, prob=0.5, max_k=3, spatial_axes=(0, 1)))
+    if s["rotate"] or s["zoom"]:
+        steps.append(
+            RandAffined(
+                both,
+                prob=0.5,
+                rotate_range=[math.radians(s["rotate"])] * 3,
+                scale_range=[s["zoom"]] * 3,
+                mode=["bilinear", "nearest"],
+                padding_mode="zeros",
+            )
+        )
     if s["intensity_scale"]:
         steps.append(RandScaleIntensityd("image", factors=s["intensity_scale"], prob=0.5))
     if s["intensity_shift"]:

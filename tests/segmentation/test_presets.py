@@ -51,6 +51,8 @@ def test_settings_are_plain_and_whole(name: str):
         ({"flip_axes": [3]}, r"flip_axes is \[3\]; expected some of 0, 1, 2"),
         ({"flip_axes": 0}, "flip_axes is 0; expected a list of numbers"),
         ({"rotate90": 1}, "rotate90 is 1; expected true or false"),
+        ({"rotate": -5.0}, "rotate is -5; expected >= 0"),
+        ({"zoom": 1.0}, "zoom is 1; expected a share below 1"),
         ({"rotate90": True, "roi_size": [64, 32, 32]}, "rotate90 is on and roi_size"),
         ({"feature_size": 20}, "feature_size is 20; expected a multiple of 12"),
         ({"cache": "disk"}, "cache is 'disk'; expected one of memory, none"),

@@ -95,6 +95,27 @@ def test_left_stays_left_unless_told_otherwise(tmp_path: Path):
     assert {rises(flipped[n]) for n in range(10)} == {True, False}
 
 
+@pytest.mark.parametrize("change", [{"rotate": 25.0}, {"zoom": 0.2}, {"rotate": 25.0, "zoom": 0.2}])
+def test_turned_and_zoomed_crops_have_their_labels_turned_and_zoomed_alike(tmp_path: Path, change: dict[str, float]):
+    # A bar, as a cube looks much the same when it is turned.
+    label = np.zeros((80, 50, 40), dtype=np.uint8)
+    label[44:70, 22:28, 17:23] = 1
+    dataset = task(tmp_path, label)
+    plain, moved = crops(dataset, **PLAIN), crops(dataset, **PLAIN, **change)
+    changed = 0
+    for number in range(8):
+        before, after = plain[number], moved[number]
+        assert set(after["label"].unique().tolist()) <= {0.0, 1.0}
+        if torch.equal(before["image"], after["image"]):
+            continue
+        changed += 1
+        truth, bright = after["label"] > 0, after["image"] > 0.55  # the brightest of the body is 0.4
+        # An eighth of the bar's voxels lie on its rim, where the image is between the two.
+        assert 2 * int((truth & bright).sum()) > 0.8 * int(truth.sum() + bright.sum())
+        assert not torch.equal(before["label"], after["label"])
+    assert 0 < changed < 8
+
+
 def test_a_training_without_cases_is_refused(tmp_path: Path):
     dataset = task(tmp_path, spot())
     with pytest.raises(ValueError, match="no training cases"):

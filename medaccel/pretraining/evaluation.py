@@ -176,7 +176,8 @@ def instance_retrieval(
 ) -> dict[str, Any]:
     """How often the second view nearest to a first one is its own, and the other way round.
 
-    Among views of one window, then the mean over windows: views of different windows are told apart too easily.
+    Among views of one window, then the mean over windows: views of different windows are told apart too easily. The
+    head standardises among them, as in training among a step's.
     """
     by_window = [_top1(net, task, pairs, device) for pairs in drawn]
     top1, pairs = float(np.mean(by_window)), len(drawn[0])
@@ -192,11 +193,10 @@ def instance_retrieval(
 
 
 def _top1(net: PretrainingNet, task: Instance, pairs: Sequence[Mapping[str, Tensor]], device: torch.device) -> float:
-    embedded = []
-    for item in pairs:
-        views = torch.stack([item["view1"], item["view2"]]).to(device)
-        embedded.append(F.normalize(task.embed(net, net.features(views, task.view_levels)), dim=1).cpu())
-    both = torch.stack(embedded)  # (pairs, 2, C)
+    views = (torch.stack([item["view1"], item["view2"]]).to(device) for item in pairs)
+    maps = [net.features(two, task.view_levels) for two in views]
+    every = {level: torch.cat([m[level] for m in maps]) for level in task.view_levels}
+    both = F.normalize(task.embed(net, every), dim=1).cpu().unflatten(0, (-1, 2))  # (pairs, 2, C)
     cosines = both[:, 0] @ both[:, 1].T
     own = torch.arange(len(both))
     right = torch.stack([cosines.argmax(dim=1) == own, cosines.argmax(dim=0) == own]).float()

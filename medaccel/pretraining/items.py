@@ -21,6 +21,9 @@ from medaccel.data.views import TwoViews, intensity_transforms
 from medaccel.pretraining.data import Volumes
 from medaccel.pretraining.tasks import Task
 
+# Tells a batch's random numbers from an item's.
+_OF_A_BATCH = 1
+
 
 class Items(torch.utils.data.Dataset):
     """Endless numbered items.
@@ -32,7 +35,9 @@ class Items(torch.utils.data.Dataset):
     Args:
         volumes: what items are drawn from.
         tasks: that the items are for.
-        windows: HU limits; an item has one of them, both views the same.
+        windows: HU limits; an item has one of them, both views the same, and so do all items of a batch: what is
+            shown in another window is told apart by its grey alone, and no negative to learn from.
+        batch_size: items of a step, of all processes together; step n has the items from n · batch_size on.
         roi_size: voxels of a view.
         views: options of `medaccel.data.TwoViews`.
         seed: with an item's number, of all that is random in it.
@@ -48,10 +53,11 @@ class Items(torch.utils.data.Dataset):
         *,
         windows: Sequence[Sequence[float]],
         roi_size: Sequence[int],
+        batch_size: int = 1,
         views: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.volumes, self.tasks, self.seed = volumes, list(tasks), seed
+        self.volumes, self.tasks, self.seed, self.batch_size = volumes, list(tasks), seed, batch_size
         self.windows = [(float(low), float(high)) for low, high in windows]
         self.paired = any(task.view_levels for task in tasks)
         self.restores = any(task.name == "inpainting" for task in tasks)
@@ -70,18 +76,18 @@ class Items(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, index])
-        return self.item(int(rng.integers(len(self.volumes))), rng)
+        shared = np.random.default_rng([self.seed, index // self.batch_size, _OF_A_BATCH])
+        return self.item(int(rng.integers(len(self.volumes))), rng, int(shared.integers(len(self.windows))))
 
-    def item(self, number: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """An item of one volume.
+    def item(self, number: int, rng: np.random.Generator, shown: int = 0) -> dict[str, Tensor]:
+        """An item of one volume, in one of the windows.
 
         Returns:
             "view1", "view2" (1, *roi_size), "affine1", "affine2" (4, 4), where a task needs views; and what the tasks
             add.
         """
         volume = self.volumes[number]
-        limits = self.windows[int(rng.integers(len(self.windows)))]
-        image = window(volume.as_tensor(), limits)
+        image = window(volume.as_tensor(), self.windows[shown])
         item: dict[str, Tensor] = {}
         if self.paired:
             self.views.set_random_state(seed=int(rng.integers(2**31)))

@@ -105,6 +105,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
         tasks,
         windows=config.windows,
         roi_size=config.roi_size,
+        batch_size=settings["batch_size"],
         views=config.views,
         seed=config.seed,
     )

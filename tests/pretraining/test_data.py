@@ -121,6 +121,19 @@ def test_an_item_depends_on_its_number_alone(scans: Scans):
     assert not torch.equal(expected[0]["view1"], expected[1]["view1"])
 
 
+def test_the_items_of_a_batch_are_shown_in_one_window(scans: Scans, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[float, float]] = []
+    monkeypatch.setattr(
+        "medaccel.pretraining.items.window", lambda hu, limits: seen.append(limits) or window(hu, limits)
+    )
+    items = _items(scans, "instance", batch_size=3)
+    for number in range(24):
+        items[number]
+    batches = [seen[start : start + 3] for start in range(0, 24, 3)]
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert len(set(seen)) == 2
+
+
 def test_views_are_padded_where_a_scan_is_smaller_and_only_made_where_they_are_needed(scans: Scans):
     item = _items(scans, "instance_pixel")[0]
     assert set(item) == {"view1", "view2", "affine1", "affine2"}

@@ -133,19 +133,15 @@ def test_instance_contrast_is_nt_xent_and_its_bound_stays_below_log_n():
     assert not terms["mutual_information_bound"].requires_grad
 
 
-def test_a_map_is_standardised_by_the_steps_views_and_in_evaluation_by_what_steps_have_shown():
-    standardise = StandardisedMap(3 * 4)
-    first, second = torch.randn(2, 60, 3, 2, 1, 2) + 5.0
-    means = [x.mean(dim=0).flatten() for x in (first, second)]
-    for x in (first, second):
-        shown = standardise(x)
-        torch.testing.assert_close(shown.mean(dim=0), torch.zeros(12), rtol=0, atol=1e-4)
-        torch.testing.assert_close(shown.std(dim=0, unbiased=False), torch.ones(12), rtol=0, atol=1e-2)
-    standardise.eval()
-    together = standardise(second)
-    torch.testing.assert_close(torch.cat([standardise(x[None]) for x in second]), together)
-    torch.testing.assert_close(standardise.mean, 0.9 * means[0] + 0.1 * means[1])
-    assert set(standardise.state_dict()) == {"mean", "variance", "steps"}
+def test_a_map_is_standardised_among_the_views_that_are_shown():
+    standardise = StandardisedMap()
+    x = torch.randn(60, 3, 2, 1, 2) + 5.0
+    shown = standardise(x)
+    assert shown.shape == (60, 12)
+    torch.testing.assert_close(shown.mean(dim=0), torch.zeros(12), rtol=0, atol=1e-4)
+    torch.testing.assert_close(shown.std(dim=0, unbiased=False), torch.ones(12), rtol=0, atol=1e-2)
+    torch.testing.assert_close(standardise.eval()(x), shown)
+    assert not standardise.state_dict()
 
 
 def test_pixel_contrast_is_the_mean_of_the_items_losses():

@@ -43,14 +43,14 @@ class Instance(Task):
         width = channels(_LEVEL, feature_size)
         inputs = elements(_LEVEL, feature_size, self.roi_size)
         return nn.Sequential(
-            StandardisedMap(inputs),
+            StandardisedMap(),
             nn.Linear(inputs, width),
             nn.GELU(),
             nn.Linear(width, self.settings["dimensions"]),
         )
 
     def embed(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
-        """(B, dimensions) of views' maps."""
+        """(B, dimensions) of the maps of all views that are compared."""
         embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
         return embedding
 

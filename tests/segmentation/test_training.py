@@ -110,7 +110,7 @@ def test_turned_and_zoomed_crops_have_their_labels_turned_and_zoomed_alike(tmp_p
             continue
         changed += 1
         truth, bright = after["label"] > 0, after["image"] > 0.55  # the brightest of the body is 0.4
-        # An eighth of the bar's voxels lie on its rim, where the image is between the two.
+        # More than half of the bar's voxels lie on its rim, where the image is between the two.
         assert 2 * int((truth & bright).sum()) > 0.8 * int(truth.sum() + bright.sum())
         assert not torch.equal(before["label"], after["label"])
     assert 0 < changed < 8

@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 from monai.networks.blocks import dynunet_block as monai_blocks
+from monai.networks.layers import GaussianFilter as MonaiGaussianFilter
 from monai.networks.nets import swin_unetr as monai_swin
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from medaccel.layers import BasicLayer, SwinTransformerBlock, UnetBasicBlock, UnetResBlock, WindowAttention
+from medaccel.layers import (
+    BasicLayer,
+    GaussianFilter,
+    SwinTransformerBlock,
+    UnetBasicBlock,
+    UnetResBlock,
+    WindowAttention,
+)
 
 Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 
@@ -65,6 +73,11 @@ def basic_block() -> tuple[nn.Module, tuple[Any, ...]]:
     return randomised(layer), (torch.randn(2, 2, 4, 5, 3, dtype=torch.float64),)
 
 
+def gaussian() -> tuple[nn.Module, tuple[Any, ...]]:
+    layer = MonaiGaussianFilter(2, (1.2, 0.7), requires_grad=True)
+    return layer.double(), (torch.randn(2, 2, 7, 8, dtype=torch.float64),)
+
+
 LAYERS: dict[str, tuple[Build, type[nn.Module]]] = {
     "attention": (attention, WindowAttention),
     "masked_attention": (masked_attention, WindowAttention),
@@ -74,6 +87,7 @@ LAYERS: dict[str, tuple[Build, type[nn.Module]]] = {
     "residual_block": (residual_block, UnetResBlock),
     "plain_residual_block": (plain_residual_block, UnetResBlock),
     "basic_block": (basic_block, UnetBasicBlock),
+    "gaussian": (gaussian, GaussianFilter),
 }
 
 
@@ -280,7 +294,7 @@ def outcome(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return [y, *grads]
 
 
-def assert_same(ours: Any, monais: Any, words: str) -> None:
+def assert_same(ours: Any, monais: Any, words: str, relative: float = 1e-10) -> None:
     if isinstance(monais, type):
         assert ours is monais, words
         return
@@ -289,5 +303,5 @@ def assert_same(ours: Any, monais: Any, words: str) -> None:
         if b is None:
             assert a is None, words
             continue
-        bound = 1e-10 * max(1.0, float(b.abs().max()))
+        bound = relative * max(1.0, float(b.abs().max()))
         assert float((a - b).abs().max()) <= bound, words

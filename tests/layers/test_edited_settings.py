@@ -58,6 +58,12 @@ SETTINGS: list[tuple[str, str, Callable[[nn.Module], None]]] = [
     ("shifted_block", "no bias", exchange("attn.qkv", lambda: nn.Linear(6, 18, bias=False).double())),
     ("stage", "another shift in a block", setting("blocks.1", "shift_size", (1, 0, 1))),
     ("stage", "another window in a block", setting("blocks.1", "window_size", (2, 2, 3))),
+    ("gaussian", "other taps", setting("", "approx", "SAMPLED")),
+    ("gaussian", "shorter", setting("", "truncated", 1.0)),
+    ("gaussian", "a tensor truncated", setting("", "truncated", torch.tensor(1.0))),
+    ("gaussian", "unknown taps", setting("", "approx", "box")),
+    ("gaussian", "a sigma below 0", lambda layer: layer.kernel_sigma_1.data.fill_(-0.7)),
+    ("gaussian", "a fixed sigma", lambda layer: layer.sigma.__setitem__(0, torch.tensor(2.0))),
     ("stage", "softmax over queries", setting("blocks.1.attn.softmax", "dim", -2)),
 ]
 
@@ -83,7 +89,8 @@ def test_an_edited_setting_counts(name: str, words: str, edit: Callable[[nn.Modu
         edit(ours)
     expected = outcome(monais, inputs)
     assert isinstance(expected, type) or not torch.equal(expected[0], unedited[0])  # the edit does something
-    assert_same(outcome(ours, inputs), expected, words)
+    # MONAI makes a Gaussian's taps in fp32, whatever the input.
+    assert_same(outcome(ours, inputs), expected, words, 1e-5 if name == "gaussian" else 1e-10)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -36,10 +36,10 @@ def describe(value: object) -> str:
     return text if len(text) <= 40 and "\n" not in text else type(value).__name__
 
 
-def _is_dense(value: object, dtypes: Collection[torch.dtype]) -> bool:
-    return (
-        isinstance(value, Tensor) and value.dtype in dtypes and value.layout is torch.strided and not value.is_nested
-    )
+def _is_dense(value: Any, dtypes: Collection[torch.dtype]) -> bool:
+    # The exact type first: torch's isinstance takes four times as long.
+    is_tensor = type(value) is Tensor or isinstance(value, Tensor)
+    return is_tensor and value.dtype in dtypes and value.layout is torch.strided and not value.is_nested
 
 
 def check_floating(name: str, **tensors: object) -> None:
@@ -167,7 +167,7 @@ def is_sequence(value: object) -> bool:
     """Whether `value` is a list, tuple or other sequence of numbers, or a tensor or array with an axis."""
     if isinstance(value, list | tuple):
         return True
-    if isinstance(value, str | bytes | dict | set):
+    if isinstance(value, float | int | str | bytes | dict | set):
         return False
     shape = getattr(value, "shape", None)
     return len(shape) == 1 if shape is not None else hasattr(value, "__len__") and hasattr(value, "__getitem__")
@@ -175,11 +175,10 @@ def is_sequence(value: object) -> bool:
 
 def choice(name: str, argument: str, value: object, options: Collection[str], expected: str = "") -> None:
     """An error where `value` is none of the options."""
-    expected = expected or f"one of {list(options)}"
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: {argument} is {describe(value)}; expected {expected}")
-    if value not in options:
-        raise ValueError(f"{name}: {argument} is {value!r}; expected {expected}")
+    if isinstance(value, str) and value in options:
+        return
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name}: {argument} is {describe(value)}; expected {expected or f'one of {list(options)}'}")
 
 
 def flag(name: str, argument: str, value: object) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._arguments import check_floating, describe, whole
+from medaccel.ops._arguments import describe, whole
 from medaccel.ops.diffusion_step import op, reference
 from medaccel.ops.diffusion_step.checks import (
     NAMES,
@@ -108,10 +108,11 @@ def diffusion_step(
     >>> y.shape
     torch.Size([1, 1, 32, 32, 32])
     """
-    check_floating("diffusion_step", sample=sample, model_output=model_output)
+    if model_output is None:
+        raise TypeError("diffusion_step: model_output is None; expected a floating-point tensor")
     tensors = check_tensors(sample, model_output, previous, noise, guide, mask)
-    given = (a, b, c, d, e, f, s, guide_scale, guide_std)
-    coefficients = _with_guide_level(guide is not None, check_coefficients(dict(zip(NAMES, given, strict=True))))
+    given = check_coefficients(NAMES, (a, b, c, d, e, f, s, guide_scale, guide_std))
+    coefficients = _with_guide_level(guide is not None, given)
     limits = check_clip(clip)
     if out is None:
         return run(tensors, coefficients, limits, (seed, offset, sample_offset))

@@ -83,12 +83,13 @@ def _check_broadcast(argument: str, tensor: Tensor, sample: Tensor) -> None:
         )
 
 
-def check_coefficients(values: dict[str, Any]) -> tuple[Any, ...]:
-    """The coefficients as Python floats or as tensors of real numbers, by their names; None stays."""
-    return tuple(
+def check_coefficients(names: tuple[str, ...], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The coefficients as Python floats or as tensors of real numbers; None stays."""
+    checked = [
         value if type(value) is float or value is None else _coefficient(name, value)
-        for name, value in values.items()
-    )
+        for name, value in zip(names, values, strict=True)
+    ]
+    return tuple(checked)
 
 
 def _coefficient(argument: str, value: Any) -> Coefficient:

@@ -47,7 +47,7 @@ def check_out(tensors: Tensors, coefficients: Sequence[Coefficient], out: Any) -
 
 def _check_gradients(targets: dict[str, Tensor], inputs: dict[str, Tensor], coefficients: dict[str, Any]) -> None:
     if torch.is_grad_enabled():
-        for name, tensor in (inputs | coefficients | targets).items():
+        for name, tensor in (*inputs.items(), *coefficients.items(), *targets.items()):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 what = f"{name} requires a gradient" if name in targets else f"an input requires a gradient ({name})"
                 raise ValueError(f"{_NAME}: out is given and {what}; expected torch.no_grad() around it")
@@ -69,7 +69,7 @@ def _check_memory(name: str, target: Tensor, inputs: dict[str, Tensor]) -> None:
             "an element's memory to itself (a clone)"
         )
     for argument, tensor in inputs.items():
-        if _overlap(target, tensor) and not _same_place(target, tensor):
+        if tensor is not target and _overlap(target, tensor) and not _same_place(target, tensor):
             raise ValueError(
                 f"{_NAME}: {name} shares memory with {argument} but lies differently there; expected {argument} "
                 "itself, or other memory"
@@ -103,6 +103,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    count = tensor.numel()
+    if not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     first = tensor.data_ptr()
-    return first, first + (last + 1) * tensor.element_size()
+    return first, first + count * tensor.element_size()

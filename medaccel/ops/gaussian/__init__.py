@@ -92,7 +92,7 @@ def gaussian_filter(
     if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
         sigma = _stacked(sigma, input.device)
     if not isinstance(sigma, Tensor):
-        values = _sigma_values(sigma, spatial, truncated)
+        values = check_sigma_values(_sigma_values(sigma, spatial), truncated, approx, normalize)
         direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
         if direct and _dispatch.plain_eager(input):
             return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
@@ -100,21 +100,22 @@ def gaussian_filter(
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
         if not native and sigmas.device.type == "cpu":
-            check_sigma_values(sigmas.tolist(), truncated)
+            check_sigma_values(sigmas.tolist(), truncated, approx, normalize)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
     return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
 
 
-def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float) -> list[float]:
+def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:
     expected = "a number, or one per spatial axis"
     if is_sequence(sigma):
         values = [number("gaussian_filter", f"sigma[{i}]", s) for i, s in enumerate(sigma)]  # type: ignore[arg-type]
+        values = values * spatial if len(values) == 1 else values
     else:
         values = [number("gaussian_filter", "sigma", sigma, expected)] * spatial
     if len(values) != spatial:
         raise ValueError(f"gaussian_filter: sigma has {len(values)} values; expected 1 or {spatial}")
-    return check_sigma_values(values, truncated)
+    return values
 
 
 def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:

@@ -196,7 +196,7 @@ def test_what_is_no_number_is_refused(op: str, argument: str, kind: str, path: N
 
 
 NO_VALUES: dict[str, tuple[float, ...]] = {
-    "sigma": (-1.0, math.nan, math.inf, -1e-9, 1e30, 1e-160),
+    "sigma": (-1.0, math.nan, math.inf, -1e-9, 1e30, 1e-310),
     "truncated": (0.0, -1.0, math.nan, math.inf, 1e300),
     "eps": (0.0, -1.0, math.nan, math.inf, 1e-320, 1e-40, 1e300),
     "negative_slope": (math.nan, math.inf, -math.inf, 1e300),

@@ -25,15 +25,16 @@ _lib.define(
 MAX_RADIUS = 1 << 20
 
 
-# Below, the square of 1/σ in the gradient is infinite even in float64.
-MIN_SIGMA = 1e-150
-# And the taps of "sampled", left as they are, grow like 1/σ: over three axes float32 overflows before long.
-MIN_SAMPLED_SIGMA = 1e-6
+# Where taps or their gradient overflow, by approx: 1/σ in float64; for "sampled", whose gradient has 1/σ², its square
+# too; and for "sampled" taps left as they are, which grow like 1/σ, float32's range over three axes.
+MIN_SIGMA, MIN_NORMALIZED_SAMPLED, MIN_SAMPLED = 1e-300, 1e-150, 1e-6
 
 
 def check_sigma_values(sigma: list[float], truncated: float, approx: str, normalize: bool) -> list[float]:
     """The standard deviations, or a ValueError where one makes no sense."""
-    least = MIN_SAMPLED_SIGMA if approx == "sampled" and not normalize else MIN_SIGMA
+    least = MIN_SIGMA
+    if approx == "sampled":
+        least = MIN_NORMALIZED_SAMPLED if normalize else MIN_SAMPLED
     for axis, value in enumerate(sigma):
         if 0 < value < least:
             raise ValueError(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._arguments import check_floating, finite, learnt
+from medaccel.ops._arguments import check_floating, learnt, number
 from medaccel.ops._views import check_devices
 from medaccel.ops.propagation import op, reference
 
@@ -61,7 +61,7 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
 def _check_power(power: object) -> float | Tensor:
     """The power as a number; where a gradient is wanted of it, as the scalar tensor that it is."""
     wanted = learnt(power)
-    value = finite(_NAME, "power", power.detach() if wanted and isinstance(power, Tensor) else power)
-    if value < 1:
+    value = number(_NAME, "power", power.detach() if wanted and isinstance(power, Tensor) else power)
+    if not 1 <= value <= torch.finfo(torch.float32).max:
         raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
     return power.reshape(()) if wanted and isinstance(power, Tensor) else value

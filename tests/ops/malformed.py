@@ -292,7 +292,9 @@ def run(op: str) -> None:
         try:
             outputs = _outputs(_call(op, arguments))
             same = len(outputs) == len(expected) and all(
-                a.device.type == "cpu" and a.shape == b.shape and torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True)
+                a.device.type == "cpu"
+                and (a.shape, a.dtype) == (b.shape, b.dtype)
+                and torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True)
                 for a, b in zip(outputs, expected, strict=True)
             )
             result, text = "equal" if same else "a result", ""

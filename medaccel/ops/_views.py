@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from medaccel.ops._transforms import host_values
+
 
 def check_floating(name: str, **tensors: Tensor) -> None:
     """A TypeError naming the first argument that is no floating-point tensor."""
@@ -28,7 +30,7 @@ def check_devices(name: str, first: str, **tensors: Tensor) -> None:
 def check_positive(name: str, argument: str, value: float) -> float:
     """`value` as a float, or a ValueError where it is not finite and above 0."""
     number = float(value)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:  # not math.isfinite: torch.compile may have made the number a symbol
         raise ValueError(f"{name}: {argument} is {value}; expected a finite number above 0")
     return number
 
@@ -74,9 +76,9 @@ def check_views(
                 f"{name}: radius has shape {tuple(radius.shape)}; expected a number or one per sample, "
                 f"({len(query)},)"
             )
-        if radius.device.type == "cpu" and not torch.compiler.is_compiling():
-            for value in radius.detach().reshape(-1).tolist():
-                check_positive(name, "radius", value)
+        known = host_values(radius)
+        for value in [] if known is None else known.flatten().tolist():
+            check_positive(name, "radius", value)
         radii = radius.detach().to(dtype).expand(len(query))
     else:
         value = check_positive(name, "radius", radius)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch
+from medaccel.ops import _dispatch, _transforms
 from medaccel.ops.diffusion_step import op, reference
 
 Coefficient = float | Tensor
@@ -103,6 +103,8 @@ def diffusion_step(
     if out is None:
         return run(tensors, coefficients, limits, (seed, offset, sample_offset))
     pair = out if isinstance(out, tuple) else (out, torch.empty_like(sample, memory_format=_CONTIGUOUS))
+    if _transforms.in_transform():
+        _check_untransformed((*tensors, *coefficients, seed, *pair))
     _check_out(tensors, *pair)
     return run(tensors, coefficients, limits, (seed, offset, sample_offset), pair)
 
@@ -124,7 +126,9 @@ def run(
     sample = tensors[0]
     _check_place(place[1:], sample.shape[0])
     low, high = (None, None) if limits is None else limits
-    native = not _dispatch.reference_forced and unsupported(sample) is None
+    # A clip is not linear; its derivative is the reference's.
+    linear, others = (tensors, coefficients) if limits is None else ((), (*tensors, *coefficients))
+    native = _dispatch.kernel_serves(*others, linear=linear) and unsupported(sample) is None
     if native and _is_direct(tensors, coefficients, place[0]):
         return _run_direct(tensors, coefficients, limits, place, out, need_x0)
     rows = _rows(coefficients, sample)
@@ -365,6 +369,14 @@ def _check_out(tensors: _Tensors, x_next: Tensor, x0: Tensor | None) -> None:
                 )
     if x0 is not None and _overlaps(x_next, x0):
         raise ValueError(f"{name}: out[0] and out[1] share memory; expected two tensors")
+
+
+def _check_untransformed(values: Sequence[object]) -> None:
+    if any(_transforms.is_transformed(value) for value in values):
+        raise ValueError(
+            "diffusion_step: out is given under vmap, another transform of torch.func or forward-mode "
+            "differentiation; expected no out there, as they follow no writing into memory"
+        )
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

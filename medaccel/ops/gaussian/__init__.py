@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch
+from medaccel.ops import _dispatch, _transforms
 from medaccel.ops.gaussian import reference
 from medaccel.ops.gaussian.op import check_sigma_values
 
@@ -79,20 +79,20 @@ def gaussian_filter(
         raise ValueError(f"gaussian_filter: mode is {mode!r}; expected one of {list(_native.GAUSSIAN_MODES)}")
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
-    native = not _dispatch.reference_forced and unsupported(input) is None
+    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if not isinstance(sigma, Tensor):
         values = _sigma_values(sigma, spatial, truncated)
         direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
         if direct and _dispatch.plain_eager(input):
             return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
         sigmas = torch.tensor(values, dtype=torch.float64)
+        largest: list[float] | None = values
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
-        if not native and sigmas.device.type == "cpu":
-            check_sigma_values(sigmas.tolist(), truncated)
+        largest = None if native else _largest(sigmas, truncated)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
-    return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
+    return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize, largest)
 
 
 def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float) -> list[float]:
@@ -100,6 +100,20 @@ def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float
     if len(values) != spatial:
         raise ValueError(f"gaussian_filter: sigma has {len(values)} values; expected 1 or {spatial}")
     return check_sigma_values(values, truncated)
+
+
+def _largest(sigma: Tensor, truncated: float) -> list[float] | None:
+    """The checked values of σ; under vmap the largest of all samples', for each axis. None: read where needed."""
+    if sigma.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    known = _transforms.host_values(sigma)
+    if known is None:
+        raise ValueError(
+            "gaussian_filter: sigma is a tensor, whose values torch.func.linearize and other tracers hide, and with "
+            "them how far its derivative reaches; expected numbers there"
+        )
+    values = check_sigma_values(known.flatten().tolist(), truncated)
+    return values if known.shape == sigma.shape else [max(values, default=0.0)] * len(sigma)
 
 
 def _sigma_tensor(sigma: Tensor, spatial: int, device: torch.device) -> Tensor:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the transforms of torch.func and forward-mode differentiation do to an op's arguments.
+
+vmap and torch.func's derivatives wrap tensors, one wrapper a level; forward mode hangs a tangent on them.
+"""
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is going on, whatever it is applied to."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def derivative_is_traced() -> bool:
+    """Whether what torch.compile or torch.export traces is to be differentiated by a transform."""
+    stack = _functorch.get_interpreter_stack() or []
+    differentiating = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+    return forward_ad._current_level >= 0 or any(layer.key() in differentiating for layer in stack)
+
+
+# torch.compile asks while it traces; it compiles anew where transforms or dual levels are others.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+derivative_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_tracked(tensor: Tensor, forward_mode: bool = True) -> bool:
+    """Whether a transform of torch.func or forward mode, if that counts, differentiates by `tensor`."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_gradtrackingtensor(tensor):
+            if forward_mode:
+                return True
+            level = _functorch.maybe_get_level(tensor)
+            stack = _functorch.get_interpreter_stack() or []
+            if not any(t.level() == level and t.key() == _functorch.TransformType.Jvp for t in stack):
+                return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return forward_mode and tangent(tensor) is not None
+
+
+def is_transformed(value: object) -> bool:
+    """Whether `value` is a tensor under vmap, under another transform of torch.func or under forward mode."""
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return False
+    return bool(_functorch.is_functorch_wrapped_tensor(value)) or tangent(value) is not None
+
+
+def tangent(value: object) -> Tensor | None:
+    """The derivative that forward-mode differentiation carries along with a tensor; None where it carries none."""
+    if forward_ad._current_level < 0 or not isinstance(value, Tensor):
+        return None
+    return forward_ad.unpack_dual(value).tangent
+
+
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+
+
+def host_values(tensor: Tensor) -> Tensor | None:
+    """What the host may read of `tensor` without waiting: under vmap the values of all samples; else None.
+
+    None: they lie on a device, or torch.compile or another tracer goes by without values.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    tensor = tensor.detach()
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return None if any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS) else tensor

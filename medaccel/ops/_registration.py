@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from medaccel.ops._transforms import tangent
 
 ForwardMode = Callable[[tuple[Any, ...], tuple[Tensor | None, ...]], Any]
-_ADVICE = "run it under medaccel.use_reference(), whose plain PyTorch code has one"
 
 
 def register_gradients(
@@ -34,8 +33,10 @@ def register_gradients(
             None where the kernel can't give these.
     """
 
+    advice = f"run medaccel.ops.{of} under medaccel.use_reference(), whose plain PyTorch code has one"
+
     def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"{of}: its gradient has no gradient (double backward is not written); {_ADVICE}")
+        raise RuntimeError(f"{of}: its gradient has no gradient (double backward is not written); {advice}")
 
     def nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -44,7 +45,7 @@ def register_gradients(
         (op, f"{of}: its kernel", backward, setup_context, forward_mode),
         (f"{op}_backward", f"{of}: the kernel of its gradient", refuse, nothing, None),
     ):
-        guarded: Any = _Guarded(lib, what, forwards)
+        guarded: Any = _Guarded(lib, what, advice, forwards)
         torch.library.register_autograd(f"medaccel::{name}", rule, setup_context=setup, lib=guarded)
         torch.library.register_vmap(f"medaccel::{name}", _sample_by_sample(name), lib=lib)
 
@@ -56,11 +57,11 @@ class _Guarded:
     not for the transforms of torch.func. The public functions take the reference before it comes to that.
     """
 
-    def __init__(self, lib: torch.library.Library, what: str, forward_mode: ForwardMode | None):
-        self._lib, self._what, self._forward_mode = lib, what, forward_mode
+    def __init__(self, lib: torch.library.Library, what: str, advice: str, forward_mode: ForwardMode | None):
+        self._lib, self._what, self._advice, self._forward_mode = lib, what, advice, forward_mode
 
     def impl(self, op: str, kernel: Callable[..., Any], key: str, **options: Any) -> None:
-        what, forward_mode = self._what, self._forward_mode
+        what, advice, forward_mode = self._what, self._advice, self._forward_mode
 
         def autograd(keyset: Any, *args: Any) -> Any:
             if forward_ad._current_level >= 0:
@@ -69,10 +70,10 @@ class _Guarded:
                     primals = tuple(forward_ad.unpack_dual(a).primal if isinstance(a, Tensor) else a for a in args)
                     moved = None if forward_mode is None else forward_mode(primals, tangents)
                     if moved is None:
-                        raise RuntimeError(f"{what} has no forward-mode derivative; {_ADVICE}")
+                        raise RuntimeError(f"{what} has no forward-mode derivative; {advice}")
                     return _dual(autograd(keyset, *primals), moved)
             if torch._C._are_functorch_transforms_active() and torch._C._any_requires_grad(*args):
-                raise RuntimeError(f"{what} has no derivative for the transforms of torch.func; {_ADVICE}")
+                raise RuntimeError(f"{what} has no derivative for the transforms of torch.func; {advice}")
             return kernel(keyset, *args)
 
         self._lib.impl(op, autograd, key, **options)

@@ -30,22 +30,39 @@ derivative_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined
 def is_tracked(tensor: Tensor, forward_mode: bool = True) -> bool:
     """Whether a transform of torch.func or forward mode, if that counts, differentiates by `tensor`."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_gradtrackingtensor(tensor):
-            if forward_mode:
-                return True
-            level = _functorch.maybe_get_level(tensor)
-            stack = _functorch.get_interpreter_stack() or []
-            if not any(t.level() == level and t.key() == _functorch.TransformType.Jvp for t in stack):
-                return True
+        if _functorch.is_gradtrackingtensor(tensor) and (
+            tensor.requires_grad or (forward_mode and _is_of_forward_mode(tensor))
+        ):
+            return True
         tensor = _functorch.get_unwrapped(tensor)
     return forward_mode and tangent(tensor) is not None
 
 
-def is_transformed(value: object) -> bool:
-    """Whether `value` is a tensor under vmap, under another transform of torch.func or under forward mode."""
-    if not isinstance(value, Tensor) or torch.compiler.is_compiling():
+def _is_of_forward_mode(wrapper: Tensor) -> bool:
+    level, stack = _functorch.maybe_get_level(wrapper), _functorch.get_interpreter_stack() or []
+    return any(layer.level() == level and layer.key() == _functorch.TransformType.Jvp for layer in stack)
+
+
+def is_wrapped(value: object) -> bool:
+    """Whether `value` is a tensor without memory of its own, as transforms hand it on, or with a tangent."""
+    if not isinstance(value, Tensor) or not in_transform():
         return False
+    if torch.compiler.is_compiling():
+        return True  # it may be
     return bool(_functorch.is_functorch_wrapped_tensor(value)) or tangent(value) is not None
+
+
+def is_hidden(tensor: Tensor) -> bool:
+    """Whether a number that is read of `tensor` would have lost a derivative or, under vmap, isn't one number."""
+    if not in_transform():
+        return False
+    if torch.compiler.is_compiling() or is_tracked(tensor):
+        return True
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    return False
 
 
 def tangent(value: object) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
 
 _SETTINGS = "float truncated, str approx, str mode, bool normalize"
@@ -41,8 +42,32 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+# --- checks --------------------------------------------------------------------------------------------------
+def _check(
+    name: str, argument: str, volume: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str
+) -> Operands:
+    """What the kernels rest on; the values of a σ on the CPU are checked where they are read."""
+    operands = Operands(name, argument, volume)
+    operands.rank(argument, volume, (3, 4, 5), "(B, C, *spatial) with 1-3 spatial axes")
+    spatial = (volume.dim() - 2,)
+    operands.rank("sigma", sigma, (1,), f"({spatial[0]},)")
+    if sigma.device.type == "cpu":  # a GPU's filter takes σ from either side
+        Operands(name, "sigma", sigma).tensor("sigma", sigma, spatial)
+    else:
+        operands.tensor("sigma", sigma, spatial)
+    operands.number("truncated", truncated, 0.0)
+    for setting, value, known in (
+        ("approx", approx, _native.GAUSSIAN_APPROX),
+        ("mode", mode, _native.GAUSSIAN_MODES),
+    ):
+        if value not in known:
+            operands.refuse(setting, f"is {value!r}", f"one of {list(known)}")
+    return operands
+
+
 # --- kernels -----------------------------------------------------------------------------------------------------
 def _forward(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
+    _check("gaussian_filter", "input", input, sigma, truncated, approx, mode)
     if sigma.device.type == "cpu":  # a GPU's σ is not read by the host
         values = check_sigma_values(sigma.tolist(), truncated)
     if _native.on_gpu_path(input):
@@ -63,6 +88,9 @@ def _backward_op(
     need_input: bool,
     need_sigma: bool,
 ) -> tuple[Tensor, Tensor]:
+    operands = _check("gaussian_filter_backward", "grad", grad, sigma, truncated, approx, mode)
+    if need_sigma or input is not None:
+        operands.tensor("input", input, grad.shape)  # type: ignore[arg-type]
     settings = (truncated, approx, mode, normalize)
     grad_input, grad_sigma = grad.new_empty(0), sigma.new_empty(0)
     if _native.on_gpu_path(grad):
@@ -72,7 +100,7 @@ def _backward_op(
             assert input is not None
             grad_sigma = _native.gaussian_sigma_gradient_gpu(input, grad, sigma, *settings).to(sigma)
         return grad_input, grad_sigma
-    values = sigma.tolist()
+    values = check_sigma_values(sigma.tolist(), truncated)
     g = grad.to(_compute_dtype(grad))
     if need_input:
         grad_input = _native.gaussian_filter(g, values, *settings, adjoint=True)

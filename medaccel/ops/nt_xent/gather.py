@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medaccel.ops._transforms import is_transformed
+from medaccel.ops._transforms import is_wrapped
 
 
 class _Gather(torch.autograd.Function):
@@ -51,7 +51,7 @@ def gather(name: str, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ValueError: on every process, where their numbers of rows differ; under vmap, the other transforms of
             torch.func and forward-mode differentiation, which communication does not follow.
     """
-    if is_transformed(rows):
+    if is_wrapped(rows):
         raise ValueError(
             f"{name}: group is given under vmap, another transform of torch.func or forward-mode differentiation, "
             "which don't reach other processes; expected None there"

@@ -95,17 +95,17 @@ def number(name: str, argument: str, value: Any, expected: str = "a number") -> 
         plain = value.numel() == 1 and value.layout is torch.strided and not value.dtype.is_complex
         if plain and value.dtype != torch.bool:
             return float(value.detach())
-    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # NumPy's scalars and arrays
-        item = value.item()
-        if isinstance(item, numbers.Real) and not isinstance(item, bool):
-            return float(item)
-    elif isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real) and not isinstance(
-        value, bool
-    ):
+    elif isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real):
+        if isinstance(value, bool):
+            raise TypeError(f"{name}: {argument} is {value}; expected {expected}")
         try:
             return float(value)
         except OverflowError:
             raise ValueError(f"{name}: {argument} is beyond the range of float64; expected {expected}") from None
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # NumPy's other scalars, and arrays
+        item = value.item()
+        if isinstance(item, numbers.Real) and not isinstance(item, bool):
+            return float(item)
     raise TypeError(f"{name}: {argument} is {describe(value)}; expected {expected}")
 
 

@@ -70,7 +70,7 @@ def check_views(
 def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tensor:
     """The radius of each sample, (B,), in the coordinates' dtype."""
     batch = len(query)
-    if not isinstance(radius, Tensor) and getattr(radius, "ndim", 0) == 1:
+    if not isinstance(radius, Tensor | float | int) and getattr(radius, "ndim", 0) == 1:
         radius = torch.as_tensor(radius, device=query.device)  # a NumPy array
     if not isinstance(radius, Tensor):
         value = _check_radius(name, number(name, "radius", radius, "a number or one per sample"), dtype)

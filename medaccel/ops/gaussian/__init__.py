@@ -119,13 +119,13 @@ def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float
 
 def _largest(sigma: Tensor, truncated: float) -> list[float] | None:
     """The checked values of σ; under vmap the largest of all samples', for each axis. None: read where needed."""
-    if sigma.device.type != "cpu" or torch.compiler.is_compiling():
+    if sigma.device.type != "cpu":
         return None
     known = _transforms.host_values(sigma)
     if known is None:
         raise ValueError(
-            "gaussian_filter: sigma is a tensor, whose values torch.func.linearize and other tracers hide, and with "
-            "them how far its derivative reaches; expected numbers there"
+            "gaussian_filter: sigma is a tensor, whose values torch.compile, torch.func.linearize and other tracers "
+            "hide; expected numbers where the reference runs in them (under medaccel.use_reference() or a transform)"
         )
     values = check_sigma_values(known.flatten().tolist(), truncated)
     return values if known.shape == sigma.shape else [max(values, default=0.0)] * len(sigma)

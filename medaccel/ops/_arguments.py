@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaccel.ops._transforms import host_values, is_hidden
+from medaccel.ops._transforms import host_values, is_hidden, wants_gradient
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (
@@ -70,7 +70,7 @@ def check_mask(name: str, argument: str, tensor: object) -> None:
 
 def learnt(value: object) -> bool:
     """Whether `value` is a tensor that stays one: a derivative by it is wanted, or vmap hides its values."""
-    return isinstance(value, Tensor) and ((value.requires_grad and torch.is_grad_enabled()) or is_hidden(value))
+    return isinstance(value, Tensor) and (wants_gradient(value) or is_hidden(value))
 
 
 def number(name: str, argument: str, value: Any, expected: str = "a number") -> float:

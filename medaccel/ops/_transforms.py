@@ -28,19 +28,34 @@ derivative_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 def is_tracked(tensor: Tensor, forward_mode: bool = True) -> bool:
-    """Whether a transform of torch.func or forward mode, if that counts, differentiates by `tensor`."""
+    """Whether a transform of torch.func or forward mode, if that counts, differentiates by `tensor`.
+
+    A tensor that is a constant to a forward mode further out than the innermost transform may count as well.
+    """
+    stack = _functorch.get_interpreter_stack() or []
+    innermost = stack[-1].level() if stack else 0
+    forward_levels = {layer.level() for layer in stack if layer.key() == _functorch.TransformType.Jvp}
     while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_gradtrackingtensor(tensor) and (
-            tensor.requires_grad or (forward_mode and _is_of_forward_mode(tensor))
-        ):
-            return True
+        if _functorch.is_gradtrackingtensor(tensor):
+            level = _functorch.maybe_get_level(tensor)
+            forward = forward_mode and level in forward_levels
+            if tensor.requires_grad or (forward and (level != innermost or tangent(tensor) is not None)):
+                return True
         tensor = _functorch.get_unwrapped(tensor)
     return forward_mode and tangent(tensor) is not None
 
 
-def _is_of_forward_mode(wrapper: Tensor) -> bool:
-    level, stack = _functorch.maybe_get_level(wrapper), _functorch.get_interpreter_stack() or []
-    return any(layer.level() == level and layer.key() == _functorch.TransformType.Jvp for layer in stack)
+def wants_gradient(tensor: Tensor) -> bool:
+    """Whether autograd, or a transform of torch.func at any level, records a gradient by `tensor`."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or not in_transform():
+        return tensor.requires_grad
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = _functorch.get_unwrapped(tensor)  # vmap's wrapper itself never requires one
+    return tensor.requires_grad
 
 
 def is_wrapped(value: object) -> bool:

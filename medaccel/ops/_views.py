@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from medaccel.ops._arguments import check_floating, number
-from medaccel.ops._transforms import host_values, tangent
+from medaccel.ops._transforms import host_values, tangent, wants_gradient
 
 
 def check_devices(name: str, first: str, **tensors: Tensor) -> None:
@@ -80,7 +80,7 @@ def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tens
         raise ValueError(
             f"{name}: radius has shape {tuple(radius.shape)}; expected a number or one per sample, ({batch},)"
         )
-    if (radius.requires_grad and torch.is_grad_enabled()) or tangent(radius) is not None:
+    if wants_gradient(radius) or tangent(radius) is not None:
         raise ValueError(
             f"{name}: radius requires grad; expected one without: pairs are near or they aren't, so detach it"
         )

@@ -21,6 +21,8 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     # Arguments that are Python numbers; torch.compile(dynamic=True) makes symbols of them.
     numbers: tuple[float, ...] = ()
+    # Other values of them, whole ones where that is possible.
+    others: tuple[float, ...] = ()
     # Tensors that have to be positive, by their place.
     positive: tuple[int, ...] = ()
 
@@ -74,35 +76,37 @@ _PIXELS = ((2, 9, 4), (2, 9, 4))
 _ROWS = ((5, 4), (5, 4))
 
 CASES = {
-    "gaussian_filter": Case(lambda x, s, t: ops.gaussian_filter(x, s, truncated=t), ((1, 2, 5, 6),), (1.3, 3.0)),
-    "gaussian_filter, learnt sigma": Case(ops.gaussian_filter, ((1, 2, 5, 6), (2,)), positive=(1,)),
-    "shifted_window_attention": Case(_attention, ((2, 3, 4, 3, 12), (27, 2), (12,)), (0.4,)),
-    "shifted_window_attention, dropout, learnt scale": Case(
-        _attention_with_dropout, ((2, 3, 4, 3, 12), (27, 2), (12,), ()), (0.3,)
+    "gaussian_filter": Case(
+        lambda x, s, t: ops.gaussian_filter(x, s, truncated=t), ((1, 2, 5, 6),), (1.3, 3.0), (2, 4)
     ),
-    "pixel_contrastive_loss": Case(_contrast, _PIXELS, (1.4, 0.3)),
+    "gaussian_filter, learnt sigma": Case(ops.gaussian_filter, ((1, 2, 5, 6), (2,)), positive=(1,)),
+    "shifted_window_attention": Case(_attention, ((2, 3, 4, 3, 12), (27, 2), (12,)), (0.4,), (1,)),
+    "shifted_window_attention, dropout, learnt scale": Case(
+        _attention_with_dropout, ((2, 3, 4, 3, 12), (27, 2), (12,), ()), (0.3,), (0,)
+    ),
+    "pixel_contrastive_loss": Case(_contrast, _PIXELS, (1.4, 0.3), (2, 1)),
     "pixel_contrastive_loss, learnt temperature": Case(
         lambda q, k, t: _contrast(q, k, 1.4, t), (*_PIXELS, ()), positive=(2,)
     ),
     "pixel_propagation": Case(
-        lambda f, v, power: ops.pixel_propagation(f, v, power=power), ((2, 9, 4), (2, 9, 3)), (2.5,)
+        lambda f, v, power: ops.pixel_propagation(f, v, power=power), ((2, 9, 4), (2, 9, 3)), (2.5,), (2,)
     ),
     "pixel_consistency_loss": Case(
-        lambda q, k, radius: ops.pixel_consistency_loss(q, k, _AT, _AT + 0.25, radius=radius), _PIXELS, (1.4,)
+        lambda q, k, radius: ops.pixel_consistency_loss(q, k, _AT, _AT + 0.25, radius=radius), _PIXELS, (1.4,), (2,)
     ),
-    "nt_xent_loss": Case(lambda a, b, t: ops.nt_xent_loss(a, b, temperature=t), _ROWS, (0.5,)),
+    "nt_xent_loss": Case(lambda a, b, t: ops.nt_xent_loss(a, b, temperature=t), _ROWS, (0.5,), (1,)),
     "nt_xent_loss, learnt temperature": Case(
         lambda a, b, t: ops.nt_xent_loss(a, b, temperature=t), (*_ROWS, ()), positive=(2,)
     ),
-    "info_nce_loss": Case(lambda a, b, t: ops.info_nce_loss(a, b, temperature=t), _ROWS, (0.2,)),
+    "info_nce_loss": Case(lambda a, b, t: ops.info_nce_loss(a, b, temperature=t), _ROWS, (0.2,), (1,)),
     "info_nce_loss, learnt temperature": Case(
         lambda a, b, t: ops.info_nce_loss(a, b, temperature=t), (*_ROWS, ()), positive=(2,)
     ),
-    "diffusion_step": Case(_linear_step, (_MAP,) * 5, (0.3, 7)),
+    "diffusion_step": Case(_linear_step, (_MAP,) * 5, (0.3, 7), (1, 8)),
     "diffusion_step, clipped, learnt coefficients": Case(
-        _clipped_step, (_MAP, _MAP, (2,), (2,)), (-0.9, 0.8), positive=(3,)
+        _clipped_step, (_MAP, _MAP, (2,), (2,)), (-0.9, 0.8), (-1, 2), positive=(3,)
     ),
-    "instance_norm_act": Case(_norm, (_MAPS, (3,), (3,), _MAPS), (1e-3, 0.1)),
+    "instance_norm_act": Case(_norm, (_MAPS, (3,), (3,), _MAPS), (1e-3, 0.1), (1, 0)),
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops import _dispatch
 from medaccel.ops._arguments import describe, whole
+from medaccel.ops._transforms import wants_gradient
 from medaccel.ops.diffusion_step import op, reference
 from medaccel.ops.diffusion_step.checks import (
     NAMES,
@@ -142,7 +143,7 @@ def run(
         return _run_direct(tensors, coefficients, limits, place, out, need_x0)
     rows = _rows(coefficients, sample)
     key = _key(place, sample, drawn=_needs_noise(tensors, coefficients))
-    if native and not rows.requires_grad:
+    if native and not wants_gradient(rows):
         need_x0 = need_x0 and (out is None or out[1] is not None)
         x_next, x0 = torch.ops.medaccel.diffusion_step(*tensors, rows, key, low, high, need_x0)
     else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medaccel.diffusion.noising import noised
 from medaccel.ops import diffusion_step
+from medaccel.ops._transforms import host_values
 
 SKIPPED_STEPS = ("inference", "training")
 _TORCH = {np.float16: torch.float16, np.float32: torch.float32, np.float64: torch.float64}
@@ -129,14 +130,14 @@ class _Fused:
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ and √(1 − ᾱ) of each sample, by MONAI's arithmetic in the sample's precision, in float64."""
-        on_host = timesteps.device.type == "cpu"  # a GPU's are not read here
+        known = host_values(timesteps)  # a GPU's are not read here
         if (
-            on_host
-            and timesteps.numel()
-            and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < self.num_train_timesteps
+            known is not None
+            and known.numel()
+            and not 0 <= int(known.min()) <= int(known.max()) < self.num_train_timesteps
         ):
             raise ValueError(
-                f"{type(self).__name__}: timesteps reach from {int(timesteps.min())} to {int(timesteps.max())}; "
+                f"{type(self).__name__}: timesteps reach from {int(known.min())} to {int(known.max())}; "
                 f"expected 0 to {self.num_train_timesteps - 1}"
             )
         dtype = torch.promote_types(like.dtype, torch.float32) if self._mended else like.dtype

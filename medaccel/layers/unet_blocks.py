@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medaccel.layers._bypass import Child, number, problem, warn_once
 from medaccel.ops import instance_norm
+from medaccel.ops._transforms import in_transform
 from medaccel.ops.instance_norm import instance_norm_act
 
 _RANKS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
@@ -83,8 +84,8 @@ def _for_convolution(x: Tensor) -> Tensor:
     handed_over = x.dim() == 5 and (x.shape[0] > 1 or x[0, :, :, :, 0].numel() > 20480)
     if not handed_over or x.dtype != torch.float32 or x.shape[1] < 12:
         return x
-    if x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x
+    if in_transform() or x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x  # the transforms of torch.func have no rule for a layout
     y: Tensor = _ChannelsLast.apply(x)
     return y
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medaccel.ops._transforms import host_values, is_hidden, wants_gradient
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
@@ -67,8 +69,8 @@ def check_mask(name: str, argument: str, tensor: object) -> None:
 
 
 def learnt(value: object) -> bool:
-    """Whether `value` is a tensor that a gradient is wanted of."""
-    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+    """Whether `value` is a tensor that stays one: a derivative by it is wanted, or vmap hides its values."""
+    return isinstance(value, Tensor) and (wants_gradient(value) or is_hidden(value))
 
 
 def number(name: str, argument: str, value: Any, expected: str = "a number") -> float:
@@ -81,6 +83,11 @@ def number(name: str, argument: str, value: Any, expected: str = "a number") -> 
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
+        if is_hidden(value):
+            raise ValueError(
+                f"{name}: {argument} is under vmap, another transform of torch.func or forward-mode differentiation; "
+                f"expected {expected} outside of them"
+            )
         if learnt(value):
             raise ValueError(
                 f"{name}: {argument} requires grad; expected {expected} without (it has no gradient: detach it)"
@@ -88,17 +95,17 @@ def number(name: str, argument: str, value: Any, expected: str = "a number") -> 
         plain = value.numel() == 1 and value.layout is torch.strided and not value.dtype.is_complex
         if plain and value.dtype != torch.bool:
             return float(value.detach())
-    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # NumPy's scalars and arrays
-        item = value.item()
-        if isinstance(item, numbers.Real) and not isinstance(item, bool):
-            return float(item)
-    elif isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real) and not isinstance(
-        value, bool
-    ):
+    elif isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real):
+        if isinstance(value, bool):
+            raise TypeError(f"{name}: {argument} is {value}; expected {expected}")
         try:
             return float(value)
         except OverflowError:
             raise ValueError(f"{name}: {argument} is beyond the range of float64; expected {expected}") from None
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # NumPy's other scalars, and arrays
+        item = value.item()
+        if isinstance(item, numbers.Real) and not isinstance(item, bool):
+            return float(item)
     raise TypeError(f"{name}: {argument} is {describe(value)}; expected {expected}")
 
 
@@ -125,8 +132,9 @@ def check_temperature(name: str, value: Any) -> float | Tensor:
             f"{name}: temperature is {describe(value)} of shape {tuple(value.shape)}; expected a number, or a "
             "floating-point tensor of one element"
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        _temperature(name, value, float(value.detach()))
+    known = host_values(value)
+    for number_of_sample in [] if known is None else known.flatten().tolist():
+        _temperature(name, number_of_sample, number_of_sample)
     scalar: Tensor = value.reshape(())
     return scalar
 

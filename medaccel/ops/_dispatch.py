@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every op's choice of path shares."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+from medaccel.ops._transforms import derivative_is_traced, in_transform, is_tracked
 
 # A plain module global, so that torch.compile guards on it: what is compiled inside `use_reference()` is not reused
 # outside.
@@ -25,6 +27,28 @@ def use_reference() -> Iterator[None]:
         yield
     finally:
         reference_forced = before
+
+
+def kernel_serves(*arguments: object, linear: Sequence[object] = ()) -> bool:
+    """Whether an op's kernel may be asked: no reference is forced, and no transform differentiates by an argument.
+
+    Kernels have gradients for autograd, and vmap runs them sample by sample. Forward mode and the transforms of
+    torch.func differentiate every single operation, and nest; the references, plain PyTorch, follow all of that.
+
+    Args:
+        arguments: of the op, tensors or not.
+        linear: further ones, by which its registration has a forward-mode derivative.
+    """
+    if reference_forced:
+        return False
+    if torch.compiler.is_compiling():
+        return not derivative_is_traced()
+    if not in_transform():
+        return True
+    return not (
+        any(isinstance(a, Tensor) and is_tracked(a) for a in arguments)
+        or any(isinstance(a, Tensor) and is_tracked(a, forward_mode=False) for a in linear)
+    )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -60,7 +84,7 @@ def plain_eager(input: Tensor) -> bool:
         and not (input.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled(input.device.type)
         and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not in_transform()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
     )

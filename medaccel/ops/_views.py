@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from medaccel.ops._arguments import check_floating, learnt, number
+from medaccel.ops._arguments import check_floating, number
+from medaccel.ops._transforms import host_values, tangent, wants_gradient
 
 
 def check_devices(name: str, first: str, **tensors: Tensor) -> None:
@@ -22,7 +23,7 @@ def check_devices(name: str, first: str, **tensors: Tensor) -> None:
 def check_positive(name: str, argument: str, value: float) -> float:
     """`value` as a float, or an error in a sentence where it is not finite and above 0."""
     result = number(name, argument, value, "a finite number above 0")
-    if not (math.isfinite(result) and result > 0):
+    if not 0 < result < math.inf:  # not math.isfinite: torch.compile may have made the number a symbol
         raise ValueError(f"{name}: {argument} is {value}; expected a finite number above 0")
     return result
 
@@ -69,7 +70,7 @@ def check_views(
 def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tensor:
     """The radius of each sample, (B,), in the coordinates' dtype."""
     batch = len(query)
-    if not isinstance(radius, Tensor) and getattr(radius, "ndim", 0) == 1:
+    if not isinstance(radius, Tensor | float | int) and getattr(radius, "ndim", 0) == 1:
         radius = torch.as_tensor(radius, device=query.device)  # a NumPy array
     if not isinstance(radius, Tensor):
         value = _check_radius(name, number(name, "radius", radius, "a number or one per sample"), dtype)
@@ -79,13 +80,13 @@ def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tens
         raise ValueError(
             f"{name}: radius has shape {tuple(radius.shape)}; expected a number or one per sample, ({batch},)"
         )
-    if learnt(radius):
+    if wants_gradient(radius) or tangent(radius) is not None:
         raise ValueError(
             f"{name}: radius requires grad; expected one without: pairs are near or they aren't, so detach it"
         )
-    if radius.device.type == "cpu" and not torch.compiler.is_compiling():
-        for value in radius.detach().reshape(-1).tolist():
-            _check_radius(name, value, dtype)
+    known = host_values(radius)
+    for value in [] if known is None else known.flatten().tolist():
+        _check_radius(name, value, dtype)
     return radius.detach().to(dtype).expand(batch)
 
 

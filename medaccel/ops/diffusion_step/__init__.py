@@ -10,6 +10,7 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops import _dispatch
 from medaccel.ops._arguments import describe, whole
+from medaccel.ops._transforms import wants_gradient
 from medaccel.ops.diffusion_step import op, reference
 from medaccel.ops.diffusion_step.checks import (
     NAMES,
@@ -135,12 +136,14 @@ def run(
     sample = tensors[0]
     place = check_place(place, sample.shape[0])
     low, high = (None, None) if limits is None else limits
-    native = not _dispatch.reference_forced and unsupported(sample) is None
+    # A clip is not linear; its derivative is the reference's.
+    linear, others = (tensors, coefficients) if limits is None else ((), (*tensors, *coefficients))
+    native = _dispatch.kernel_serves(*others, linear=linear) and unsupported(sample) is None
     if native and _is_direct(tensors, coefficients, place[0]):
         return _run_direct(tensors, coefficients, limits, place, out, need_x0)
     rows = _rows(coefficients, sample)
     key = _key(place, sample, drawn=_needs_noise(tensors, coefficients))
-    if native and not rows.requires_grad:
+    if native and not wants_gradient(rows):
         need_x0 = need_x0 and (out is None or out[1] is not None)
         x_next, x0 = torch.ops.medaccel.diffusion_step(*tensors, rows, key, low, high, need_x0)
     else:

@@ -100,7 +100,11 @@ def _coefficient(argument: str, value: Any) -> Coefficient | None:
         if value.dtype not in (*FLOATING, *INTEGERS) or value.layout is not torch.strided or value.is_nested:
             raise TypeError(f"{_NAME}: {argument} is {describe(value)}; expected {expected}")
         return value
-    if getattr(value, "ndim", 0) > 0 and getattr(value.dtype, "kind", "") in "fiu":  # a NumPy array
+    if (
+        not isinstance(value, float | int)
+        and getattr(value, "ndim", 0) > 0
+        and getattr(value.dtype, "kind", "") in "fiu"
+    ):  # a NumPy array
         return torch.as_tensor(value, dtype=torch.float64)
     return number(_NAME, argument, value, expected)
 

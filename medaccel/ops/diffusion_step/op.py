@@ -13,7 +13,7 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops._arguments import FLOATING
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # coefficients: float64 (9, B) or (9, 1), rows a b c d e f s guide_scale guide_std; key: int64 (3,), seed, offset and
@@ -224,5 +224,41 @@ def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tup
     return (*grads, *[None] * 6)
 
 
-torch.library.register_autograd("medaccel::diffusion_step", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "diffusion_step_backward", of="diffusion_step")
+def _forward_mode(primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
+    """Without a clip the step is linear in its tensors; by the coefficients only the reference has a derivative."""
+    sample, model_output, _, _, guide, mask, coefficients, key, low, high, need_x0 = primals
+    d_sample, d_model_output, d_previous, d_noise, d_guide, _, d_coefficients, *_ = tangents
+    if low is not None or high is not None or d_coefficients is not None:
+        return None
+    # Random numbers of the kernel's own are constants. Not set to 0 in place, which torch.func.linearize loses.
+    constant = (GUIDE_STD,) if d_noise is not None else (GUIDE_STD, S)
+    rows = coefficients.unbind()
+    factors = torch.stack([torch.zeros_like(row) if i in constant else row for i, row in enumerate(rows)])
+    output: tuple[Tensor, Tensor] = torch.ops.medaccel.diffusion_step(
+        _or_zeros(d_sample, sample),
+        None if model_output is None else _or_zeros(d_model_output, model_output),
+        d_previous,
+        d_noise,
+        None if guide is None else _or_zeros(d_guide, guide),
+        mask,
+        factors,
+        key,
+        None,
+        None,
+        need_x0,
+    )
+    return output
+
+
+def _or_zeros(tangent: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tangent is None else tangent
+
+
+register_gradients(
+    _lib,
+    "diffusion_step",
+    of="diffusion_step",
+    setup_context=_setup_context,
+    backward=_backward,
+    forward_mode=_forward_mode,
+)

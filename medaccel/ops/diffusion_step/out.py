@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medaccel.ops._arguments import check_floating, describe
+from medaccel.ops._transforms import in_transform, is_wrapped
 from medaccel.ops.diffusion_step.checks import NAMES, Coefficient, Tensors
 
 _NAME = "diffusion_step"
@@ -28,6 +29,11 @@ def check_out(tensors: Tensors, coefficients: Sequence[Coefficient], out: Any) -
     x_next, x0 = out
     targets = {"out[0]": x_next} if x0 is None else {"out[0]": x_next, "out[1]": x0}
     check_floating(_NAME, **targets)
+    if in_transform() and any(is_wrapped(t) for t in (*targets.values(), *tensors, *coefficients)):
+        raise ValueError(
+            f"{_NAME}: out is given under vmap, another transform of torch.func or forward-mode differentiation; "
+            "expected no out there, as they don't follow what is written into memory"
+        )
     inputs = {name: t for name, t in zip(_INPUTS, tensors, strict=True) if t is not None}
     _check_gradients(targets, inputs, dict(zip(NAMES, coefficients, strict=True)))
     for name, target in targets.items():

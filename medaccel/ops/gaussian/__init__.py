@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import _dispatch
+from medaccel.ops import _dispatch, _transforms
 from medaccel.ops._arguments import (
     FLOATING,
     check_floating,
@@ -88,7 +88,7 @@ def gaussian_filter(
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
     normalize = flag("gaussian_filter", "normalize", normalize)
-    native = not _dispatch.reference_forced and unsupported(input) is None
+    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
         sigma = _stacked(sigma, input.device)
     if not isinstance(sigma, Tensor):
@@ -97,13 +97,13 @@ def gaussian_filter(
         if direct and _dispatch.plain_eager(input):
             return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
         sigmas = torch.tensor(values, dtype=torch.float64)
+        largest: list[float] | None = values
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
-        if not native and sigmas.device.type == "cpu":
-            check_sigma_values(sigmas.tolist(), truncated, approx, normalize)
+        largest = None if native else _largest(sigmas, truncated, approx, normalize)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
-    return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
+    return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize, largest)
 
 
 def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:
@@ -116,6 +116,20 @@ def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:
     if len(values) != spatial:
         raise ValueError(f"gaussian_filter: sigma has {len(values)} values; expected 1 or {spatial}")
     return values
+
+
+def _largest(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> list[float] | None:
+    """The checked values of σ; under vmap the largest of all samples', for each axis. None: read where needed."""
+    if sigma.device.type != "cpu":
+        return None
+    known = _transforms.host_values(sigma)
+    if known is None:
+        raise ValueError(
+            "gaussian_filter: sigma is a tensor, whose values torch.compile, torch.func.linearize and other tracers "
+            "hide; expected numbers where the reference runs in them (under medaccel.use_reference() or a transform)"
+        )
+    values = check_sigma_values(known.flatten().tolist(), truncated, approx, normalize)
+    return values if known.shape == sigma.shape else [max(values, default=0.0)] * len(sigma)
 
 
 def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:

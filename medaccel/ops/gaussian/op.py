@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 
 _SETTINGS = "float truncated, str approx, str mode, bool normalize"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -41,7 +41,7 @@ def check_sigma_values(sigma: list[float], truncated: float, approx: str, normal
                 f"gaussian_filter: sigma[{axis}] is {value}; expected 0, or at least {least:g} voxels: the taps of "
                 f"approx {approx!r} or their gradient overflow"
             )
-        if not (value >= 0 and math.isfinite(value)):
+        if not 0 <= value < math.inf:  # not math.isfinite: torch.compile may have made the number a symbol
             raise ValueError(f"gaussian_filter: sigma[{axis}] is {value}; expected a finite number of voxels >= 0")
         if value * truncated > MAX_RADIUS:
             raise ValueError(
@@ -174,8 +174,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_input if need_input else None, grad_sigma if need_sigma else None, None, None, None, None)
 
 
-torch.library.register_autograd("medaccel::gaussian_filter", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "gaussian_filter_backward", of="gaussian_filter")
+def _forward_mode(primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The filter is linear in its input; by σ only the reference has a derivative."""
+    _, sigma, *settings = primals
+    if tangents[1] is not None:
+        return None
+    output: Tensor = torch.ops.medaccel.gaussian_filter(tangents[0], sigma, *settings)
+    return output
+
+
+register_gradients(
+    _lib,
+    "gaussian_filter",
+    of="gaussian_filter",
+    setup_context=_setup_context,
+    backward=_backward,
+    forward_mode=_forward_mode,
+)
 
 
 # --- autocast: sigma is never cast, the filter runs on the input as it is, the result has autocast's dtype ---

@@ -2,6 +2,7 @@
 """The Gaussian filter in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +13,22 @@ def radius(sigma: float, truncated: float) -> int:
     return int(max(truncated * sigma, 0.5) + 0.5) if sigma > 0 else 0
 
 
-def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> Tensor:
-    """The taps of one axis, (2 · radius + 1,) in float64, differentiable by `sigma` (a scalar tensor, voxels)."""
+def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool, largest: float | None = None) -> Tensor:
+    """The taps of one axis, (2 · radius + 1,) in float64, differentiable by `sigma` (a scalar tensor, voxels).
+
+    largest: the value of `sigma`, where it is known; under vmap, which hides it, the largest of all samples' σ. All
+    then have taps as far as that one's reach, zeros beyond their own.
+    """
     s = sigma.double()
-    r = radius(float(sigma.detach()), truncated)
+    value = float(sigma.detach()) if largest is None else largest
+    r = radius(value, truncated)
     if r == 0:
         return torch.ones(1, dtype=torch.float64, device=sigma.device)
     if float(sigma.detach()) < 1e-150:  # the middle tap has all, whatever σ is; the gradient would be 0 · ∞
         return taps(torch.full_like(s.detach(), 1e-150), truncated, approx, normalize) + 0 * s
     k = torch.arange(-r, r + 1, dtype=torch.float64, device=sigma.device)
+    smooths = s > 0  # False only for a σ of 0 among others
+    s = torch.where(smooths, s, 1.0)
     if approx == "erf":
         t = 0.5 * (torch.erf((k + 0.5) / (s * math.sqrt(2))) - torch.erf((k - 0.5) / (s * math.sqrt(2))))
     elif approx == "sampled":
@@ -28,9 +36,11 @@ def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> Tenso
     else:
         # e^{−σ²} I_k(σ²) is the k-th Fourier coefficient of exp(σ² (cos θ − 1)). The mean over n equidistant θ gives
         # it up to the coefficients n ± k, which n puts far beyond the Gaussian's tail.
-        n = 2 * (r + int(10 * float(sigma.detach())) + 40)
+        n = 2 * (r + int(10 * value) + 40)
         theta = 2 * math.pi / n * torch.arange(n, dtype=torch.float64, device=sigma.device)
         t = (torch.exp(s * s * (torch.cos(theta) - 1)) * torch.cos(k[:, None] * theta)).mean(dim=1)
+    t = torch.where(k.abs() <= torch.floor((truncated * s).clamp(min=0.5) + 0.5), t, 0.0)
+    t = torch.where(smooths, t, (k == 0).double())
     return t / t.sum() if normalize else t
 
 
@@ -49,16 +59,23 @@ def extended_index(size: int, r: int, mode: str) -> Tensor:
 
 
 def gaussian_filter(
-    input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool
+    input: Tensor,
+    sigma: Tensor,
+    truncated: float,
+    approx: str,
+    mode: str,
+    normalize: bool,
+    largest: Sequence[float] | None = None,
 ) -> Tensor:
     """`medaccel.ops.gaussian_filter` for checked arguments.
 
-    input (B, C, *spatial), sigma (spatial,). bf16 and fp16 are computed in fp32.
+    input (B, C, *spatial), sigma (spatial,); largest: as in `taps`, one per axis. bf16 and fp16 are computed in fp32.
     """
     half = input.dtype in (torch.bfloat16, torch.float16)
     x = input.float() if half else input
     for axis in range(2, x.dim()):
-        t = taps(sigma[axis - 2], truncated, approx, normalize).to(x)
+        value = None if largest is None else largest[axis - 2]
+        t = taps(sigma[axis - 2], truncated, approx, normalize, value).to(x)
         size, r = x.shape[axis], len(t) // 2
         if r == 0 or x.numel() == 0:
             continue

@@ -64,7 +64,7 @@ def instance_norm_act(
     slope = None if negative_slope is None else finite("instance_norm_act", "negative_slope", negative_slope)
     added = _check_eps(eps, input)
     tensors = (input, weight, bias, residual)
-    if not _dispatch.reference_forced and unsupported(input) is None:
+    if _dispatch.kernel_serves(*tensors) and unsupported(input) is None:
         return op.call(*tensors, added, slope)
     return reference.instance_norm_act(*tensors, added, slope)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # The other outputs are each instance's mean and 1/σ, (B, C), for the backward pass.
@@ -168,5 +168,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     )
 
 
-torch.library.register_autograd("medaccel::instance_norm_act", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "instance_norm_act_backward", of="instance_norm_act")
+register_gradients(
+    _lib, "instance_norm_act", of="instance_norm_act", setup_context=_setup_context, backward=_backward
+)

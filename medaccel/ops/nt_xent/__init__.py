@@ -132,7 +132,7 @@ def info_nce_loss(
 
 def _similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, self_offset: int) -> Tensor:
     """(N,), by the kernel or by the reference."""
-    if not _dispatch.reference_forced and unsupported(query) is None:
+    if _dispatch.kernel_serves(query, key, temperature) and unsupported(query) is None:
         if isinstance(temperature, Tensor):
             query, key, temperature = carry_temperature(query, key, temperature)
         lse: Tensor = torch.ops.medaccel.similarity_lse(query[None], key[None], temperature, self_offset)[0]

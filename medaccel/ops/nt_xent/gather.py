@@ -7,12 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medaccel.ops._transforms import is_wrapped
+
 
 class _Gather(torch.autograd.Function):
+    """(n, C) of each process to (world · n, C) on all of them."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        ctx.count = len(rows)
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, rows, group=group)
         return torch.cat(parts)
@@ -20,18 +23,39 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # Every process' loss depends on these rows: their gradients add up.
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        first = ctx.count * dist.get_rank(ctx.group)
-        return total[first : first + ctx.count], None
+        return _Own.apply(grads[0], ctx.group), None
+
+
+class _Own(torch.autograd.Function):
+    """(world · n, C) of each process to the sum, over processes, of this one's rows: the transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = rows.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        count = len(total) // dist.get_world_size(group)
+        first = count * dist.get_rank(group)
+        return total[first : first + count].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grads[0].contiguous(), ctx.group), None
 
 
 def gather(name: str, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(n, C) of each process to (world · n, C) on all of them, in the order of ranks.
+    """(n, C) of each process to (world · n, C) on all of them, in the order of ranks; differentiable any number of
+    times.
 
     Raises:
-        ValueError: on every process, where their numbers of rows differ.
+        ValueError: on every process, where their numbers of rows differ; under vmap, the other transforms of
+            torch.func and forward-mode differentiation, which communication does not follow.
     """
+    if is_wrapped(rows):
+        raise ValueError(
+            f"{name}: group is given under vmap, another transform of torch.func or forward-mode differentiation, "
+            "which don't reach other processes; expected None there"
+        )
     mine = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, mine, group=group)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
 _SETTINGS = "float temperature, int self_offset"
@@ -110,5 +110,6 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return grad_query, grad_key, None, None
 
 
-torch.library.register_autograd("medaccel::similarity_lse", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "similarity_lse_backward", of="nt_xent_loss or info_nce_loss")
+register_gradients(
+    _lib, "similarity_lse", of="nt_xent_loss or info_nce_loss", setup_context=_setup_context, backward=_backward
+)

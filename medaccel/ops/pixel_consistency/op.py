@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 from medaccel.ops.pixel_contrast.op import check_pixels, compute_dtype
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
@@ -93,5 +93,6 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return grad_query, grad_key, None, None, None
 
 
-torch.library.register_autograd("medaccel::pixel_pair_similarity", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "pixel_pair_similarity_backward", of="pixel_consistency_loss")
+register_gradients(
+    _lib, "pixel_pair_similarity", of="pixel_consistency_loss", setup_context=_setup_context, backward=_backward
+)

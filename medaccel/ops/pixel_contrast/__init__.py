@@ -108,7 +108,7 @@ def pixel_contrastive_loss(
     tau = check_temperature(_NAME, temperature)
     choice(_NAME, "reduction", reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
     return_valid = flag(_NAME, "return_valid", return_valid)
-    if not _dispatch.reference_forced and unsupported(query, key) is None:
+    if _dispatch.kernel_serves(query, key, tau) and unsupported(query, key) is None:
         if isinstance(tau, Tensor):
             query, key, tau = carry_temperature(query, key, tau)
         arguments = (query, key, at_query, at_key, radii, tau)

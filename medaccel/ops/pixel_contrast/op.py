@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -210,5 +210,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return grad_query, grad_key, None, None, None, None
 
 
-torch.library.register_autograd("medaccel::pixel_contrastive_loss", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "pixel_contrastive_loss_backward", of="pixel_contrastive_loss")
+register_gradients(
+    _lib, "pixel_contrastive_loss", of="pixel_contrastive_loss", setup_context=_setup_context, backward=_backward
+)

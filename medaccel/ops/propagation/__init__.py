@@ -7,6 +7,7 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops import _dispatch
 from medaccel.ops._arguments import check_floating, learnt, number
+from medaccel.ops._transforms import host_values
 from medaccel.ops._views import check_devices
 from medaccel.ops.propagation import op, reference
 
@@ -51,7 +52,7 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
         raise ValueError(f"{_NAME}: values has shape {tuple(values.shape)}; expected {expected}, a row per pixel")
     check_devices(_NAME, "features", features=features, values=values)
     exponent = _check_power(power)
-    if isinstance(exponent, float) and not _dispatch.reference_forced and unsupported(features) is None:
+    if isinstance(exponent, float) and _dispatch.kernel_serves(features, values) and unsupported(features) is None:
         propagated: Tensor = torch.ops.medaccel.pixel_propagation(features, values, exponent)
         return propagated
     dtype = op.compute_dtype(features, values)
@@ -60,8 +61,14 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
 
 def _check_power(power: object) -> float | Tensor:
     """The power as a number; where a gradient is wanted of it, as the scalar tensor that it is."""
-    wanted = learnt(power)
-    value = number(_NAME, "power", power.detach() if wanted and isinstance(power, Tensor) else power)
-    if not 1 <= value <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
-    return power.reshape(()) if wanted and isinstance(power, Tensor) else value
+    if isinstance(power, Tensor) and learnt(power) and power.numel() == 1:
+        known = host_values(power)
+        values = [] if known is None else known.flatten().tolist()
+        exponent: float | Tensor = power.reshape(())
+    else:
+        exponent = number(_NAME, "power", power)
+        values = [exponent]
+    for value in values:
+        if not 1 <= value <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
+    return exponent

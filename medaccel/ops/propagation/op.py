@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -84,5 +84,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(grads, (need_features, need_values), strict=True)), None
 
 
-torch.library.register_autograd("medaccel::pixel_propagation", _backward, setup_context=_setup_context, lib=_lib)
-refuse_double_backward(_lib, "pixel_propagation_backward", of="pixel_propagation")
+register_gradients(
+    _lib, "pixel_propagation", of="pixel_propagation", setup_context=_setup_context, backward=_backward
+)

@@ -11,4 +11,7 @@ def pixel_propagation(features: Tensor, values: Tensor, power: float | Tensor) -
     """Σ_j max(cos(features_i, features_j), 0)^power · values_j, (B, N, D)."""
     directions = unit(features)
     with without_autocast(features.device):
-        return (directions @ directions.transpose(1, 2)).clamp(min=0).pow(power) @ values
+        cosines = directions @ directions.transpose(1, 2)  # (B, N, N)
+        # Not clamped to 0 for the power: the second derivative of x^1.5 is infinite there, and 0 · ∞ is NaN.
+        unlike = cosines <= 0
+        return cosines.masked_fill(unlike, 1).pow(power).masked_fill(unlike, 0) @ values

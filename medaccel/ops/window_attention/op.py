@@ -13,7 +13,8 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops._arguments import INTEGERS
 from medaccel.ops._operands import Operands
-from medaccel.ops._registration import refuse_double_backward
+from medaccel.ops._registration import register_gradients
+from medaccel.ops._transforms import host_values
 
 _INPUTS = "Tensor qkv, Tensor bias_table, Tensor bias_index, Tensor? pad_qkv, Tensor? dropout_seed"
 _SETTINGS = "int[] window_size, int[] shift_size, float scale, float dropout_p"
@@ -41,10 +42,11 @@ def window_count(sizes: Sequence[int], window_size: Sequence[int]) -> int:
 
 
 def check_index(bias_index: Tensor, rows: int) -> None:
-    """A ValueError where an index on the CPU points outside the table; on other devices nothing is read."""
-    if bias_index.device.type != "cpu" or bias_index.numel() == 0:
+    """A ValueError where an index on the CPU points outside the table; elsewhere nothing is read."""
+    known = host_values(bias_index)
+    if known is None or known.numel() == 0:
         return
-    index = bias_index.to(torch.int64) if bias_index.dtype in INTEGERS[-3:] else bias_index  # torch has no aminmax
+    index = known.to(torch.int64) if known.dtype in INTEGERS[-3:] else known  # torch has no aminmax
     low, high = (int(v) for v in torch.aminmax(index))
     if low < 0 or high >= rows:
         raise ValueError(
@@ -282,10 +284,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return grad_qkv, grad_table, None, grad_pad, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "medaccel::shifted_window_attention", _backward, setup_context=_setup_context, lib=_lib
+register_gradients(
+    _lib, "shifted_window_attention", of="shifted_window_attention", setup_context=_setup_context, backward=_backward
 )
-refuse_double_backward(_lib, "shifted_window_attention_backward", of="shifted_window_attention")
 
 
 # --- autocast: only qkv is cast; the bias table keeps its precision ------------------------------------------

@@ -112,7 +112,7 @@ class VPSDE(_Sde):
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float]) -> "VPSDE":
-        """Any schedule, such as a MONAI scheduler's `alphas_cumprod`, as it is now: later edits of it are not seen."""
+        """Any schedule, as a MONAI scheduler's `alphas_cumprod`, as it is now: later edits of it are not seen."""
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").flatten()
         values = table.tolist()
         if not values or any(not b < a for a, b in pairwise(values)):

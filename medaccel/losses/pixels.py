@@ -11,6 +11,11 @@ from medaccel.ops._views import check_floating, check_positive
 RADIUS_FACTORS = {1: 1.0, 2: 0.7, 3: 0.57}
 
 
+def _wide(affine: Tensor) -> Tensor:
+    """Half precision as fp32: bf16 has no whole numbers between 256 and 258."""
+    return affine.to(torch.promote_types(affine.dtype, torch.float32))
+
+
 def pixel_centres(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
     """Where the pixels of a feature map lie.
 
@@ -19,8 +24,9 @@ def pixel_centres(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
         affine: (B, S + 1, S + 1), from a pixel's index (its centre at whole numbers) to mm in the original volume.
 
     Returns:
-        (B, pixels, S) in the affine's dtype, pixels in row-major order.
+        (B, pixels, S) in the affine's dtype, fp32 for half precision; pixels in row-major order.
     """
+    affine = _wide(affine)
     axes = [torch.arange(n, dtype=affine.dtype, device=affine.device) for n in sizes]
     index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(sizes))
     with torch.autocast(affine.device.type, enabled=False):
@@ -33,7 +39,7 @@ def default_radius(affine1: Tensor, affine2: Tensor) -> Tensor:
     Args:
         affine1, affine2: (B, S + 1, S + 1), from the pixels' indices of both feature maps to mm.
     """
-    diagonals = [a[:, :-1, :-1].square().sum(dim=(1, 2)).sqrt() for a in (affine1, affine2)]
+    diagonals = [_wide(a)[:, :-1, :-1].square().sum(dim=(1, 2)).sqrt() for a in (affine1, affine2)]
     return torch.maximum(*diagonals) * RADIUS_FACTORS[affine1.shape[1] - 1]
 
 

@@ -92,7 +92,8 @@ def gaussian_filter(
             check_sigma_values(sigmas.tolist(), truncated)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
-    return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
+    filtered = reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
+    return filtered.to(_dispatch.autocast_dtype(input))
 
 
 def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float) -> list[float]:

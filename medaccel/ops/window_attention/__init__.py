@@ -67,7 +67,7 @@ def shifted_window_attention(
         TypeError: a dtype that makes no sense.
         ValueError: a shape, value or device that makes no sense.
 
-    Scores are computed in fp32 (fp64 for fp64): beyond its range, 1e38, the result is not defined, as in PyTorch; and a
+    Scores are computed in fp32 (fp64 for fp64): beyond its range, 1e38, the result is not defined, as in PyTorch. A
     gradient loses the digits that the scores have before the point, all of them at about 1e6.
 
     Differentiable by `qkv`, `bias_table` and `pad_qkv`. Source: Liu et al., "Swin Transformer", ICCV 2021, as MONAI

@@ -3,7 +3,7 @@
 
 from torch import Tensor
 
-from medaccel.ops.diffusion_step import check_tensors, run
+from medaccel.ops.diffusion_step import check_coefficients, check_tensors, run
 
 Coefficient = float | Tensor
 
@@ -31,5 +31,6 @@ def noised(
         like x, contiguous. Differentiable by x and noise.
     """
     tensors = check_tensors(x, None, None, noise, None, None)
+    signal, noise_std = check_coefficients(("signal", "noise_std"), (signal, noise_std))
     coefficients = (0.0, 0.0, 0.0, signal, 0.0, 0.0, noise_std, 0.0, 0.0)
     return run(tensors, coefficients, None, (seed, offset, sample_offset), need_x0=False)[0]

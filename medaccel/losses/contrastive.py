@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from medaccel.ops import nt_xent_loss
+from medaccel.ops._arguments import learnt
 
 _warned: weakref.WeakSet[MonaiContrastiveLoss] = weakref.WeakSet()
 
@@ -25,8 +26,9 @@ class ContrastiveLoss(MonaiContrastiveLoss):
     shorter than 1e-8 for less than a unit vector.
 
     Args:
-        temperature: above 0. The kernel takes a number; where a gradient is wanted of it (a parameter), each call
-            runs MONAI's own code, which gives one, and the first says so.
+        temperature: above 0. A parameter gets its gradient (a learnt temperature). What the kernel does not take (a
+            number below 0, a tensor of several, one that a transform differentiates) runs MONAI's own code, and the
+            first such call says so.
         batch_size: no longer needed, as in MONAI.
     """
 
@@ -38,6 +40,8 @@ class ContrastiveLoss(MonaiContrastiveLoss):
             if reason is not None:
                 self._warn_once(reason)
                 return super().forward(input, target)
+            if not learnt(temperature):
+                temperature = float(temperature)
         if target.dim() > 2 or input.dim() > 2:
             raise ValueError(
                 f"Either target or input has dimensions greater than 2 where target "
@@ -45,7 +49,7 @@ class ContrastiveLoss(MonaiContrastiveLoss):
             )
         if target.shape != input.shape:
             raise ValueError(f"ground truth has differing shape ({target.shape}) from input ({input.shape})")
-        return nt_xent_loss(input, target, temperature=float(temperature))
+        return nt_xent_loss(input, target, temperature=temperature)
 
     def _warn_once(self, reason: str) -> None:
         if not torch.compiler.is_compiling() and self not in _warned:
@@ -59,13 +63,11 @@ def contrastive_unsupported(module: MonaiContrastiveLoss) -> str | None:
 
 
 def _tensor_problem(temperature: object) -> str | None:
-    """None where a temperature's value may be read and taken for a constant; else why not."""
-    if torch.compiler.is_compiling() and not isinstance(temperature, float | int):
+    """None where a temperature's value may be read and taken for a constant, or is learnt; else why not."""
+    if torch.compiler.is_compiling() and not isinstance(temperature, float | int) and not learnt(temperature):
         return "its temperature is no plain number, so that torch.compile does not know its value"
     if not isinstance(temperature, Tensor):
         return None
-    if temperature.requires_grad and torch.is_grad_enabled():
-        return "its temperature requires a gradient, which the kernel does not give"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "its temperature is a tensor that a transform may differentiate"
     if temperature.numel() != 1:
@@ -74,6 +76,11 @@ def _tensor_problem(temperature: object) -> str | None:
 
 
 def _value_problem(temperature: Any) -> str | None:
+    """None where the temperature is above 0, or a learnt one whose value can't be read without waiting for it."""
+    if learnt(temperature):
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        temperature = temperature.detach()
     try:
         value = float(temperature)
     except (TypeError, ValueError):

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.ops import pixel_consistency_loss, pixel_contrastive_loss
-from medaccel.ops._views import check_floating, check_positive
+from medaccel.ops._arguments import check_floating, check_temperature
+from medaccel.ops._views import check_positive
 
 # Of the larger bin diagonal: about one bin, whatever the number of axes. 2-D is PixPro's.
 RADIUS_FACTORS = {1: 1.0, 2: 0.7, 3: 0.57}
@@ -89,14 +90,14 @@ class _PixelLoss(nn.Module):
         return [(rows[0], others[1], at[0], at[1]), (rows[1], others[0], at[1], at[0])]
 
     def _radius(self, affine1: Tensor, affine2: Tensor) -> float | Tensor:
-        return default_radius(affine1, affine2) if self.radius is None else self.radius
+        return default_radius(affine1, affine2).detach() if self.radius is None else self.radius
 
 
 class PixelContrastiveLoss(_PixelLoss):
     """Pixel-level contrast, averaged over both directions: `medaccel.ops.pixel_contrastive_loss` on feature maps.
 
     Args:
-        temperature: above 0.
+        temperature: above 0. A parameter is the module's, and gets its gradient (a learnt temperature).
         radius: below which two pixels are a positive pair, in mm. Default: `default_radius`.
 
     >>> import torch, medaccel
@@ -106,9 +107,11 @@ class PixelContrastiveLoss(_PixelLoss):
     torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.3, radius: float | None = None):
+    def __init__(self, temperature: float | Tensor = 0.3, radius: float | None = None):
         super().__init__(radius)
-        self.temperature = check_positive(type(self).__name__, "temperature", temperature)
+        number = check_temperature(type(self).__name__, temperature)
+        kept = isinstance(temperature, Tensor) and temperature.requires_grad
+        self.temperature = temperature if kept else number
 
     def forward(
         self,

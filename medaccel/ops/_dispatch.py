@@ -42,16 +42,29 @@ def autocast_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def plain_eager(input: Tensor) -> bool:
-    """Whether dispatching an op on `input` would reach its kernel with nothing to do on the way.
+def _cpu_keys(inference: bool) -> int:
+    with torch.inference_mode(inference):
+        return torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 
-    No gradient to record, no autocast, no compilation or tracing, no tensor subclass, mode or functorch transform.
+
+# The dispatch keys of an ordinary tensor on the CPU and of one made in inference mode. Any other key stands for work
+# that torch does before a kernel may read the memory: a negated or conjugated view is not what lies there, torch's
+# efficient zero tensors have no memory at all, wrappers have somebody else's.
+_PLAIN_KEYS = frozenset({_cpu_keys(False), _cpu_keys(True)})
+
+
+def plain_eager(input: Tensor) -> bool:
+    """Whether dispatching an op on the CPU tensor `input` would reach its kernel with nothing to do on the way.
+
+    No gradient to record, no autocast, no compilation or tracing, no tensor subclass, mode or functorch transform,
+    and memory that holds what the tensor says.
     A public function may then call the kernel directly, which saves torch's dispatch: more than the kernel itself
     takes on a small tensor.
     """
     return (
         not torch.compiler.is_compiling()
         and type(input) is Tensor
+        and torch._C._dispatch_keys(input).raw_repr() in _PLAIN_KEYS
         and not (input.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled(input.device.type)
         and not torch._C._is_tracing()

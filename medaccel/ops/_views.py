@@ -6,13 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def check_floating(name: str, **tensors: Tensor) -> None:
-    """A TypeError naming the first argument that is no floating-point tensor."""
-    for argument, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: {argument} is {kind}; expected a floating-point tensor")
+from medaccel.ops._arguments import check_floating, learnt, number
 
 
 def check_devices(name: str, first: str, **tensors: Tensor) -> None:
@@ -26,11 +20,11 @@ def check_devices(name: str, first: str, **tensors: Tensor) -> None:
 
 
 def check_positive(name: str, argument: str, value: float) -> float:
-    """`value` as a float, or a ValueError where it is not finite and above 0."""
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
+    """`value` as a float, or an error in a sentence where it is not finite and above 0."""
+    result = number(name, argument, value, "a finite number above 0")
+    if not (math.isfinite(result) and result > 0):
         raise ValueError(f"{name}: {argument} is {value}; expected a finite number above 0")
-    return number
+    return result
 
 
 def check_features(name: str, query: Tensor, key: Tensor) -> None:
@@ -67,19 +61,37 @@ def check_views(
     dtype = torch.float32
     if torch.float64 in (query_coords.dtype, key_coords.dtype):
         dtype = torch.float64
-    if isinstance(radius, Tensor):
-        check_floating(name, radius=radius)
-        if radius.numel() not in (1, len(query)) or radius.dim() > 1:
-            raise ValueError(
-                f"{name}: radius has shape {tuple(radius.shape)}; expected a number or one per sample, "
-                f"({len(query)},)"
-            )
-        if radius.device.type == "cpu" and not torch.compiler.is_compiling():
-            for value in radius.detach().reshape(-1).tolist():
-                check_positive(name, "radius", value)
-        radii = radius.detach().to(dtype).expand(len(query))
-    else:
-        value = check_positive(name, "radius", radius)
-        radii = torch.full((len(query),), value, dtype=dtype, device=query.device)
+    radii = _radii(name, radius, query, dtype)
     check_devices(name, "query", query=query, key=key, query_coords=query_coords, key_coords=key_coords, radius=radii)
     return query_coords.detach().to(dtype), key_coords.detach().to(dtype), radii
+
+
+def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """The radius of each sample, (B,), in the coordinates' dtype."""
+    batch = len(query)
+    if not isinstance(radius, Tensor) and getattr(radius, "ndim", 0) == 1:
+        radius = torch.as_tensor(radius, device=query.device)  # a NumPy array
+    if not isinstance(radius, Tensor):
+        value = _check_radius(name, number(name, "radius", radius, "a number or one per sample"), dtype)
+        return torch.full((batch,), value, dtype=dtype, device=query.device)
+    check_floating(name, radius=radius)
+    if radius.numel() not in (1, batch) or radius.dim() > 1:
+        raise ValueError(
+            f"{name}: radius has shape {tuple(radius.shape)}; expected a number or one per sample, ({batch},)"
+        )
+    if learnt(radius):
+        raise ValueError(
+            f"{name}: radius requires grad; expected one without: pairs are near or they aren't, so detach it"
+        )
+    if radius.device.type == "cpu" and not torch.compiler.is_compiling():
+        for value in radius.detach().reshape(-1).tolist():
+            _check_radius(name, value, dtype)
+    return radius.detach().to(dtype).expand(batch)
+
+
+def _check_radius(name: str, radius: float, dtype: torch.dtype) -> float:
+    check_positive(name, "radius", radius)
+    least = torch.finfo(dtype).tiny ** 0.5
+    if radius < least:  # its square would be 0, and nothing nearer than that
+        raise ValueError(f"{name}: radius is {radius}; expected at least {least:.3g}, whose square {dtype} can hold")
+    return radius

@@ -132,40 +132,54 @@ def gradients(loss: Any, a: Tensor, b: Tensor) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, wanted)]
 
 
-def learnt(kind: Any) -> Any:
-    loss = kind()
-    loss.temperature = nn.Parameter(torch.tensor(0.4))
-    return loss
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_temperature_that_is_learnt_gets_its_gradient(shape: tuple[int, ...]):
+    """Whenever it became one: in the constructor, before accelerate, after it."""
 
+    def parameter(**options: bool) -> nn.Parameter:
+        return nn.Parameter(torch.full(shape, 0.4), **options)
 
-def test_accelerate_keeps_a_loss_whose_temperature_is_learnt():
-    loss = learnt(MonaiContrastiveLoss)
-    report = medaccel.accelerate(loss)
-    assert report.kept == [("(model)", "its temperature requires a gradient, which the kernel does not give")]
-    with pytest.raises(RuntimeError, match="its temperature requires a gradient"):
-        medaccel.accelerate(loss, strict=True)
-
-
-def test_a_temperature_that_is_learnt_after_accelerate_gets_its_gradient():
     a, b = torch.randn(2, 6, 5)
-    expected = gradients(learnt(MonaiContrastiveLoss), a, b)
+    theirs = MonaiContrastiveLoss(parameter())
+    expected = gradients(theirs, a, b)
+    assert medaccel.accelerate(theirs).changed
     late = MonaiContrastiveLoss()
     assert medaccel.accelerate(late)
-    late.temperature = nn.Parameter(torch.tensor(0.4))
-    frozen = learnt(MonaiContrastiveLoss)
-    frozen.temperature.requires_grad_(False)
+    late.temperature = parameter()
+    frozen = MonaiContrastiveLoss(parameter(requires_grad=False))
     assert medaccel.accelerate(frozen)
     frozen.temperature.requires_grad_(True)
-    for loss in (late, frozen, learnt(ContrastiveLoss), ContrastiveLoss(nn.Parameter(torch.tensor(0.4)))):
-        with pytest.warns(UserWarning, match="runs MONAI's own code, because its temperature requires a gradient"):
-            got = gradients(loss, a, b)
-        for mine, theirs in zip(got, expected, strict=True):
-            assert torch.equal(mine, theirs)
+    for loss in (theirs, late, frozen, ContrastiveLoss(parameter())):
+        assert isinstance(loss, ContrastiveLoss)
+        assert [name for name, _ in loss.named_parameters()] == ["temperature"]
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # one warning is enough
-            gradients(loss, a, b)
-            with torch.no_grad():  # where no gradient is wanted, the kernel serves
+            warnings.simplefilter("error")
+            for mine, plain in zip(gradients(loss, a, b), expected, strict=True):
+                torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+            with torch.no_grad():
                 torch.testing.assert_close(loss(a, b), expected[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_a_learnt_temperature_in_half_precision(cast: torch.dtype | None):
+    a, b = torch.randn(2, 6, 5)
+    expected = gradients(MonaiContrastiveLoss(nn.Parameter(torch.tensor(0.4))), a, b)
+    with autocast(cast):
+        got = gradients(ContrastiveLoss(nn.Parameter(torch.tensor(0.4))), a, b)
+    for mine, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_learnt_temperature_that_fell_below_0_is_monais():
+    a, b = torch.randn(2, 6, 5)
+    loss = ContrastiveLoss(nn.Parameter(torch.tensor(-0.4)))
+    with pytest.warns(UserWarning, match="runs MONAI's own code, because its temperature is -0.4"):
+        got = gradients(loss, a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning is enough
+        gradients(loss, a, b)
+    expected = gradients(MonaiContrastiveLoss(nn.Parameter(torch.tensor(-0.4))), a, b)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
 
 
 def test_a_temperature_under_a_transform_gets_its_derivative():

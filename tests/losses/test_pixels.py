@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medaccel import ops
 from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss, default_radius, pixel_centres
@@ -136,3 +136,27 @@ def test_losses_of_half_precision_maps_are_fp32(kind: type, dtype: torch.dtype, 
         # A map's gradient is the sum of two directions', each rounded.
         eps = torch.finfo(dtype).eps + 1e-6
         torch.testing.assert_close(grad.double(), expected, rtol=eps, atol=eps * float(expected.abs().max()))
+
+
+def test_a_temperature_that_is_learnt_gets_its_gradient():
+    one, two = maps((4, 5, 3), (5, 3, 4))
+    geometry = affine((2.0, 2.0, 3.0), (0.0, 1.0, 0.0)), affine((1.5, 3.0, 2.0), (1.0, 0.0, 0.5))
+
+    def at(temperature: float) -> float:
+        return float(PixelContrastiveLoss(temperature)(one, two, *geometry))
+
+    expected = (at(0.4 + 1e-5) - at(0.4 - 1e-5)) / 2e-5
+    with torch.no_grad():
+        made_without_gradients = PixelContrastiveLoss(nn.Parameter(torch.tensor(0.4, dtype=torch.float64)))
+    replaced = PixelContrastiveLoss()
+    replaced.temperature = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    for loss in (
+        PixelContrastiveLoss(nn.Parameter(torch.tensor(0.4, dtype=torch.float64))),
+        made_without_gradients,
+        replaced,
+    ):
+        assert [name for name, _ in loss.named_parameters()] == ["temperature"]
+        loss(one, two, *geometry).backward()
+        assert float(loss.temperature.grad) == pytest.approx(expected, rel=1e-7)
+    for plain in (0.4, torch.tensor(0.4)):
+        assert isinstance(PixelContrastiveLoss(plain).temperature, float)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._arguments import FLOATING
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -36,6 +38,38 @@ def clip_of(low: float | None, high: float | None) -> tuple[float, float] | None
     return None if low is None or high is None else (low, high)
 
 
+# --- checks --------------------------------------------------------------------------------------------------
+_BYTES = (torch.bool, torch.uint8)
+_DOUBLE, _FLOAT = (torch.float64,), tuple(dtype for dtype in FLOATING if dtype != torch.float64)
+
+
+def _check_coefficients(operands: Operands, coefficients: Tensor, batch: int) -> None:
+    """float64 (9, B) or (9, 1), on either device."""
+    operands.rank("coefficients", coefficients, (2,), "(9, B) or (9, 1)")
+    columns = 1 if coefficients.shape[1] == 1 else batch
+    host = operands if coefficients.device.type != "cpu" else Operands(operands.name, "coefficients", coefficients)
+    host.tensor("coefficients", coefficients, (GUIDE_STD + 1, columns), _DOUBLE)
+
+
+def _check(operands: Operands, like: Tensor, tensors: dict[str, Tensor | None], mask: Tensor | None) -> None:
+    """Tensors of one shape and one class of precision, which the arithmetic's is chosen by."""
+    operands.rank("sample" if like is tensors.get("sample") else "grad_next", like, range(1, 65), "(B, …)")
+    dtypes = _DOUBLE if like.dtype == torch.float64 else _FLOAT
+    for argument, tensor in tensors.items():
+        operands.optional(argument, tensor, like.shape, dtypes)
+    operands.optional("mask", mask, like.shape, _BYTES)
+
+
+def _check_key(operands: Operands, key: Tensor, batch: int) -> None:
+    operands.rank("key", key, (1,), "(3,)")
+    host = operands if key.device.type != "cpu" else Operands(operands.name, "key", key, (torch.int64,))
+    host.tensor("key", key, (3,), (torch.int64,))
+    if key.device.type == "cpu":
+        sample_offset = key.tolist()[2]
+        if not 0 <= sample_offset <= 2**32 - batch:
+            operands.refuse("key", f"has sample_offset {sample_offset}", f"0 to 2^32 - {batch}")
+
+
 # --- kernels -------------------------------------------------------------------------------------------------
 def _dense_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -54,6 +88,13 @@ def _forward(
     high: float | None,
     need_x0: bool,
 ) -> tuple[Tensor, Tensor]:
+    operands = Operands("diffusion_step", "sample", sample)
+    others = {"model_output": model_output, "previous": previous, "noise": noise, "guide": guide}
+    _check(operands, sample, {"sample": sample, **others}, mask)
+    if (mask is None) != (guide is None):
+        operands.refuse("mask" if mask is None else "guide", "is None", "both mask and guide, or neither")
+    _check_coefficients(operands, coefficients, sample.shape[0])
+    _check_key(operands, key, sample.shape[0])
     x_next = _dense_like(sample)
     x0 = _dense_like(sample) if need_x0 else None
     inputs = (sample, model_output, previous, noise, guide, mask)
@@ -80,6 +121,12 @@ def _backward_op(
     need_model_output: bool,
 ) -> tuple[Tensor, Tensor]:
     grad = _given(grad_next, grad_x0)
+    operands = Operands("diffusion_step_backward", "grad_next" if grad is grad_next else "grad_x0", grad)
+    kept = {"sample": sample, "model_output": model_output}
+    _check(operands, grad, {"grad_next": grad_next, "grad_x0": grad_x0, **kept}, mask)
+    if low is not None and high is not None and sample is None:
+        operands.refuse("sample", "is None", "the forward pass' sample, which a clip needs")
+    _check_coefficients(operands, coefficients, grad.shape[0])
     grad_sample = _dense_like(grad) if need_sample else None
     grad_model_output = _dense_like(grad) if need_model_output else None
     inputs = (grad_next, grad_x0, sample, model_output, mask)
@@ -98,7 +145,8 @@ def _backward_op(
 
 def _given(grad_next: Tensor | None, grad_x0: Tensor | None) -> Tensor:
     grad = grad_x0 if grad_next is None else grad_next
-    assert grad is not None
+    if grad is None:
+        raise ValueError("diffusion_step_backward: grad_next and grad_x0 are None; expected one of them at least")
     return grad
 
 

@@ -8,6 +8,17 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
+from medaccel.ops._arguments import (
+    FLOATING,
+    check_floating,
+    choice,
+    describe,
+    finite,
+    flag,
+    is_sequence,
+    learnt,
+    number,
+)
 from medaccel.ops.gaussian import reference
 from medaccel.ops.gaussian.op import check_sigma_values
 
@@ -65,23 +76,23 @@ def gaussian_filter(
     >>> medaccel.ops.gaussian_filter(torch.randn(1, 1, 64, 64, 64), 2.0).shape
     torch.Size([1, 1, 64, 64, 64])
     """
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"gaussian_filter: input is {kind}; expected a floating-point tensor")
+    check_floating("gaussian_filter", input=input)
     spatial = input.dim() - 2
     if not 1 <= spatial <= 3:
         raise ValueError(
             f"gaussian_filter: input has shape {tuple(input.shape)}; expected (B, C, *spatial) with 1-3 spatial axes"
         )
-    if approx not in _native.GAUSSIAN_APPROX:
-        raise ValueError(f"gaussian_filter: approx is {approx!r}; expected one of {list(_native.GAUSSIAN_APPROX)}")
-    if mode not in _native.GAUSSIAN_MODES:
-        raise ValueError(f"gaussian_filter: mode is {mode!r}; expected one of {list(_native.GAUSSIAN_MODES)}")
+    choice("gaussian_filter", "approx", approx, _native.GAUSSIAN_APPROX)
+    choice("gaussian_filter", "mode", mode, _native.GAUSSIAN_MODES)
+    truncated = finite("gaussian_filter", "truncated", truncated)
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
+    normalize = flag("gaussian_filter", "normalize", normalize)
     native = not _dispatch.reference_forced and unsupported(input) is None
+    if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
+        sigma = _stacked(sigma, input.device)
     if not isinstance(sigma, Tensor):
-        values = _sigma_values(sigma, spatial, truncated)
+        values = check_sigma_values(_sigma_values(sigma, spatial), truncated, approx, normalize)
         direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
         if direct and _dispatch.plain_eager(input):
             return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
@@ -89,18 +100,32 @@ def gaussian_filter(
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
         if not native and sigmas.device.type == "cpu":
-            check_sigma_values(sigmas.tolist(), truncated)
+            check_sigma_values(sigmas.tolist(), truncated, approx, normalize)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
     filtered = reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
     return filtered.to(_dispatch.autocast_dtype(input))
 
 
-def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float) -> list[float]:
-    values = [float(sigma)] * spatial if isinstance(sigma, float | int) else [float(s) for s in sigma]
+def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:
+    expected = "a number, or one per spatial axis"
+    if is_sequence(sigma):
+        values = [number("gaussian_filter", f"sigma[{i}]", s) for i, s in enumerate(sigma)]  # type: ignore[arg-type]
+        values = values * spatial if len(values) == 1 else values
+    else:
+        values = [number("gaussian_filter", "sigma", sigma, expected)] * spatial
     if len(values) != spatial:
         raise ValueError(f"gaussian_filter: sigma has {len(values)} values; expected 1 or {spatial}")
-    return check_sigma_values(values, truncated)
+    return values
+
+
+def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """One σ per axis, of which some have gradients, as one tensor."""
+    for i, value in enumerate(sigma):
+        if not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype in FLOATING):
+            number("gaussian_filter", f"sigma[{i}]", value)
+    rows = [torch.as_tensor(value, device=device).reshape(()) for value in sigma]
+    return torch.stack([row.double() for row in rows])
 
 
 def _sigma_tensor(sigma: Tensor, spatial: int, device: torch.device) -> Tensor:
@@ -109,8 +134,8 @@ def _sigma_tensor(sigma: Tensor, spatial: int, device: torch.device) -> Tensor:
         raise ValueError(
             f"gaussian_filter: sigma is on {sigma.device} and input on {device}; expected the same device"
         )
-    if not sigma.is_floating_point():
-        raise ValueError(f"gaussian_filter: sigma has dtype {sigma.dtype}; expected a floating-point one")
+    if sigma.dtype not in FLOATING or sigma.layout is not torch.strided:
+        raise ValueError(f"gaussian_filter: sigma has dtype {describe(sigma)}; expected a floating-point one")
     if sigma.dim() == 0 or sigma.shape == (1,):
         return sigma.reshape(1).expand(spatial)
     if sigma.shape != (spatial,):

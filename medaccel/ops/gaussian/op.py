@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 
 _SETTINGS = "float truncated, str approx, str mode, bool normalize"
@@ -24,15 +25,28 @@ _lib.define(
 MAX_RADIUS = 1 << 20
 
 
-def check_sigma_values(sigma: list[float], truncated: float) -> list[float]:
+# Where taps or their gradient overflow, by approx: 1/σ in float64; for "sampled", whose gradient has 1/σ², its square
+# too; and for "sampled" taps left as they are, which grow like 1/σ, float32's range over three axes.
+MIN_SIGMA, MIN_NORMALIZED_SAMPLED, MIN_SAMPLED = 1e-300, 1e-150, 1e-6
+
+
+def check_sigma_values(sigma: list[float], truncated: float, approx: str, normalize: bool) -> list[float]:
     """The standard deviations, or a ValueError where one makes no sense."""
+    least = MIN_SIGMA
+    if approx == "sampled":
+        least = MIN_NORMALIZED_SAMPLED if normalize else MIN_SAMPLED
     for axis, value in enumerate(sigma):
+        if 0 < value < least:
+            raise ValueError(
+                f"gaussian_filter: sigma[{axis}] is {value}; expected 0, or at least {least:g} voxels: the taps of "
+                f"approx {approx!r} or their gradient overflow"
+            )
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"gaussian_filter: sigma[{axis}] is {value}; expected a finite number of voxels >= 0")
         if value * truncated > MAX_RADIUS:
             raise ValueError(
                 f"gaussian_filter: sigma[{axis}] is {value}; with truncated {truncated} it reaches more than "
-                f"{MAX_RADIUS} voxels"
+                f"{MAX_RADIUS} voxels; expected less"
             )
     return sigma
 
@@ -41,10 +55,34 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+# --- checks --------------------------------------------------------------------------------------------------
+def _check(
+    name: str, argument: str, volume: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str
+) -> Operands:
+    """What the kernels rest on; the values of a σ on the CPU are checked where they are read."""
+    operands = Operands(name, argument, volume)
+    operands.rank(argument, volume, (3, 4, 5), "(B, C, *spatial) with 1-3 spatial axes")
+    spatial = (volume.dim() - 2,)
+    operands.rank("sigma", sigma, (1,), f"({spatial[0]},)")
+    if sigma.device.type == "cpu":  # a GPU's filter takes σ from either side
+        Operands(name, "sigma", sigma).tensor("sigma", sigma, spatial)
+    else:
+        operands.tensor("sigma", sigma, spatial)
+    operands.number("truncated", truncated, 0.0)
+    for setting, value, known in (
+        ("approx", approx, _native.GAUSSIAN_APPROX),
+        ("mode", mode, _native.GAUSSIAN_MODES),
+    ):
+        if value not in known:
+            operands.refuse(setting, f"is {value!r}", f"one of {list(known)}")
+    return operands
+
+
 # --- kernels -----------------------------------------------------------------------------------------------------
 def _forward(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
+    _check("gaussian_filter", "input", input, sigma, truncated, approx, mode)
     if sigma.device.type == "cpu":  # a GPU's σ is not read by the host
-        values = check_sigma_values(sigma.tolist(), truncated)
+        values = check_sigma_values(sigma.tolist(), truncated, approx, normalize)
     if _native.on_gpu_path(input):
         return _native.gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, adjoint=False)
     x = input.to(_compute_dtype(input))
@@ -63,6 +101,9 @@ def _backward_op(
     need_input: bool,
     need_sigma: bool,
 ) -> tuple[Tensor, Tensor]:
+    operands = _check("gaussian_filter_backward", "grad", grad, sigma, truncated, approx, mode)
+    if need_sigma or input is not None:
+        operands.tensor("input", input, grad.shape)  # type: ignore[arg-type]
     settings = (truncated, approx, mode, normalize)
     grad_input, grad_sigma = grad.new_empty(0), sigma.new_empty(0)
     if _native.on_gpu_path(grad):
@@ -72,7 +113,7 @@ def _backward_op(
             assert input is not None
             grad_sigma = _native.gaussian_sigma_gradient_gpu(input, grad, sigma, *settings).to(sigma)
         return grad_input, grad_sigma
-    values = sigma.tolist()
+    values = check_sigma_values(sigma.tolist(), truncated, approx, normalize)
     g = grad.to(_compute_dtype(grad))
     if need_input:
         grad_input = _native.gaussian_filter(g, values, *settings, adjoint=True)

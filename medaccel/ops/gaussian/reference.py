@@ -18,6 +18,8 @@ def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> Tenso
     r = radius(float(sigma.detach()), truncated)
     if r == 0:
         return torch.ones(1, dtype=torch.float64, device=sigma.device)
+    if float(sigma.detach()) < 1e-150:  # the middle tap has all, whatever σ is; the gradient would be 0 · ∞
+        return taps(torch.full_like(s.detach(), 1e-150), truncated, approx, normalize) + 0 * s
     k = torch.arange(-r, r + 1, dtype=torch.float64, device=sigma.device)
     if approx == "erf":
         t = 0.5 * (torch.erf((k + 0.5) / (s * math.sqrt(2))) - torch.erf((k - 0.5) / (s * math.sqrt(2))))

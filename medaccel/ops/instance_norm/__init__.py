@@ -3,10 +3,12 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
+from medaccel.ops._arguments import check_floating, finite
 from medaccel.ops.instance_norm import op, reference
 
 
@@ -46,9 +48,9 @@ def instance_norm_act(
         gradients included. A NaN spreads over its own channel of its own sample.
 
     Raises:
-        TypeError: `input` is not a floating-point tensor.
-        ValueError: a shape or device that makes no sense; a single spatial element, whose variance is 0 (torch's
-            error).
+        TypeError: a tensor that is not floating point, a number that is none.
+        ValueError: a shape, number or device that makes no sense; a single spatial element, whose variance is 0
+            (torch's error).
 
     Differentiable by `input`, `weight`, `bias` and `residual`. Source: Ulyanov et al., "Instance normalization",
     arXiv:1607.08022, as ``torch.nn.InstanceNorm3d`` computes it (biased variance, the instance's own statistics).
@@ -60,18 +62,27 @@ def instance_norm_act(
     _check(input, weight, bias, residual)
     if residual is not None and residual.dtype != input.dtype:
         residual = residual.to(input.dtype)  # as an in-place sum would
-    slope = None if negative_slope is None else float(negative_slope)
+    slope = None if negative_slope is None else finite("instance_norm_act", "negative_slope", negative_slope)
+    added = _check_eps(eps, input)
     tensors = (input, weight, bias, residual)
     if not _dispatch.reference_forced and unsupported(input) is None:
-        return op.call(*tensors, float(eps), slope)
-    return reference.instance_norm_act(*tensors, float(eps), slope)
+        return op.call(*tensors, added, slope)
+    return reference.instance_norm_act(*tensors, added, slope)
+
+
+def _check_eps(eps: object, input: Tensor) -> float:
+    """eps as a number that the arithmetic's dtype holds: below, a constant channel would be 0 · ∞."""
+    value = finite("instance_norm_act", "eps", eps)
+    least = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).tiny
+    if value < least:
+        raise ValueError(f"instance_norm_act: eps is {eps}; expected a number above 0, at least {least:.3g}")
+    return value
 
 
 def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     name = "instance_norm_act"
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"{name}: input is {kind}; expected a floating-point tensor")
+    given = {"weight": weight, "bias": bias, "residual": residual}
+    check_floating(name, input=input, **{argument: t for argument, t in given.items() if t is not None})
     if not 3 <= input.dim() <= 5:
         raise ValueError(
             f"{name}: input has shape {tuple(input.shape)}; expected (B, C, *spatial) with 1-3 spatial axes"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -39,6 +40,16 @@ def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
+# --- checks --------------------------------------------------------------------------------------------------
+def _check(name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Operands:
+    """What the kernels' memory accesses rest on."""
+    operands = Operands(name, "input", input)
+    operands.rank("input", input, (3, 4, 5), "(B, C, *spatial) with 1-3 spatial axes")
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        operands.optional(argument, tensor, input.shape[1:2])
+    return operands
+
+
 # --- kernels -------------------------------------------------------------------------------------------------
 def _forward(
     input: Tensor,
@@ -48,6 +59,7 @@ def _forward(
     eps: float,
     negative_slope: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check("instance_norm_act", input, weight, bias).optional("residual", residual, input.shape)
     dtype = _compute_dtype(input)
     w, b, r = _cast((weight, bias, residual), dtype)
     output, mean, rstd = _native.instance_norm_forward(input.to(dtype), w, b, r, eps, negative_slope)
@@ -66,7 +78,12 @@ def _backward_op(
     need_affine: bool,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = _check("instance_norm_act_backward", input, weight, bias)
     dtype = _compute_dtype(input)
+    operands.tensor("grad", grad, input.shape)
+    operands.optional("signs", signs, input.shape)
+    for argument, tensor in (("mean", mean), ("rstd", rstd)):
+        operands.tensor(argument, tensor, input.shape[:2], (dtype,))
     w, b, s = _cast((weight, bias, signs), dtype)
     grads = _native.instance_norm_backward(
         grad.to(dtype), input.to(dtype), w, b, s, mean, rstd, negative_slope, need_affine, need_residual

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._views import check_devices, check_floating, check_positive
+from medaccel.ops._arguments import check_floating, check_temperature, describe, flag
+from medaccel.ops._views import check_devices
 from medaccel.ops.nt_xent import op, reference
 from medaccel.ops.nt_xent.gather import gather
 from medaccel.ops.pixel_contrast.reference import unit
+from medaccel.ops.pixel_contrast.temperature import carry_temperature
 
 
 def unsupported(z1: Tensor) -> str | None:
@@ -24,7 +26,7 @@ def unsupported(z1: Tensor) -> str | None:
 
 
 def nt_xent_loss(
-    z1: Tensor, z2: Tensor, *, temperature: float = 0.5, group: dist.ProcessGroup | None = None
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """SimCLR's loss: each embedding against all others, its other view being the positive.
 
@@ -35,7 +37,8 @@ def nt_xent_loss(
     Args:
         z1, z2: (N, C) each: row i of both comes from the same image. Normalised inside, at any scale (the gradient by
             a row of scale 1e-38 may be infinite); a zero vector has cosine 0 with everything and gets no gradient.
-        temperature: above 0. (0.5 is MONAI's and lightly's, the official code has 0.1.)
+        temperature: above 0. (0.5 is MONAI's and lightly's, the official code has 0.1.) A tensor of one element may
+            require grad and gets one (a learnt temperature); its memory stays linear.
         group: contrast with the embeddings of all its processes, which must have N rows each. The result is the mean
             over this process' anchors, and gradients flow to the other processes' embeddings: averaged over
             processes, as DDP does, loss and gradients are those of one process with the whole batch.
@@ -54,7 +57,7 @@ def nt_xent_loss(
     >>> medaccel.ops.nt_xent_loss(torch.randn(8, 32), torch.randn(8, 32)).shape
     torch.Size([])
     """
-    tau = _check("nt_xent_loss", temperature, z1=z1, z2=z2)
+    tau = _check("nt_xent_loss", temperature, group, z1=z1, z2=z2)
     both = unit(torch.cat(_widened(z1, z2)))
     keys, first = both, 0
     if group is not None:
@@ -70,7 +73,7 @@ def info_nce_loss(
     query: Tensor,
     key: Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     group: dist.ProcessGroup | None = ...,
     return_bound: Literal[False] = ...,
 ) -> Tensor: ...
@@ -81,7 +84,7 @@ def info_nce_loss(
     query: Tensor,
     key: Tensor,
     *,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     group: dist.ProcessGroup | None = ...,
     return_bound: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -91,7 +94,7 @@ def info_nce_loss(
     query: Tensor,
     key: Tensor,
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     group: dist.ProcessGroup | None = None,
     return_bound: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -101,7 +104,7 @@ def info_nce_loss(
 
     Args:
         query, key: (N, C) each. Normalised inside.
-        temperature: above 0.
+        temperature: as in `nt_xent_loss`.
         group: as in `nt_xent_loss`: the keys of all its processes.
         return_bound: also give log N − loss, N being the number of all keys, without gradient: a lower bound on the
             mutual information of queries and keys, in nats. It can't say more than log N.
@@ -120,7 +123,8 @@ def info_nce_loss(
     >>> round(float(bound), 3)  # log 16: each key tells its query
     2.773
     """
-    tau = _check("info_nce_loss", temperature, query=query, key=key)
+    return_bound = flag("info_nce_loss", "return_bound", return_bound)
+    tau = _check("info_nce_loss", temperature, group, query=query, key=key)
     query, key = map(unit, _widened(query, key))
     keys = key if group is None else gather("info_nce_loss", key, group)
     loss = (_similarity_lse(query, keys, tau, -1) - _paired(query, key, tau)).sum() / max(1, len(query))
@@ -133,24 +137,27 @@ def _widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
-def _similarity_lse(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> Tensor:
+def _similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, self_offset: int) -> Tensor:
     """(N,), by the kernel or by the reference."""
-    arguments = (query[None], key[None], temperature, self_offset)
     if not _dispatch.reference_forced and unsupported(query) is None:
-        lse: Tensor = torch.ops.medaccel.similarity_lse(*arguments)[0]
+        if isinstance(temperature, Tensor):
+            query, key, temperature = carry_temperature(query, key, temperature)
+        lse: Tensor = torch.ops.medaccel.similarity_lse(query[None], key[None], temperature, self_offset)[0]
     else:
         dtype = op.compute_dtype(query, key)
         lse = reference.similarity_lse(query[None].to(dtype), key[None].to(dtype), temperature, self_offset)
     return lse[0]
 
 
-def _paired(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+def _paired(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
     """The cosines of the unit vectors a with those of b, over temperature, (N,)."""
     return (a * b).sum(dim=-1) / temperature
 
 
-def _check(name: str, temperature: float, **embeddings: Tensor) -> float:
-    """The temperature as a float, or an error in a sentence."""
+def _check(
+    name: str, temperature: float | Tensor, group: dist.ProcessGroup | None, **embeddings: Tensor
+) -> float | Tensor:
+    """The temperature as `check_temperature` gives it, or an error in a sentence."""
     (first, a), (second, b) = embeddings.items()
     check_floating(name, **embeddings)
     if a.dim() != 2 or a.shape[1] == 0:
@@ -160,4 +167,6 @@ def _check(name: str, temperature: float, **embeddings: Tensor) -> float:
             f"{name}: {second} has shape {tuple(b.shape)}; expected {tuple(a.shape)}, the shape of {first}"
         )
     check_devices(name, first, **embeddings)
-    return check_positive(name, "temperature", temperature)
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"{name}: group is {describe(group)}; expected a torch.distributed.ProcessGroup or None")
+    return check_temperature(name, temperature)

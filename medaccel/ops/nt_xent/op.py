@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
@@ -24,7 +25,19 @@ _lib.define(
 )
 
 
+def _check(name: str, query: Tensor, key: Tensor, temperature: float, self_offset: int) -> Operands:
+    """What the kernels' memory accesses rest on."""
+    operands = Operands(name, "query", query)
+    operands.rank("query", query, (3,), "(B, N, C)")
+    operands.rank("key", key, (3,), "(B, M, C)")
+    operands.tensor("key", key, (query.shape[0], key.shape[1], query.shape[2]))
+    operands.number("temperature", temperature, torch.finfo(torch.float32).tiny)
+    operands.number("self_offset", self_offset, -1, key.shape[1])
+    return operands
+
+
 def _forward_cpu(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> tuple[Tensor, Tensor]:
+    _check("similarity_lse", query, key, temperature, self_offset)
     dtype = compute_dtype(query, key)
     base2 = _native.similarity_lse_forward(query.to(dtype), key.to(dtype), temperature, self_offset)
     return base2 * math.log(2.0), base2
@@ -40,7 +53,10 @@ def _backward_cpu(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:
+    operands = _check("similarity_lse_backward", query, key, temperature, self_offset)
     dtype = compute_dtype(query, key)
+    operands.tensor("grad", grad, query.shape[:2])
+    operands.tensor("lse", lse, query.shape[:2], (dtype,))
     grad_query, grad_key = _native.similarity_lse_backward(
         grad.to(dtype), query.to(dtype), key.to(dtype), lse, temperature, self_offset, need_query, need_key
     )

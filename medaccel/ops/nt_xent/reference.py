@@ -8,7 +8,7 @@ from medaccel.ops._dispatch import without_autocast
 from medaccel.ops.pixel_contrast.reference import unit
 
 
-def similarity_lse(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> Tensor:
+def similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, self_offset: int) -> Tensor:
     """log Σ_j exp(cos(query_i, key_j) / temperature), (B, N); key i + self_offset of query i is left out, where
     self_offset ≥ 0."""
     with without_autocast(query.device):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops._registration import refuse_double_backward
-from medaccel.ops.pixel_contrast.op import compute_dtype
+from medaccel.ops.pixel_contrast.op import check_pixels, compute_dtype
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -24,6 +24,7 @@ _lib.define(
 def _forward_cpu(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
 ) -> tuple[Tensor, Tensor]:
+    check_pixels("pixel_pair_similarity", query, key, query_coords, key_coords, radius)
     dtype = compute_dtype(query, key)
     return _native.pixel_consistency_forward(query.to(dtype), key.to(dtype), query_coords, key_coords, radius)
 
@@ -38,6 +39,8 @@ def _backward_cpu(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:
+    operands = check_pixels("pixel_pair_similarity_backward", query, key, query_coords, key_coords, radius)
+    operands.tensor("grad", grad, query.shape[:2])
     dtype = compute_dtype(query, key)
     features = (query.to(dtype), key.to(dtype))
     grad_query, grad_key = _native.pixel_consistency_backward(

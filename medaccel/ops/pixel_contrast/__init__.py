@@ -8,8 +8,10 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._views import check_positive, check_views
+from medaccel.ops._arguments import check_temperature, choice, flag
+from medaccel.ops._views import check_views
 from medaccel.ops.pixel_contrast import op, reference
+from medaccel.ops.pixel_contrast.temperature import carry_temperature
 
 _NAME = "pixel_contrastive_loss"
 
@@ -33,7 +35,7 @@ def pixel_contrastive_loss(
     key_coords: Tensor,
     *,
     radius: float | Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     reduction: str = ...,
     return_valid: Literal[False] = ...,
 ) -> Tensor: ...
@@ -47,7 +49,7 @@ def pixel_contrastive_loss(
     key_coords: Tensor,
     *,
     radius: float | Tensor,
-    temperature: float = ...,
+    temperature: float | Tensor = ...,
     reduction: str = ...,
     return_valid: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -60,7 +62,7 @@ def pixel_contrastive_loss(
     key_coords: Tensor,
     *,
     radius: float | Tensor,
-    temperature: float = 0.3,
+    temperature: float | Tensor = 0.3,
     reduction: str = "mean",
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -79,7 +81,8 @@ def pixel_contrastive_loss(
             both views share, in mm where voxels are anisotropic. They have no gradient. A NaN is near to nothing.
         radius: below which a pair is positive, in the coordinates' unit: a number, or one per sample (B,). Distances
             are compared in the coordinates' dtype. `medaccel.losses.default_radius` gives the published choice.
-        temperature: above 0.
+        temperature: above 0. A tensor of one element may require grad and gets one (a learnt temperature); its memory
+            stays linear.
         reduction: "mean" over all pixels of the batch that have a positive, "sum", or "none": (B, N), 0 where there
             is none.
         return_valid: also give (B, N), bool: which pixels have a positive.
@@ -102,10 +105,12 @@ def pixel_contrastive_loss(
     torch.Size([])
     """
     at_query, at_key, radii = check_views(_NAME, query, key, query_coords, key_coords, radius)
-    tau = check_positive(_NAME, "temperature", temperature)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{_NAME}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
+    tau = check_temperature(_NAME, temperature)
+    choice(_NAME, "reduction", reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
+    return_valid = flag(_NAME, "return_valid", return_valid)
     if not _dispatch.reference_forced and unsupported(query, key) is None:
+        if isinstance(tau, Tensor):
+            query, key, tau = carry_temperature(query, key, tau)
         arguments = (query, key, at_query, at_key, radii, tau)
         loss, _, positive_lse = torch.ops.medaccel.pixel_contrastive_loss(*arguments)
         valid = positive_lse != -float("inf")

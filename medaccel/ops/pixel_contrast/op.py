@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
@@ -55,10 +56,48 @@ def triton_problem(index: int, dtype: torch.dtype, channels: int) -> str | None:
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# --- checks --------------------------------------------------------------------------------------------------
+def check_pixels(
+    name: str, query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
+) -> Operands:
+    """What the memory accesses of the kernels on two views' pixels rest on."""
+    operands = Operands(name, "query", query)
+    operands.rank("query", query, (3,), "(B, N, C)")
+    operands.rank("key", key, (3,), "(B, M, C)")
+    operands.rank("query_coords", query_coords, (3,), "(B, N, S)")
+    batch, rows, channels = query.shape
+    keys, axes = key.shape[1], query_coords.shape[2]
+    operands.tensor("key", key, (batch, keys, channels))
+    dtypes = (query_coords.dtype,) if query_coords.dtype in _native.DTYPES else tuple(_native.DTYPES)
+    if not 1 <= axes <= 3:
+        operands.refuse("query_coords", f"has shape {tuple(query_coords.shape)}", f"({batch}, {rows}, S), S = 1-3")
+    operands.tensor("query_coords", query_coords, (batch, rows, axes), dtypes)
+    operands.tensor("key_coords", key_coords, (batch, keys, axes), dtypes)
+    operands.tensor("radius", radius, (batch,), dtypes)
+    return operands
+
+
+def _check_forward(
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
+) -> None:
+    operands = check_pixels("pixel_contrastive_loss", query, key, query_coords, key_coords, radius)
+    operands.number("temperature", temperature, torch.finfo(torch.float32).tiny)
+
+
+def _check_backward(grad: Tensor, *arguments: Any) -> None:
+    query, key, *place, lse, positive_lse, temperature, _, _ = arguments
+    operands = check_pixels("pixel_contrastive_loss_backward", query, key, *place)
+    operands.tensor("grad", grad, query.shape[:2])
+    for argument, tensor in (("lse", lse), ("positive_lse", positive_lse)):
+        operands.tensor(argument, tensor, query.shape[:2], (compute_dtype(query, key),))
+    operands.number("temperature", temperature, torch.finfo(torch.float32).tiny)
+
+
 # --- kernels -------------------------------------------------------------------------------------------------
 def _forward_cpu(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_forward(query, key, query_coords, key_coords, radius, temperature)
     dtype = compute_dtype(query, key)
     return _native.pixel_contrast_forward(
         query.to(dtype), key.to(dtype), query_coords, key_coords, radius, temperature
@@ -78,6 +117,8 @@ def _backward_cpu(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:
+    place = (query_coords, key_coords, radius)
+    _check_backward(grad, query, key, *place, lse, positive_lse, temperature, need_query, need_key)
     dtype = compute_dtype(query, key)
     grad_query, grad_key = _native.pixel_contrast_backward(
         grad.to(dtype),
@@ -101,12 +142,14 @@ def _backward_cpu(
 def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from medaccel.ops.pixel_contrast import triton  # only here: importing Triton takes a second
 
+    _check_forward(*args)
     return triton.forward(*args)
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
     from medaccel.ops.pixel_contrast import triton
 
+    _check_backward(*args)
     return triton.backward(*args)
 
 

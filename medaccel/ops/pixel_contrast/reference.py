@@ -29,7 +29,7 @@ def near(query_coords: Tensor, key_coords: Tensor, radius: Tensor) -> Tensor:
 
 
 def pixel_contrastive_loss(
-    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss (B, N), 0 for a query without a positive, and which queries have one, (B, N)."""
     with without_autocast(query.device):

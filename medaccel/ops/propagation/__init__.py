@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """PixPro's pixel propagation: every pixel takes over from the pixels that look like it."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._views import check_devices, check_floating
+from medaccel.ops._arguments import check_floating, learnt, number
+from medaccel.ops._views import check_devices
 from medaccel.ops.propagation import op, reference
 
 _NAME = "pixel_propagation"
@@ -21,13 +20,14 @@ def unsupported(features: Tensor) -> str | None:
     return f"{_NAME} has no kernel for device {features.device.type!r}"
 
 
-def pixel_propagation(features: Tensor, values: Tensor, *, power: float = 2.0) -> Tensor:
+def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor = 2.0) -> Tensor:
     """y_i = Σ_j max(cos(features_i, features_j), 0)^power · values_j, without an N × N tensor, backward neither.
 
     Args:
         features: (B, N, C), floating point; normalised inside. A zero vector is like nothing and gets no gradient.
         values: (B, N, D), what is propagated: in PixPro a 1 × 1 convolution of the features. Not normalised.
-        power: at least 1: how much the most alike are preferred.
+        power: at least 1: how much the most alike are preferred. A tensor of one element that requires grad gets one,
+            in plain PyTorch, whose memory is quadratic in the pixels.
 
     Returns:
         (B, N, D) in the dtype of `values`, computed in fp32 (fp64 for fp64). Same bits whatever the number of
@@ -50,10 +50,18 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float = 2.0) -
         expected = f"({features.shape[0]}, {features.shape[1]}, D)"
         raise ValueError(f"{_NAME}: values has shape {tuple(values.shape)}; expected {expected}, a row per pixel")
     check_devices(_NAME, "features", features=features, values=values)
-    if not 1 <= power < math.inf:
-        raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
-    if not _dispatch.reference_forced and unsupported(features) is None:
-        propagated: Tensor = torch.ops.medaccel.pixel_propagation(features, values, float(power))
+    exponent = _check_power(power)
+    if isinstance(exponent, float) and not _dispatch.reference_forced and unsupported(features) is None:
+        propagated: Tensor = torch.ops.medaccel.pixel_propagation(features, values, exponent)
         return propagated
     dtype = op.compute_dtype(features, values)
-    return reference.pixel_propagation(features.to(dtype), values.to(dtype), float(power)).to(values.dtype)
+    return reference.pixel_propagation(features.to(dtype), values.to(dtype), exponent).to(values.dtype)
+
+
+def _check_power(power: object) -> float | Tensor:
+    """The power as a number; where a gradient is wanted of it, as the scalar tensor that it is."""
+    wanted = learnt(power)
+    value = number(_NAME, "power", power.detach() if wanted and isinstance(power, Tensor) else power)
+    if not 1 <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
+    return power.reshape(()) if wanted and isinstance(power, Tensor) else value

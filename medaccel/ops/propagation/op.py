@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
@@ -21,7 +22,18 @@ _lib.define(
 )
 
 
+def _check(name: str, features: Tensor, values: Tensor, power: float) -> Operands:
+    """What the kernels' memory accesses rest on."""
+    operands = Operands(name, "features", features)
+    operands.rank("features", features, (3,), "(B, N, C)")
+    operands.rank("values", values, (3,), "(B, N, D)")
+    operands.tensor("values", values, (*features.shape[:2], values.shape[2]))
+    operands.number("power", power, 1.0)
+    return operands
+
+
 def _forward_cpu(features: Tensor, values: Tensor, power: float) -> Tensor:
+    _check("pixel_propagation", features, values, power)
     dtype = compute_dtype(features, values)
     return _native.pixel_propagation_forward(features.to(dtype), values.to(dtype), power).to(values.dtype)
 
@@ -29,6 +41,7 @@ def _forward_cpu(features: Tensor, values: Tensor, power: float) -> Tensor:
 def _backward_cpu(
     grad: Tensor, features: Tensor, values: Tensor, power: float, need_features: bool, need_values: bool
 ) -> tuple[Tensor, Tensor]:
+    _check("pixel_propagation_backward", features, values, power).tensor("grad", grad, values.shape)
     dtype = compute_dtype(features, values)
     grad_features, grad_values = _native.pixel_propagation_backward(
         grad.to(dtype), features.to(dtype), values.to(dtype), power, need_features, need_values

@@ -7,7 +7,7 @@ from medaccel.ops._dispatch import without_autocast
 from medaccel.ops.pixel_contrast.reference import unit
 
 
-def pixel_propagation(features: Tensor, values: Tensor, power: float) -> Tensor:
+def pixel_propagation(features: Tensor, values: Tensor, power: float | Tensor) -> Tensor:
     """Σ_j max(cos(features_i, features_j), 0)^power · values_j, (B, N, D)."""
     directions = unit(features)
     with without_autocast(features.device):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
+from medaccel.ops._arguments import check_floating, check_integers, describe, finite, learnt, number, wholes
 from medaccel.ops.window_attention import op, reference
 
 
@@ -30,7 +31,7 @@ def shifted_window_attention(
     window_size: Sequence[int],
     shift_size: Sequence[int],
     pad_qkv: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
@@ -53,7 +54,8 @@ def shifted_window_attention(
             roll brought together get −100 on their score, MONAI's mask.
         pad_qkv: (3·C,), q, k and v of a token that pads the map to whole windows (in a Swin block: the bias of the
             qkv projection). Such tokens are attended to. None: zeros.
-        scale: of the products q·k. Default: head_dim ** -0.5.
+        scale: of the products q·k. Default: head_dim ** -0.5. A tensor of one element may require grad and gets one
+            (a learnt scale), at the cost of a scaled copy of `qkv`.
         dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones grow by 1 / (1 − dropout_p).
         dropout_seed: one int64 element on the device of `qkv`, needed where dropout_p > 0: the same seed drops the
             same weights on every device, forward and backward (see `reference.kept`). It is read on the device, so
@@ -82,17 +84,20 @@ def shifted_window_attention(
     torch.Size([1, 5, 6, 7, 8])
     """
     window, shift = _check(qkv, bias_table, bias_index, window_size, shift_size, pad_qkv)
-    _check_dropout(qkv, dropout_p, dropout_seed)
+    dropout_p = _check_dropout(qkv, dropout_p, dropout_seed)
     head_dim = qkv.shape[-1] // (3 * bias_table.shape[1])
-    factor = head_dim**-0.5 if scale is None else float(scale)
+    if learnt(scale):
+        qkv, pad_qkv = (None if t is None else _scaled_queries(t, scale) for t in (qkv, pad_qkv))  # type: ignore
+        scale = 1.0
+    factor = head_dim**-0.5 if scale is None else finite("shifted_window_attention", "scale", scale)
     seed = dropout_seed if dropout_p > 0 else None
     tensors = (qkv, bias_table, bias_index, pad_qkv, seed)
     if not _dispatch.reference_forced and unsupported(qkv, head_dim) is None:
-        return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, float(dropout_p))[0]
+        return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, dropout_p)[0]
     op.check_index(bias_index, bias_table.shape[0])
     cast = qkv.to(_dispatch.autocast_dtype(qkv))  # autocast's rule is the kernel's: qkv alone is cast
     with _dispatch.without_autocast(qkv.device):
-        return reference.shifted_window_attention(cast, *tensors[1:], window, shift, factor, float(dropout_p))
+        return reference.shifted_window_attention(cast, *tensors[1:], window, shift, factor, dropout_p)
 
 
 def _check(
@@ -105,22 +110,15 @@ def _check(
 ) -> tuple[list[int], list[int]]:
     """The sizes as lists, or an error in a sentence. Nothing here waits for a device."""
     name = "shifted_window_attention"
-    for argument, tensor in (("qkv", qkv), ("bias_table", bias_table), ("pad_qkv", pad_qkv)):
-        if tensor is None and argument == "pad_qkv":
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: {argument} is {kind}; expected a floating-point tensor")
-    if bias_index.is_floating_point() or bias_index.is_complex() or bias_index.dtype == torch.bool:
-        raise TypeError(
-            f"{name}: bias_index is {bias_index.dtype}; expected an integer tensor (indices have no gradient)"
-        )
+    check_floating(name, qkv=qkv, bias_table=bias_table, **({} if pad_qkv is None else {"pad_qkv": pad_qkv}))
+    check_integers(name, "bias_index", bias_index)
     spatial = qkv.dim() - 2
     if not 1 <= spatial <= 3:
         raise ValueError(
             f"{name}: qkv has shape {tuple(qkv.shape)}; expected (B, *spatial, 3·C) with 1-3 spatial axes"
         )
-    window, shift = [int(w) for w in window_size], [int(s) for s in shift_size]
+    window = wholes(name, "window_size", window_size, f"{spatial} whole numbers, one per axis")
+    shift = wholes(name, "shift_size", shift_size, f"{spatial} whole numbers, one per axis")
     if len(window) != spatial or min(window) < 1:
         raise ValueError(f"{name}: window_size is {tuple(window)}; expected {spatial} sizes >= 1, one per axis")
     if len(shift) != spatial or any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
@@ -152,16 +150,38 @@ def _check(
     return window, shift
 
 
-def _check_dropout(qkv: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> None:
+def _scaled_queries(qkv: Tensor, scale: Tensor) -> Tensor:
+    """[q | k | v] with q · scale, in the dtype of `qkv`: a scale that is learnt gets its gradient here."""
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise TypeError(
+            f"shifted_window_attention: scale is {describe(scale)} of shape {tuple(scale.shape)}; expected a number, "
+            "or a floating-point tensor of one element"
+        )
+    channels = qkv.shape[-1] // 3
+    factors = torch.cat([scale.reshape(1).expand(channels), scale.new_ones(2 * channels)])
+    return (qkv * factors.to(qkv.device)).to(qkv.dtype)
+
+
+def _check_dropout(qkv: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> float:
+    """The probability as a number, or an error in a sentence."""
     name = "shifted_window_attention"
-    if not 0 <= dropout_p < 1:
+    p = number(name, "dropout_p", dropout_p, "a probability in [0, 1)")
+    if not 0 <= p < 1:
         raise ValueError(f"{name}: dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    if dropout_p == 0:
-        return
+    if p == 0:
+        return p
     if dropout_seed is None:
         raise ValueError(f"{name}: dropout_seed is None; expected one int64 element where dropout_p > 0")
-    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1 or dropout_seed.device != qkv.device:
-        raise ValueError(
-            f"{name}: dropout_seed is {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)} on "
-            f"{dropout_seed.device}; expected one int64 element on {qkv.device}"
+    if not isinstance(dropout_seed, Tensor):
+        raise TypeError(
+            f"{name}: dropout_seed is {describe(dropout_seed)}; expected one int64 element on {qkv.device}"
         )
+    dense = dropout_seed.layout is torch.strided and not dropout_seed.is_nested
+    one = dense and dropout_seed.dtype == torch.int64 and dropout_seed.numel() == 1
+    if not one or dropout_seed.device != qkv.device:
+        shape = f" of shape {tuple(dropout_seed.shape)}" if dense else ""
+        raise ValueError(
+            f"{name}: dropout_seed is {describe(dropout_seed)}{shape} on {dropout_seed.device}; expected one int64 "
+            f"element on {qkv.device}"
+        )
+    return p

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
+from medaccel.ops._arguments import INTEGERS
+from medaccel.ops._operands import Operands
 from medaccel.ops._registration import refuse_double_backward
 
 _INPUTS = "Tensor qkv, Tensor bias_table, Tensor bias_index, Tensor? pad_qkv, Tensor? dropout_seed"
@@ -42,7 +44,8 @@ def check_index(bias_index: Tensor, rows: int) -> None:
     """A ValueError where an index on the CPU points outside the table; on other devices nothing is read."""
     if bias_index.device.type != "cpu" or bias_index.numel() == 0:
         return
-    low, high = (int(v) for v in torch.aminmax(bias_index))
+    index = bias_index.to(torch.int64) if bias_index.dtype in INTEGERS[-3:] else bias_index  # torch has no aminmax
+    low, high = (int(v) for v in torch.aminmax(index))
     if low < 0 or high >= rows:
         raise ValueError(
             f"shifted_window_attention: bias_index has values from {low} to {high}; expected [0, {rows}), the rows "
@@ -71,6 +74,50 @@ def triton_problem(index: int, dtype: torch.dtype, head_dim: int) -> str | None:
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# --- checks --------------------------------------------------------------------------------------------------
+def _check(name: str, *arguments: Any) -> Operands:
+    """What the kernels' memory accesses rest on; the index itself is read on the CPU, by the kernel on a GPU."""
+    qkv, bias_table, bias_index, pad_qkv, dropout_seed, window_size, shift_size, scale, dropout_p = arguments
+    operands = Operands(name, "qkv", qkv)
+    operands.rank("qkv", qkv, (3, 4, 5), "(B, *spatial, 3·C) with 1-3 spatial axes")
+    channels, spatial = qkv.shape[-1], qkv.dim() - 2
+    if len(window_size) != spatial or min(window_size) < 1:
+        operands.refuse("window_size", f"is {tuple(window_size)}", f"{spatial} sizes >= 1")
+    if len(shift_size) != spatial or any(not 0 <= s < w for s, w in zip(shift_size, window_size, strict=True)):
+        operands.refuse(
+            "shift_size", f"is {tuple(shift_size)}", f"{spatial} values from 0 to below the window's sizes"
+        )
+    operands.rank("bias_table", bias_table, (2,), "(T, heads)")
+    heads = bias_table.shape[1]
+    operands.tensor("bias_table", bias_table, None)
+    if heads < 1 or channels < 1 or channels % (3 * heads):
+        operands.refuse("qkv", f"has {channels} channels for {heads} heads", "3 · heads · head_dim channels")
+    tokens = math.prod(window_size)
+    operands.tensor("bias_index", bias_index, (tokens, tokens), INTEGERS)
+    check_index(bias_index, bias_table.shape[0])
+    operands.optional("pad_qkv", pad_qkv, (channels,))
+    operands.number("scale", scale, -math.inf)
+    operands.number("dropout_p", dropout_p, 0.0, 1 - 2.0**-53)
+    if dropout_p > 0:
+        operands.tensor("dropout_seed", dropout_seed, None, (torch.int64,))
+        if dropout_seed.numel() != 1:
+            operands.refuse("dropout_seed", f"has shape {tuple(dropout_seed.shape)}", "one element")
+    return operands
+
+
+def _check_backward(grad: Tensor, *arguments: Any) -> None:
+    *tensors, output, lse, window_size, shift_size, scale, dropout_p, _, _, _ = arguments
+    settings = (window_size, shift_size, scale, dropout_p)
+    operands = _check("shifted_window_attention_backward", *tensors, *settings)
+    qkv, bias_table, *_ = tensors
+    batch, *sizes, channels = qkv.shape
+    shape = (batch, *sizes, channels // 3)
+    operands.tensor("grad", grad, shape)
+    operands.tensor("output", output, shape)
+    rows = (batch, window_count(sizes, window_size), bias_table.shape[1], math.prod(window_size))
+    operands.tensor("lse", lse, rows, (compute_dtype(qkv),))
+
+
 # --- kernels -------------------------------------------------------------------------------------------------
 def _forward_cpu(
     qkv: Tensor,
@@ -83,7 +130,8 @@ def _forward_cpu(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    check_index(bias_index, bias_table.shape[0])
+    settings = (window_size, shift_size, scale, dropout_p)
+    _check("shifted_window_attention", qkv, bias_table, bias_index, pad_qkv, dropout_seed, *settings)
     dtype = compute_dtype(qkv)
     output, lse = _native.window_attention_forward(
         qkv.to(dtype),
@@ -116,6 +164,11 @@ def _backward_cpu(
     need_table: bool,
     need_pad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, settings = (
+        (qkv, bias_table, bias_index, pad_qkv, dropout_seed),
+        (window_size, shift_size, scale, dropout_p),
+    )
+    _check_backward(grad, *tensors, output, lse, *settings, need_qkv, need_table, need_pad)
     dtype = compute_dtype(qkv)
     grad_qkv, grad_table, grad_pad = _native.window_attention_backward(
         grad.to(dtype),
@@ -147,12 +200,14 @@ def _pad_like(pad_qkv: Tensor | None, qkv: Tensor) -> Tensor:
 def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
     from medaccel.ops.window_attention import triton  # only here: importing Triton takes a second
 
+    _check("shifted_window_attention", *args)
     return triton.forward(*args)
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from medaccel.ops.window_attention import triton
 
+    _check_backward(*args)
     return triton.backward(*args)
 
 

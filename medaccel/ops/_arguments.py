@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every public function accepts as a tensor, number, whole number or choice, and the sentence for the rest.
+
+TypeError: the argument is of a kind that makes no sense; ValueError: its value doesn't.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
+# What a mask may be made of.
+_MASKS = (*FLOATING, *INTEGERS, torch.bool)
+# 1 / temperature, and what it is multiplied with and summed up over, stays far from float32's limits.
+MIN_TEMPERATURE = 1e-18
+
+
+def describe(value: object) -> str:
+    """`value` in a few words, for an error's sentence."""
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested tensor of {value.dtype}"
+        return f"{value.dtype}" if value.layout is torch.strided else f"{value.dtype} in the layout {value.layout}"
+    if isinstance(value, list | tuple | dict | set):
+        return type(value).__name__
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else type(value).__name__
+
+
+def _is_dense(value: Any, dtypes: Collection[torch.dtype]) -> bool:
+    # The exact type first: torch's isinstance takes four times as long.
+    is_tensor = type(value) is Tensor or isinstance(value, Tensor)
+    return is_tensor and value.dtype in dtypes and value.layout is torch.strided and not value.is_nested
+
+
+def check_floating(name: str, **tensors: object) -> None:
+    """A TypeError naming the first argument that is no dense floating-point tensor."""
+    for argument, tensor in tensors.items():
+        if not _is_dense(tensor, FLOATING):
+            raise TypeError(
+                f"{name}: {argument} is {describe(tensor)}; expected a floating-point tensor (float32, float64, "
+                "bfloat16 or float16, dense)"
+            )
+
+
+def check_integers(name: str, argument: str, tensor: object) -> None:
+    """A TypeError where `tensor` is no dense integer tensor."""
+    if not _is_dense(tensor, INTEGERS):
+        raise TypeError(
+            f"{name}: {argument} is {describe(tensor)}; expected an integer tensor (indices have no gradient)"
+        )
+
+
+def check_mask(name: str, argument: str, tensor: object) -> None:
+    """A TypeError where `tensor` is no dense tensor of truth values or numbers."""
+    if not _is_dense(tensor, _MASKS):
+        raise TypeError(f"{name}: {argument} is {describe(tensor)}; expected a dense tensor of bool or real numbers")
+
+
+def learnt(value: object) -> bool:
+    """Whether `value` is a tensor that a gradient is wanted of."""
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def number(name: str, argument: str, value: Any, expected: str = "a number") -> float:
+    """`value` as a Python float: from a Python or NumPy number, or a tensor or array of one element.
+
+    Raises:
+        TypeError: bool, complex, text, None, several elements.
+        ValueError: a tensor that requires grad, which would lose its gradient in silence; a number beyond float64.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        if learnt(value):
+            raise ValueError(
+                f"{name}: {argument} requires grad; expected {expected} without (it has no gradient: detach it)"
+            )
+        plain = value.numel() == 1 and value.layout is torch.strided and not value.dtype.is_complex
+        if plain and value.dtype != torch.bool:
+            return float(value.detach())
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # NumPy's scalars and arrays
+        item = value.item()
+        if isinstance(item, numbers.Real) and not isinstance(item, bool):
+            return float(item)
+    elif isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real) and not isinstance(
+        value, bool
+    ):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: {argument} is beyond the range of float64; expected {expected}") from None
+    raise TypeError(f"{name}: {argument} is {describe(value)}; expected {expected}")
+
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def finite(name: str, argument: str, value: Any) -> float:
+    """A number that is finite in float32 too, which most kernels compute in."""
+    result = number(name, argument, value, "a finite number")
+    if not -_FLOAT32_MAX <= result <= _FLOAT32_MAX:
+        raise ValueError(f"{name}: {argument} is {value}; expected a finite number (of float32)")
+    return result
+
+
+def check_temperature(name: str, value: Any) -> float | Tensor:
+    """The temperature: a number or, where a gradient is wanted of it, the tensor () itself.
+
+    A tensor's value is looked at on the CPU only: nothing waits for a device.
+    """
+    if not learnt(value):
+        return _temperature(name, value, number(name, "temperature", value, "a number above 0"))
+    if value.numel() != 1 or not _is_dense(value, FLOATING):
+        raise TypeError(
+            f"{name}: temperature is {describe(value)} of shape {tuple(value.shape)}; expected a number, or a "
+            "floating-point tensor of one element"
+        )
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        _temperature(name, value, float(value.detach()))
+    scalar: Tensor = value.reshape(())
+    return scalar
+
+
+def _temperature(name: str, given: object, value: float) -> float:
+    if not MIN_TEMPERATURE <= value < math.inf:
+        raise ValueError(
+            f"{name}: temperature is {given}; expected a finite number above 0 (at least {MIN_TEMPERATURE}: float32 "
+            "overflows)"
+        )
+    return value
+
+
+def whole(name: str, argument: str, value: Any, expected: str = "a whole number") -> int:
+    """`value` as a Python int: from a Python or NumPy integer, or a tensor or array of one integer.
+
+    Raises:
+        TypeError: anything else; numbers with a fraction are never cut off, and bool is no number.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    kind = getattr(value, "dtype", None)
+    if not isinstance(value, bool) and kind != torch.bool:
+        try:
+            return operator.index(value)
+        except (TypeError, RuntimeError, ValueError):
+            pass
+    raise TypeError(f"{name}: {argument} is {describe(value)}; expected {expected}")
+
+
+def wholes(name: str, argument: str, values: Any, expected: str) -> list[int]:
+    """A sequence's values as Python ints; TypeError where it is none, or one of them isn't whole."""
+    if not is_sequence(values):
+        raise TypeError(f"{name}: {argument} is {describe(values)}; expected {expected}")
+    return [whole(name, f"{argument}[{i}]", value) for i, value in enumerate(values)]
+
+
+def is_sequence(value: object) -> bool:
+    """Whether `value` is a list, tuple or other sequence of numbers, or a tensor or array with an axis."""
+    if isinstance(value, list | tuple):
+        return True
+    if isinstance(value, float | int | str | bytes | dict | set):
+        return False
+    shape = getattr(value, "shape", None)
+    return len(shape) == 1 if shape is not None else hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def choice(name: str, argument: str, value: object, options: Collection[str], expected: str = "") -> None:
+    """An error where `value` is none of the options."""
+    if isinstance(value, str) and value in options:
+        return
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name}: {argument} is {describe(value)}; expected {expected or f'one of {list(options)}'}")
+
+
+def flag(name: str, argument: str, value: object) -> bool:
+    """True or False, Python's or NumPy's; nothing else is taken for one."""
+    if value is True or value is False:
+        return value
+    if type(value).__name__ in ("bool", "bool_") and not isinstance(value, Tensor):
+        return bool(value)
+    raise TypeError(f"{name}: {argument} is {describe(value)}; expected True or False")

@@ -237,13 +237,10 @@ def test_bad_input_is_refused_in_a_sentence(cls: Any):
             scheduler.step(X, t, X)
     with pytest.raises(ValueError, match=rf"{name}: timesteps reach from 0 to 1000; expected 0 to 999"):
         scheduler.add_noise(X, X, torch.tensor([0, 1000]))
-    scheduler.set_timesteps(10)
-    with pytest.raises(
-        ValueError, match=f"{name}: timestep is 500, which is not among the timesteps of set_timesteps"
-    ):
-        scheduler.step(X, 500, X)
+    with pytest.raises(ValueError, match=f"{name}: num_inference_steps is 0; expected 1 to 1000"):
+        scheduler.set_timesteps(0)
     scheduler.timesteps = torch.tensor([0, 500, 999])
-    with pytest.raises(ValueError, match=f"{name}: timesteps are not sorted; expected strictly decreasing ones"):
+    with pytest.raises(ValueError, match=f"{name}: timesteps are not sorted; expected decreasing ones"):
         scheduler.step(X, 500, X)
     with pytest.raises(ValueError, match=f"{name}: clip_sample_min is 1.0 and clip_sample_max -1.0; expected"):
         cls(clip_sample_min=1.0, clip_sample_max=-1.0)

@@ -119,6 +119,12 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     Only this instance is touched. It may be wrapped (DataParallel, DDP), on any device, in training or not; calling
     again changes nothing more. `revert` undoes it.
 
+    An accelerated model can be exported as it is. torch.compile and ``torch.export.export(…, strict=True)`` take the
+    kernels along. (Of a Swin UNETR, strict export stops at a check of sizes in MONAI's code.) torch.jit.trace,
+    torch.onnx.export and the default torch.export record MONAI's layers instead, in torch's own ops, and what they
+    make runs without medaccel; only losses, and Gaussian filters under torch.export, stay medaccel's ops there.
+    torch.jit.script can't compile our layers and says so: `revert` first.
+
     Args:
         model: any module that contains MONAI layers: a network, a loss, a LightningModule.
         strict: raise instead of leaving a known MONAI layer as it is.

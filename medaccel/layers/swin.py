@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medaccel.layers._hooks import bypass_problem
 from medaccel.ops import shifted_window_attention
+from medaccel.ops._dispatch import exporting, refuse_scripting
 
 
 def _dropout(attention: Any, device: torch.device) -> tuple[float, Tensor | None]:
@@ -28,11 +29,15 @@ class WindowAttention(MonaiWindowAttention):
     On its own it works on windows that are cut already; within `SwinTransformerBlock` the block works on the map.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(windows, tokens, C) to the same; mask (n, tokens, tokens) is added to the scores, n dividing `windows`.
 
         A mask may be anything, so with one this is torch's scaled_dot_product_attention.
         """
+        if exporting():
+            return torch.as_tensor(super().forward(x, mask))
         b, n, c = x.shape
         qkv = self.qkv(x)
         index = self.relative_position_index[:n, :n]
@@ -65,8 +70,13 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
     that MONAI's `BasicLayer` passes is that same mask, and is not looked at.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         """(B, *spatial, C) to the same: norm1, attention, projection."""
+        # Without a mask, only a block that isn't shifted is the same in MONAI's code.
+        if exporting() and (mask_matrix is not None or not any(self.shift_size)):
+            return torch.as_tensor(super().forward_part1(x, mask_matrix))
         attention: Any = self.attn
         x = self.norm1(x)
         sizes = x.shape[1:-1]
@@ -96,9 +106,11 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
 class BasicLayer(MonaiBasicLayer):
     """Drop-in for `monai.networks.nets.swin_unetr.BasicLayer`: a stage that builds no mask that nobody reads."""
 
+    __prepare_scriptable__ = refuse_scripting
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the next stage's map."""
-        if not all(type(block) is SwinTransformerBlock for block in self.blocks):
+        if exporting() or not all(type(block) is SwinTransformerBlock for block in self.blocks):
             return super().forward(x)
         x = x.movedim(1, -1).contiguous()
         for block in self.blocks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medaccel.layers._hooks import bypass_problem
 from medaccel.ops import instance_norm
+from medaccel.ops._dispatch import exporting, refuse_scripting
 from medaccel.ops.instance_norm import instance_norm_act
 
 _RANKS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
@@ -24,8 +25,8 @@ def _normalise(norm: Any, x: Tensor, residual: Tensor | None = None, slope: floa
 
 
 def _served(block: Any, x: Tensor) -> bool:
-    """Whether this call is the op's: batched, and on a device that it has a kernel for."""
-    return x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
+    """Whether this call is the op's: batched, not for an exporter, and on a device that it has a kernel for."""
+    return not exporting() and x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -77,6 +78,8 @@ class UnetResBlock(MonaiUnetResBlock):
     result. Large fp32 maps are brought to channels last, where convolutions are faster.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def forward(self, inp: Tensor) -> Tensor:
         """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
         if not _served(self, inp):
@@ -91,6 +94,8 @@ class UnetResBlock(MonaiUnetResBlock):
 
 class UnetBasicBlock(MonaiUnetBasicBlock):
     """Drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and state_dict."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""

@@ -5,6 +5,7 @@ from monai.losses import ContrastiveLoss as MonaiContrastiveLoss
 from torch import Tensor
 
 from medaccel.ops import nt_xent_loss
+from medaccel.ops._dispatch import refuse_scripting
 
 
 class ContrastiveLoss(MonaiContrastiveLoss):
@@ -17,6 +18,8 @@ class ContrastiveLoss(MonaiContrastiveLoss):
         temperature: above 0.
         batch_size: no longer needed, as in MONAI.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, F) twice, to a scalar; ValueError where the shapes differ or have more than two axes."""

@@ -124,7 +124,7 @@ def run(
     sample = tensors[0]
     _check_place(place[1:], sample.shape[0])
     low, high = (None, None) if limits is None else limits
-    native = not _dispatch.reference_forced and unsupported(sample) is None
+    native = _dispatch.kernels_wanted() and unsupported(sample) is None
     if native and _is_direct(tensors, coefficients, place[0]):
         return _run_direct(tensors, coefficients, limits, place, out, need_x0)
     rows = _rows(coefficients, sample)

@@ -79,7 +79,7 @@ def gaussian_filter(
         raise ValueError(f"gaussian_filter: mode is {mode!r}; expected one of {list(_native.GAUSSIAN_MODES)}")
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
-    native = not _dispatch.reference_forced and unsupported(input) is None
+    native = _dispatch.kernels_wanted() and unsupported(input) is None
     if not isinstance(sigma, Tensor):
         values = _sigma_values(sigma, spatial, truncated)
         direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)

@@ -47,7 +47,7 @@ def pixel_consistency_loss(
     -1.0
     """
     at_query, at_key, radii = check_views(_NAME, query, key, query_coords, key_coords, radius)
-    if not _dispatch.reference_forced and unsupported(query) is None:
+    if _dispatch.kernels_wanted() and unsupported(query) is None:
         sums, counts = torch.ops.medaccel.pixel_pair_similarity(query, key, at_query, at_key, radii)
     else:
         dtype = op.compute_dtype(query, key)

@@ -105,7 +105,7 @@ def pixel_contrastive_loss(
     tau = check_positive(_NAME, "temperature", temperature)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{_NAME}: reduction is {reduction!r}; expected 'mean', 'sum' or 'none'")
-    if not _dispatch.reference_forced and unsupported(query, key) is None:
+    if _dispatch.kernels_wanted() and unsupported(query, key) is None:
         arguments = (query, key, at_query, at_key, radii, tau)
         loss, _, positive_lse = torch.ops.medaccel.pixel_contrastive_loss(*arguments)
         valid = positive_lse != -float("inf")

@@ -52,7 +52,7 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float = 2.0) -
     check_devices(_NAME, "features", features=features, values=values)
     if not 1 <= power < math.inf:
         raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
-    if not _dispatch.reference_forced and unsupported(features) is None:
+    if _dispatch.kernels_wanted() and unsupported(features) is None:
         propagated: Tensor = torch.ops.medaccel.pixel_propagation(features, values, float(power))
         return propagated
     dtype = op.compute_dtype(features, values)

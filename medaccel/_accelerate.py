@@ -114,7 +114,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Entry, type[nn.M
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
-    """Makes the MONAI layers of `model` run on medaccel's kernels, in place; weights and numbers stay the same.
+    """Makes the MONAI layers of `model` run on medaccel's kernels, in place; weights stay, numbers to rounding.
 
     Only this instance is touched. It may be wrapped (DataParallel, DDP), on any device, in training or not; calling
     again changes nothing more. `revert` undoes it.

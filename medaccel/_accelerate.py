@@ -114,7 +114,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Entry, type[nn.M
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
-    """Makes the MONAI layers of `model` run on medaccel's kernels, in place; weights and numbers stay the same.
+    """Makes the MONAI layers of `model` run on medaccel's kernels, in place; weights stay, numbers to rounding.
 
     Only this instance is touched. It may be wrapped (DataParallel, DDP), on any device, in training or not; calling
     again changes nothing more. `revert` undoes it.
@@ -122,6 +122,12 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     The model may be edited afterwards: every forward checks that the children whose work it takes over are still
     MONAI's and torch's own, without hooks, adapters, parametrizations or patches (a few microseconds a layer). Where
     one is not, it runs MONAI's forward, with one warning that names it; calling `accelerate` again lists such layers.
+
+    An accelerated model can be exported as it is. torch.compile and ``torch.export.export(…, strict=True)`` take the
+    kernels along. (Of a Swin UNETR, strict export stops at a check of sizes in MONAI's code.) torch.jit.trace,
+    torch.onnx.export and the default torch.export record MONAI's layers instead, in torch's own ops, and what they
+    make runs without medaccel; only losses, and Gaussian filters under torch.export, stay medaccel's ops there.
+    torch.jit.script can't compile our layers and says so: `revert` first.
 
     Args:
         model: any module that contains MONAI layers: a network, a loss, a LightningModule.

@@ -5,6 +5,10 @@
 // of the output. One thread means no parallel region at all: libgomp's pool does not survive a fork, so a
 // child (a DataLoader worker) must not enter one. `serial_after_fork()` makes sure of that whatever the
 // caller asks for.
+//
+// MEDACCEL_PLAIN_THREADS is for ThreadSanitizer: it knows nothing of libgomp's barriers and would report what they
+// order. Plain threads, each with every so manieth job, show it all that is ordered, and a race between jobs however
+// busy the machine is.
 #pragma once
 
 #include <pthread.h>
@@ -12,6 +16,10 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#if defined(MEDACCEL_PLAIN_THREADS)
+#include <thread>
+#include <vector>
+#endif
 
 namespace medaccel {
 
@@ -40,20 +48,28 @@ void parallel_for(int64_t n, int threads, const MakeScratch& make_scratch, const
     }
     std::exception_ptr error;
     std::atomic<bool> failed{false};
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads)
-    {
+    const auto work = [&](auto next_job) {
         try {
             auto scratch = make_scratch();
             while (!failed.load(std::memory_order_relaxed)) {
-                const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+                const int64_t i = next_job();
                 if (i >= n) break;
                 job(i, scratch);
             }
         } catch (...) {
             if (!failed.exchange(true)) error = std::current_exception();
         }
-    }
+    };
+#if defined(MEDACCEL_PLAIN_THREADS)
+    std::vector<std::thread> team;
+    for (int t = 0; t < threads; ++t)
+        team.emplace_back([&, t] { work([i = t - threads, threads]() mutable -> int64_t { return i += threads; }); });
+    for (std::thread& member : team) member.join();
+#else
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    work([&] { return next.fetch_add(1, std::memory_order_relaxed); });
+#endif
     if (error) std::rethrow_exception(error);
 }
 

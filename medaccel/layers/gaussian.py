@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """MONAI's GaussianFilter on medaccel's op."""
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
 from monai.networks.layers import GaussianFilter as MonaiGaussianFilter
+from monai.networks.layers.simplelayers import separable_filtering
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from medaccel.layers._bypass import number, warn_once
 from medaccel.ops import gaussian_filter
+from medaccel.ops._dispatch import exporting_plainly, refuse_scripting
+from medaccel.ops.gaussian import reference
 
 _APPROX = ("erf", "sampled", "scalespace")
 
@@ -34,12 +39,15 @@ class GaussianFilter(MonaiGaussianFilter):
     """
 
     _MONAI_FORWARD: ClassVar = MonaiGaussianFilter.forward
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the same shape; zeros outside, taps not renormalised (MONAI's semantics)."""
         if (reason := filter_unsupported(self)) is not None:
             warn_once(self, reason)
             return super().forward(x)
+        if exporting_plainly():
+            return torch.as_tensor(separable_filtering(x, self._constant_taps(x)))
         sigma = torch.stack([s.reshape(()) for s in self.sigma])
         try:
             return gaussian_filter(x, sigma, truncated=self.truncated, approx=self.approx.lower())
@@ -49,3 +57,10 @@ class GaussianFilter(MonaiGaussianFilter):
                 raise
         warn_once(self, "its sigma is negative")
         return super().forward(x)
+
+    def _constant_taps(self, x: Tensor) -> list[Tensor]:
+        """Taps that an exported graph holds as constants, as σ is now: how many there are depends on it."""
+        with warnings.catch_warnings(), _disable_current_modes(), torch.no_grad():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the constants
+            taps = [reference.taps(s.reshape(()), self.truncated, self.approx.lower(), False) for s in self.sigma]
+            return [torch.from_numpy(t.cpu().numpy()).to(x.device, x.dtype) for t in taps]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from medaccel.layers._bypass import Child, global_hooks, number, problem, warn_once
 from medaccel.ops import shifted_window_attention
+from medaccel.ops._dispatch import exporting, refuse_scripting
 
 _MONAI_BLOCK_FORWARD = MonaiSwinTransformerBlock.forward
 
@@ -64,6 +65,7 @@ class WindowAttention(MonaiWindowAttention):
     Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
     """
 
+    __prepare_scriptable__ = refuse_scripting
     BYPASSED: ClassVar = (Child("softmax", *_SOFTMAX), Child("attn_drop", *_DROPOUT))
     _MONAI_FORWARD: ClassVar = MonaiWindowAttention.forward
 
@@ -78,9 +80,11 @@ class WindowAttention(MonaiWindowAttention):
 
         A mask may be anything, so with one this is torch's scaled_dot_product_attention.
         """
-        if (reason := self.unserved()) is not None:
+        reason = self.unserved()
+        if reason is not None:
             warn_once(self, reason)
-            return super().forward(x, mask)
+        if reason is not None or exporting():
+            return torch.as_tensor(super().forward(x, mask))
         b, n, c = x.shape
         qkv = self.qkv(x)
         index = self.relative_position_index[:n, :n]
@@ -124,6 +128,7 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
         Child("attn.proj_drop", *_DROPOUT),
     )
     _MONAI_PART1: ClassVar = MonaiSwinTransformerBlock.forward_part1
+    __prepare_scriptable__ = refuse_scripting
 
     def unserved(self) -> str | None:
         """Gives None where the kernel stands in for this block as it is now; else why not, in words."""
@@ -140,10 +145,11 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
         reason = self.unserved()
         if reason is not None:
             warn_once(self, reason)
-        if reason is not None or (any(shift) and not _is_shift_mask(mask_matrix, sizes, window, shift)):
+        known = not any(shift) or _is_shift_mask(mask_matrix, sizes, window, shift)
+        if reason is not None or not known or exporting():
             if mask_matrix is _Mask.SHIFT:
                 mask_matrix = _shift_mask(sizes, window, shift, x.device) if any(shift) else None
-            return super().forward_part1(x, mask_matrix)
+            return torch.as_tensor(super().forward_part1(x, mask_matrix))
         attention: Any = self.attn
         x = self.norm1(x)
         tokens = math.prod(window)
@@ -194,10 +200,12 @@ class BasicLayer(MonaiBasicLayer):
     """Drop-in for `monai.networks.nets.swin_unetr.BasicLayer`: a stage that builds no mask that nobody reads."""
 
     _MONAI_FORWARD: ClassVar = MonaiBasicLayer.forward
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the next stage's map."""
-        if self.use_hyena or x.dim() not in (4, 5) or MonaiBasicLayer.forward is not BasicLayer._MONAI_FORWARD:
+        patched = MonaiBasicLayer.forward is not BasicLayer._MONAI_FORWARD
+        if patched or exporting() or self.use_hyena or x.dim() not in (4, 5):
             return super().forward(x)
         sizes = x.shape[2:]
         x = x.movedim(1, -1).contiguous()

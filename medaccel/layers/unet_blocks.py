@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medaccel.layers._bypass import Child, number, problem, warn_once
 from medaccel.ops import instance_norm
+from medaccel.ops._dispatch import exporting, refuse_scripting
 from medaccel.ops._transforms import in_transform
 from medaccel.ops.instance_norm import instance_norm_act
 
@@ -43,11 +44,11 @@ _ACTIVATION = ((nn.LeakyReLU, nn.ReLU), "torch's LeakyReLU or ReLU", _slope_valu
 
 
 def _served(block: Any, x: Tensor) -> bool:
-    """Whether this call is the op's: stock children, batched, on a device that it has a kernel for."""
+    """Whether this call is the op's: stock children, batched, not for an exporter, on a device that has a kernel."""
     if (reason := block.unserved()) is not None:
         warn_once(block, reason)
         return False
-    return x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
+    return not exporting() and x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
 
 
 def _unserved(block: Any, ours: Any, monais: type[nn.Module]) -> str | None:
@@ -117,6 +118,7 @@ class UnetResBlock(MonaiUnetResBlock):
         Child("lrelu", *_ACTIVATION),
     )
     _MONAI_FORWARD: ClassVar = MonaiUnetResBlock.forward
+    __prepare_scriptable__ = refuse_scripting
 
     def unserved(self) -> str | None:
         """Gives None where the kernels stand in for this block as it is now; else why not, in words."""
@@ -148,6 +150,8 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
     def unserved(self) -> str | None:
         """Gives None where the kernels stand in for this block as it is now; else why not, in words."""
         return _unserved(self, UnetBasicBlock, MonaiUnetBasicBlock)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from medaccel.ops import nt_xent_loss
 from medaccel.ops._arguments import learnt
+from medaccel.ops._dispatch import refuse_scripting
 
 _warned: weakref.WeakSet[MonaiContrastiveLoss] = weakref.WeakSet()
 
@@ -31,6 +32,8 @@ class ContrastiveLoss(MonaiContrastiveLoss):
             first such call says so.
         batch_size: no longer needed, as in MONAI.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, F) twice, to a scalar; ValueError where the shapes differ or have more than two axes."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from medaccel.ops import pixel_consistency_loss, pixel_contrastive_loss
 from medaccel.ops._arguments import check_floating, check_temperature
+from medaccel.ops._dispatch import refuse_scripting
 from medaccel.ops._views import check_positive
 
 # Of the larger bin diagonal: about one bin, whatever the number of axes. 2-D is PixPro's.
@@ -41,11 +42,13 @@ def default_radius(affine1: Tensor, affine2: Tensor) -> Tensor:
         affine1, affine2: (B, S + 1, S + 1), from the pixels' indices of both feature maps to mm.
     """
     diagonals = [_wide(a)[:, :-1, :-1].square().sum(dim=(1, 2)).sqrt() for a in (affine1, affine2)]
-    return torch.maximum(*diagonals) * RADIUS_FACTORS[affine1.shape[1] - 1]
+    return torch.maximum(*diagonals) * RADIUS_FACTORS[int(affine1.shape[1]) - 1]
 
 
 class _PixelLoss(nn.Module):
     """Two feature maps and their geometry to rows of features, coordinates and a radius."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, radius: float | None = None):
         super().__init__()

@@ -3,9 +3,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medaccel.ops._transforms import derivative_is_traced, in_transform, is_tracked
 
@@ -39,7 +40,7 @@ def kernel_serves(*arguments: object, linear: Sequence[object] = ()) -> bool:
         arguments: of the op, tensors or not.
         linear: further ones, by which its registration has a forward-mode derivative.
     """
-    if reference_forced:
+    if reference_forced or (exporting() and torch.onnx.is_in_onnx_export()):  # ONNX has no such ops
         return False
     if torch.compiler.is_compiling():
         return not derivative_is_traced()
@@ -48,6 +49,30 @@ def kernel_serves(*arguments: object, linear: Sequence[object] = ()) -> bool:
     return not (
         any(isinstance(a, Tensor) and is_tracked(a) for a in arguments)
         or any(isinstance(a, Tensor) and is_tracked(a, forward_mode=False) for a in linear)
+    )
+
+
+def exporting() -> bool:
+    """Whether calls are being recorded for others to run: by torch.jit.trace, ONNX or torch.export without Dynamo.
+
+    Dynamo (torch.compile, strict export, AOTInductor) takes our ops and layers as they are.
+    """
+    # Dynamo is asked first: it can't look into the others.
+    return not torch.compiler.is_dynamo_compiling() and (torch._C._is_tracing() or torch.compiler.is_exporting())
+
+
+def exporting_plainly() -> bool:
+    """Whether what records knows torch's own ops alone, or its file should: torch.jit.trace and ONNX."""
+    return exporting() and (torch._C._is_tracing() or torch.onnx.is_in_onnx_export())
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """Refuses torch.jit.script in a sentence: as `__prepare_scriptable__`, which it asks of every module first."""
+    monai = any(base.__module__.startswith("monai.") for base in type(module).__mro__)
+    raise RuntimeError(
+        f"torch.jit.script can't compile medaccel's {type(module).__qualname__}; "
+        f"{'call medaccel.revert(model) first, or ' if monai else ''}use torch.jit.trace, torch.export or "
+        "torch.onnx.export, which take it as it is"
     )
 
 

@@ -17,7 +17,7 @@ from medaccel.training.digest import digest
 
 @dataclass(frozen=True)
 class PretrainingConfig:
-    """Options of a pretraining; the same options give the same weights.
+    """Options of a pretraining; the same options give the same weights (on one number of threads and one processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.

@@ -16,7 +16,7 @@ from medaccel.training.digest import digest
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of a run; the same options give the same figures.
+    """Options of a run; the same options give the same figures (on one number of threads and one processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.

@@ -54,7 +54,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """Options of a study; the same options give the same figures.
+    """Options of a study; the same options give the same figures (on one number of threads and one processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from medaccel.data.ct_transforms import canonical, window
 from medaccel.nets import SwinUNETR
-from medaccel.segmentation.inference import predict_probabilities
+from medaccel.segmentation.inference import predict_labels
 from medaccel.segmentation.metrics import dice
 from medaccel.segmentation.msd import Case, MSDDataset, load_case
 from medaccel.training import ranks
@@ -253,7 +253,7 @@ class Validation(lightning.Callback):
         self.seconds += time.perf_counter() - start
 
     def _dice(self, network: nn.Module, case: Mapping[str, MetaTensor]) -> float:
-        labels = predict_probabilities(network, case["image"], self.settings).argmax(dim=0).numpy()
+        labels = predict_labels(network, case["image"], self.settings)
         truth = case["label"].numpy()[0]
         return float(np.mean([dice(labels == value, truth == value) for value in range(1, self.classes)]))
 

@@ -6,11 +6,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
 
 namespace driver {
+
+// "races": only what runs in several threads, for ThreadSanitizer.
+inline bool only_races(int argc, char** argv) { return argc > 1 && std::strcmp(argv[1], "races") == 0; }
 
 inline double random_value() {  // xorshift: the same numbers everywhere
     static uint64_t state = 88172645463325252ull;

@@ -19,6 +19,8 @@ constexpr double kLow = -0.9, kHigh = 1.1;
 struct Case {
     int64_t batch, size;
     bool model_output, previous, noise, mask, clip, x0;
+    bool shared = false;      // all samples have the first one's model output
+    bool per_sample = false;  // each sample has coefficients of its own
 };
 
 inline std::vector<Case> all_cases(int64_t largest) {
@@ -30,9 +32,14 @@ inline std::vector<Case> all_cases(int64_t largest) {
     return cases;
 }
 
-// A value for element i of the tensor with this number; the same everywhere, and exact in float.
+// A value for element i of the tensor with this number; the same everywhere, and exact in bfloat16 and float16.
 inline double value(int tensor, int64_t i) {
-    return static_cast<double>((static_cast<uint64_t>(i) * 2654435761u + 97u * tensor) % 4096) / 1024.0 - 2.0;
+    const uint64_t mixed = (static_cast<uint64_t>(i) + 7919u * tensor + 1) * 0x9E3779B97F4A7C15ull;
+    return static_cast<double>(mixed >> 58) / 16.0 - 2.0;
+}
+
+inline double coefficient(const Case& c, int i, int64_t sample) {
+    return kCoefficient[i] + (c.per_sample ? 0.0625 * static_cast<double>(sample) : 0.0);
 }
 
 inline bool generated(int64_t i) { return i % 5 != 2; }
@@ -53,9 +60,10 @@ struct Expected {
 
 // Element i of a sample; tensors are numbered sample, model_output, previous, noise, guide, grad_next, grad_x0.
 inline Expected expected(const Case& c, int64_t sample, int64_t i) {
-    const double* k = kCoefficient;
+    double k[kCoefficients];
+    for (int j = 0; j < kCoefficients; ++j) k[j] = coefficient(c, j, sample);
     const int64_t at = sample * c.size + i;
-    const double x = value(0, at), m = c.model_output ? value(1, at) : 0.0;
+    const double x = value(0, at), m = c.model_output ? value(1, c.shared ? i : at) : 0.0;
     const double u = k[kA] * x + k[kB] * m;
     const bool inside = !c.clip || (u >= kLow && u <= kHigh);
     const double x0 = c.clip ? std::fmin(std::fmax(u, kLow), kHigh) : u;

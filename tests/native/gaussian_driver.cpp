@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the Gaussian filter's CPU kernel over odd shapes, borders and layouts without Python or torch in the process:
-// for the sanitizers, and for an emulated old processor. Each result is compared with a plain loop in long double.
+// for the sanitizers, and for an emulated old processor. Output and sigma's gradient are compared with plain loops.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -33,12 +33,13 @@ Shape channels_last_strides(const Shape& shape) {
     return strides;
 }
 
-// One axis of the plain filter or of its transpose, on a contiguous tensor.
+// One axis of the plain filter, of its transpose or of its derivative by sigma, on a contiguous tensor.
 std::vector<double> along(const std::vector<double>& x, const Shape& shape, size_t axis, double sigma, bool adjoint,
-                          const Settings& s) {
+                          const Settings& s, bool derivative = false) {
     const int r = radius_of(sigma, s.truncated);
-    std::vector<double> taps(2 * r + 1), work(r + 2), y(x.size(), 0.0);
-    fill_taps(sigma, r, s.approx, s.normalize, taps.data(), nullptr, work.data());
+    std::vector<double> taps(2 * r + 1), slopes(2 * r + 1), work(r + 2), y(x.size(), 0.0);
+    fill_taps(sigma, r, s.approx, s.normalize, taps.data(), slopes.data(), work.data());
+    if (derivative) taps = slopes;
     const int64_t step = contiguous_strides(shape)[axis], size = shape[axis];
     for (int64_t i = 0; i < static_cast<int64_t>(x.size()); ++i) {
         const int64_t at = i / step % size, base = i - at * step;
@@ -56,19 +57,19 @@ std::vector<double> along(const std::vector<double>& x, const Shape& shape, size
 
 template <class T>
 bool check(const Shape& shape, const std::vector<double>& sigma, Border border, Approx approx, bool channels_last,
-           bool adjoint, int threads) {
-    const Settings settings{4.0, approx, border, false, threads};
+           bool adjoint, int threads, bool normalize = false) {
+    const Settings settings{4.0, approx, border, normalize, threads};
     const int64_t n = medaccel::element_count(shape);
     const Shape plain = contiguous_strides(shape), strides = channels_last ? channels_last_strides(shape) : plain;
     // Exactly as many elements as the tensor has: a sanitizer then sees the first one too many.
     std::unique_ptr<T[]> in(new T[n]), out(new T[n]);
-    std::vector<double> truth(n);
+    std::vector<double> truth(n), input(n);
     std::vector<int64_t> place(n);
     for (int64_t i = 0; i < n; ++i) {
         int64_t at = 0;
         for (size_t d = 0; d < shape.size(); ++d) at += i / plain[d] % shape[d] * strides[d];
         place[i] = at;
-        truth[i] = in[at] = static_cast<T>(random_value());
+        input[i] = truth[i] = in[at] = static_cast<T>(random_value());
         out[at] = std::numeric_limits<T>::quiet_NaN();
     }
     if (!filter(in.get(), out.get(), shape, strides, strides, sigma.data(), adjoint, settings)) {
@@ -81,13 +82,26 @@ bool check(const Shape& shape, const std::vector<double>& sigma, Border border, 
         const double e = std::fabs(static_cast<double>(out[place[i]]) - truth[i]);
         if (!(e <= error)) error = e;
     }
-    std::vector<double> gradient(sigma.size(), 0.0);
+    // By sigma: the output serves as the incoming gradient. Errors are relative to the lengths of what is multiplied.
+    std::vector<double> gradient(sigma.size(), std::nan(""));
     sigma_gradient(in.get(), out.get(), shape, strides, strides, sigma.data(), gradient.data(), settings);
-    for (double g : gradient)
-        if (!std::isfinite(g)) error = INFINITY;
+    double gradient_error = 0;
+    for (size_t by = 0; by < sigma.size() && !adjoint; ++by) {
+        std::vector<double> slope = input;
+        for (size_t a = 0; a < sigma.size(); ++a)
+            slope = along(slope, shape, a + 2, sigma[a], false, settings, a == by);
+        double sum = 0, square = 0, out_square = 0, in_square = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const double g = out[place[i]];
+            sum += slope[i] * g, square += slope[i] * slope[i], out_square += g * g, in_square += input[i] * input[i];
+        }
+        const double scale = std::sqrt(std::max(square, in_square) * out_square);
+        const double e = std::fabs(gradient[by] - sum) / std::max(1e-30, scale);
+        if (!(e <= gradient_error)) gradient_error = e;
+    }
     const double bound = sizeof(T) == 4 ? 2e-6 : 1e-14;
-    if (error <= bound) return true;
-    std::printf("FAILED error %g shape", error);
+    if (error <= bound && gradient_error <= bound) return true;
+    std::printf("FAILED error %g, of sigma's gradient %g, shape", error, gradient_error);
     for (int64_t s : shape) std::printf(" %ld", static_cast<long>(s));
     std::printf(" border %d approx %d channels_last %d adjoint %d threads %d\n", static_cast<int>(border),
                 static_cast<int>(approx), channels_last, adjoint, threads);
@@ -96,7 +110,7 @@ bool check(const Shape& shape, const std::vector<double>& sigma, Border border, 
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
     const std::vector<std::pair<Shape, std::vector<double>>> cases = {
         {{2, 3, 37}, {1.3}},
         {{1, 1, 1300}, {3.0}},
@@ -111,19 +125,36 @@ int main() {
         {{0, 1, 6, 7, 8}, {1.0, 1.0, 1.0}},
         {{1, 1, 6, 0, 8}, {1.0, 1.0, 1.0}},
     };
+    // Blocks along z, tiles along x and whole volumes as the jobs of several threads, and what is left of each.
+    const std::vector<std::pair<Shape, std::vector<double>>> large = {
+        {{1, 1, 21, 9, 40}, {1.5, 1.0, 2.0}},
+        {{1, 1, 2, 4, 1703}, {0.7, 1.0, 1.0}},
+        {{2, 2, 9, 11, 31}, {1.0, 0.0, 2.0}},
+        {{1, 3, 18, 301}, {1.5, 2.5}},
+        {{2, 1, 9000}, {4.0}},
+    };
+    const bool races = driver::only_races(argc, argv);
     int checked = 0, failed = 0;
+    const auto run = [&](const Shape& shape, const std::vector<double>& sigma, Border border, Approx approx,
+                         bool last, bool adjoint, int threads, bool normalize = false) {
+        if (races && threads == 1) return;
+        failed += !check<float>(shape, sigma, border, approx, last, adjoint, threads, normalize);
+        failed += !check<double>(shape, sigma, border, approx, last, adjoint, threads, normalize);
+        checked += 2;
+    };
     for (const auto& [shape, sigma] : cases)
-        for (int border = 0; border < 5; ++border)
+        for (int border = 0; border < 5 && !races; ++border)  // too small for more than one thread
             for (int approx = 0; approx < 3; ++approx)
-                for (int variant = 0; variant < 8; ++variant) {
-                    const bool last = variant & 1, adjoint = variant & 2;
-                    const int threads = variant & 4 ? 3 : 1;
-                    const auto b = static_cast<Border>(border);
-                    const auto a = static_cast<Approx>(approx);
-                    failed += !check<float>(shape, sigma, b, a, last, adjoint, threads);
-                    failed += !check<double>(shape, sigma, b, a, last, adjoint, threads);
-                    checked += 2;
-                }
+                for (int variant = 0; variant < 8; ++variant)
+                    run(shape, sigma, static_cast<Border>(border), static_cast<Approx>(approx), variant & 1,
+                        variant & 2, variant & 4 ? 3 : 1);
+    for (const auto& [shape, sigma] : large)
+        for (int variant = 0; variant < 5; ++variant)
+            run(shape, sigma, static_cast<Border>(variant), Approx::erf, variant & 1, variant & 2, 3, variant > 2);
+    // What is left of a register, a block of rows or a block of planes: every number of them, and every radius.
+    for (int n = 1; n <= 40; ++n)
+        for (Border border : {Border::constant, Border::reflect, Border::wrap})
+            run({1, 1, 1 + n % 9, 1 + n % 5, n}, {0.3, 0.6, n * 0.25}, border, Approx::sampled, false, n % 2, 1);
     std::printf("%d checked, %d failed\n", checked, failed);
     return failed != 0;
 }

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Label maps on the scan's own grid, with a network whose answer is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from nibabel import Nifti1Image
 from torch import Tensor, nn
 
-from medaccel.data import make_nifti
+from medaccel.data import make_nifti, resample
 from medaccel.data.ct_transforms import canonical
-from medaccel.segmentation.inference import predict_probabilities, segment
+from medaccel.segmentation import inference
+from medaccel.segmentation.inference import logit_planes, predict_labels, predict_probabilities, segment
 from medaccel.segmentation.metrics import dice
 from medaccel.segmentation.presets import make_settings
 
@@ -105,10 +109,93 @@ def test_the_largest_components_are_kept_of_each_structure():
     assert (largest == 2).sum() == (everything == 2).sum() > 0
 
 
-def test_long_scans_are_done_slab_by_slab(monkeypatch: pytest.MonkeyPatch):
-    from medaccel.segmentation import inference
-
+def test_labels_do_not_depend_on_how_many_planes_are_done_at_a_time(monkeypatch: pytest.MonkeyPatch):
     image = make_nifti(scan()[0], np.diag([2.0, 2.0, 2.5, 1.0]))
-    whole = np.asarray(segment(Brightness(), image, SETTINGS).dataobj)
-    monkeypatch.setattr(inference, "_SLICES", 7)
-    assert np.array_equal(np.asarray(segment(Brightness(), image, SETTINGS).dataobj), whole)
+    some = np.asarray(segment(Brightness(), image, SETTINGS).dataobj)
+    for planes in (1, 7, 1000):
+        monkeypatch.setattr(inference, "_PLANES", planes)
+        assert np.array_equal(np.asarray(segment(Brightness(), image, SETTINGS).dataobj), some)
+
+
+# Sizes that windows fit, don't fit, and that are smaller than one; depths of one and several rows of windows.
+@pytest.mark.parametrize("shape", [(35, 20, 17), (32, 16, 16), (20, 10, 25), (75, 17, 15), (33, 32, 5)])
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
+@pytest.mark.parametrize("sw_batch_size", [1, 4])
+def test_logits_are_those_of_monais_sliding_window_bit_for_bit(
+    shape: tuple[int, int, int], overlap: float, sw_batch_size: int
+):
+    from monai.data import MetaTensor
+    from monai.inferers import sliding_window_inference
+
+    settings = SETTINGS | {"roi_size": [16, 16, 16], "overlap": overlap, "sw_batch_size": sw_batch_size}
+    hu = 100 * torch.rand(1, *shape)
+    network = nn.Sequential(nn.Conv3d(1, 5, 3, padding=1), nn.InstanceNorm3d(5))
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            hu[None] / 100, settings["roi_size"], sw_batch_size, network, overlap=overlap, mode="gaussian"
+        )
+    image, expected = MetaTensor(hu), torch.as_tensor(logits)[0]
+    assert torch.equal(torch.cat([found for _, found in logit_planes(network, image, settings)], dim=1), expected)
+    # The exponential of the last few voxels of a tensor is not torch's vectorised one.
+    torch.testing.assert_close(
+        predict_probabilities(network, image, settings), expected.softmax(0), rtol=1e-6, atol=0
+    )
+    assert np.array_equal(predict_labels(network, image, settings), expected.argmax(dim=0).numpy())
+
+
+def all_at_once(network: nn.Module, image: Nifti1Image, settings: dict) -> np.ndarray:
+    """Labels by way of every class' probabilities over the whole scan."""
+    seen = canonical(image, settings["spacing"])["image"]
+    affine = np.asarray(seen.affine, dtype=np.float64).copy()
+    affine[:3, 3] -= affine[:3, :3].sum(axis=1)
+    found = [
+        np.asarray(resample(make_nifti(np.pad(p.numpy(), 1, mode="edge"), affine), image, outside=value).dataobj)
+        for p, value in zip(predict_probabilities(network, seen, settings), (1.0, 0.0, 0.0), strict=True)
+    ]
+    return np.argmax(found, axis=0).astype(np.uint8)
+
+
+def random_affines() -> list[np.ndarray]:
+    """Every order and direction of axes, turned ones, and one as of a tilted gantry."""
+    rng = np.random.default_rng(0)
+    affines = []
+    for order in itertools.permutations(range(3)):
+        matrix = np.eye(4)
+        matrix[:3, :3] = np.diag(rng.choice([-1, 1], 3) * rng.uniform(1.5, 3.5, 3))[list(order)]
+        affines.append(matrix)
+    turned = np.eye(4)
+    turned[:3, :3] = np.linalg.qr(rng.normal(size=(3, 3)))[0] * [2.0, 2.5, 3.0]
+    sheared = np.diag([2.0, 2.0, 3.0, 1.0])
+    sheared[0, 2], sheared[1, 2] = 0.4, 0.9
+    return [*affines, turned, sheared]
+
+
+@pytest.mark.parametrize("number", range(len(random_affines())))
+def test_labels_are_those_of_all_probabilities_at_once(number: int):
+    image = make_nifti(scan()[0], random_affines()[number])
+    labels = np.asarray(segment(Brightness(), image, SETTINGS).dataobj)
+    assert np.array_equal(labels, all_at_once(Brightness(), image, SETTINGS))
+    assert (labels > 0).any()
+
+
+def test_memory_does_not_grow_with_the_scans_length_times_its_classes():
+    from monai.data import MetaTensor
+
+    settings = SETTINGS | {"roi_size": [16, 16, 16], "overlap": 0.5, "spacing": [1.0, 1.0, 1.0]}
+    network = nn.Conv3d(1, 60, 1)
+    most = 0
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        """Tells the largest tensor that any op makes."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                most = max(most, out.untyped_storage().nbytes())
+            return out
+
+    image = MetaTensor(torch.zeros(1, 320, 32, 32))
+    with Watched():
+        assert predict_labels(network, image, settings).shape == (320, 32, 32)
+    assert most == 60 * 16 * 32 * 32 * 4  # of a window's depth, not of the scan's

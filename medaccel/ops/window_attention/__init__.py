@@ -94,7 +94,8 @@ def shifted_window_attention(
     tensors = (qkv, bias_table, bias_index, pad_qkv, seed)
     if _dispatch.kernel_serves(qkv, bias_table, pad_qkv) and unsupported(qkv, head_dim) is None:
         return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, dropout_p)[0]
-    op.check_index(bias_index, bias_table.shape[0])
+    if not _dispatch.exporting():  # whose tensors have no values
+        op.check_index(bias_index, bias_table.shape[0])
     cast = qkv.to(_dispatch.autocast_dtype(qkv))  # autocast's rule is the kernel's: qkv alone is cast
     with _dispatch.without_autocast(qkv.device):
         return reference.shifted_window_attention(cast, *tensors[1:], window, shift, factor, dropout_p)

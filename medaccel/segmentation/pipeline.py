@@ -172,9 +172,14 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
     options = config.tasks[task]
     preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
     try:
-        return make_settings({"preset": preset, **config.overrides(task, fraction)})
+        settings = make_settings({"preset": preset, **config.overrides(task, fraction)})
+        if settings["steps"] % settings["steps_per_epoch"]:
+            raise ValueError(
+                f"steps is {settings['steps']}; expected a multiple of steps_per_epoch, {settings['steps_per_epoch']}"
+            )
     except ValueError as error:
         raise ValueError(f"task {task}: {error}") from error
+    return settings
 
 
 def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

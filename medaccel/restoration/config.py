@@ -15,7 +15,6 @@ from medaccel.restoration.methods import METHODS
 from medaccel.training.digest import digest
 from medaccel.training.settings import TRAINING, check_fields, check_group, check_keys, check_written
 
-
 # Of a scoring's folder: nothing that leads elsewhere, is hidden, or begins as an option does.
 _NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
 _RESERVED = {

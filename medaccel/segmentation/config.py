@@ -51,8 +51,13 @@ _PRIMARY: dict[str, Any] = {
 }
 # Defaults give the types.
 _ILLUSTRATION: dict[str, Any] = {
-    **{"image": "", "organs": "", "label": 1},
-    **{"task": "spleen", "fraction": 1.0, "init": RANDOM, "seed": 0},
+    "image": "",
+    "organs": "",
+    "label": 1,
+    "task": "spleen",
+    "fraction": 1.0,
+    "init": RANDOM,
+    "seed": 0,
 }
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
@@ -254,7 +259,8 @@ class SegmentationConfig:
         unknown = [init for init in self.inits if init not in known]
         if unknown:
             raise ValueError(
-                f"inits names {unknown}; expected some of {', '.join(dict.fromkeys(known))}{nearest(unknown[0], known)}"
+                f"inits names {unknown}; expected some of {', '.join(dict.fromkeys(known))}"
+                f"{nearest(unknown[0], known)}"
             )
         if RANDOM in self.weights:
             raise ValueError(f"weights has files for {RANDOM!r}; expected another name: that is without any")

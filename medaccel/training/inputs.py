@@ -59,7 +59,9 @@ def differences(before: Record, files: Iterable[Path], *, lenient: bool = False)
     return said, after
 
 
-def refuse_changes(where: Path, noun: str, said: list[str], advice: str = "choose another --output, or --force to start clean") -> None:
+def refuse_changes(
+    where: Path, noun: str, said: list[str], advice: str = "choose another --output, or --force to start clean"
+) -> None:
     """Raises ValueError where `differences` has found any.
 
     Args:
@@ -76,7 +78,9 @@ def refuse_changes(where: Path, noun: str, said: list[str], advice: str = "choos
         )
 
 
-def check_inputs(folder: Path, noun: str, files: Iterable[Path], *, lenient: bool = False, advice: str | None = None) -> None:
+def check_inputs(
+    folder: Path, noun: str, files: Iterable[Path], *, lenient: bool = False, advice: str | None = None
+) -> None:
     """Records the files in the folder's inputs.json, or refuses those that differ from what is recorded there.
 
     Raises:

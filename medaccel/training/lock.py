@@ -64,7 +64,7 @@ def _acquire(lock: FileLock, folder: Path, what: str) -> None:
             return
         except Timeout:
             pid, host = _owner(folder)
-            if pid is not None and (host != socket.gethostname() or _alive(pid)) or time.monotonic() > deadline:
+            if (pid is not None and (host != socket.gethostname() or _alive(pid))) or time.monotonic() > deadline:
                 who = f"process {pid} on {host}" if pid is not None else "another process"
                 raise ValueError(
                     f"{folder}: {who} is working on this {what}; wait until it has ended, or choose another --output"

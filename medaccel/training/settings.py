@@ -225,7 +225,9 @@ def _plural(hint: Any) -> str:
 
 def _is_list(hint: Any) -> bool:
     origin = typing.get_origin(hint) or hint
-    return origin in (tuple, list) or (inspect.isclass(origin) and issubclass(Sequence, origin) and origin is not object)
+    return origin in (tuple, list) or (
+        inspect.isclass(origin) and issubclass(Sequence, origin) and origin is not object
+    )
 
 
 class _UnfitError(Exception):

@@ -64,11 +64,9 @@ class NetworkMethod(Method):
 
         for key, known in (("cache", CACHES), ("reference", REFERENCES)):
             if self.settings[key] not in known:
-                raise ValueError(
-                    f"{self.name}: {key} is {self.settings[key]!r}; expected one of {', '.join(known)}"
-                )
+                raise ValueError(f"{self.name}: {key} is {self.settings[key]!r}; expected one of {', '.join(known)}")
         if not 0 <= self.settings["overlap"] < 1:
-            raise ValueError(f"{self.name}: overlap is {self.settings['overlap']}; expected a share from 0 to below 1")
+            raise ValueError(f"{self.name}: overlap is {self.settings['overlap']}; expected a share in [0, 1)")
         if self.settings["steps"] % self.settings["steps_per_epoch"]:
             raise ValueError(
                 f"{self.name}: steps is {self.settings['steps']}; expected a multiple of steps_per_epoch, "

@@ -6,7 +6,7 @@ splits.json          which studies were fitted on and chosen on, and `inputs`: s
 studies/             simulated ones, in the layout of `medaccel.restoration.study`
 fits/<method>/       logs and what an interrupted fit goes on from
 checkpoints/         one file a fitted method
-scored/<name>/       results on test studies, and inputs.json of these; scored.json says when they were made, with what
+scored/<name>/       results on test studies, and inputs.json of these; scored.json says when, and with what
 metrics.json|csv, figures/, report.html    on the validation studies
 """
 

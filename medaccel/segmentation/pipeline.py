@@ -110,9 +110,8 @@ def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, d
             if not Path(file).is_file():
                 raise FileNotFoundError(f"weights.{name}: {file} not found")
     for key in ("image", "organs"):
-        file = config.illustration.get(key)
-        if file is not None and not Path(file).exists():
-            raise FileNotFoundError(f"illustration.{key}: {file} not found")
+        if key in config.illustration and not Path(config.illustration[key]).exists():
+            raise FileNotFoundError(f"illustration.{key}: {config.illustration[key]} not found")
     check_backend(config.backend)
     if ranks.world_size() > 1 and cell is None and config.jobs and config.backend != "sequential":
         raise ValueError(

@@ -20,6 +20,7 @@ from medaccel.data.files import write_text
 INPUTS = "inputs.json"
 _CHUNK = 1 << 20
 _READERS = 4  # hashing releases the interpreter's lock; more readers than this gain nothing from a disk
+_ADVICE = "choose another --output, or --force to start clean"
 _NAMED = 3  # of many files that differ, this many are named
 
 Record = dict[str, dict[str, Any]]
@@ -59,9 +60,7 @@ def differences(before: Record, files: Iterable[Path], *, lenient: bool = False)
     return said, after
 
 
-def refuse_changes(
-    where: Path, noun: str, said: list[str], advice: str = "choose another --output, or --force to start clean"
-) -> None:
+def refuse_changes(where: Path, noun: str, said: list[str], advice: str = _ADVICE) -> None:
     """Raises ValueError where `differences` has found any.
 
     Args:
@@ -78,9 +77,7 @@ def refuse_changes(
         )
 
 
-def check_inputs(
-    folder: Path, noun: str, files: Iterable[Path], *, lenient: bool = False, advice: str | None = None
-) -> None:
+def check_inputs(folder: Path, noun: str, files: Iterable[Path], advice: str = _ADVICE) -> None:
     """Records the files in the folder's inputs.json, or refuses those that differ from what is recorded there.
 
     Raises:
@@ -91,8 +88,8 @@ def check_inputs(
         save(path, record(files))
         return
     before = read(path)
-    said, after = differences(before, files, lenient=lenient)
-    refuse_changes(folder, noun, said, *([advice] if advice else []))
+    said, after = differences(before, files)
+    refuse_changes(folder, noun, said, advice)
     if after != before:
         save(path, after)
 

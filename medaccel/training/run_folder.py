@@ -169,8 +169,8 @@ class OptionsFolder:
             say(f"{self.path}: nothing was made; the earlier {self.noun} is back")
         else:
             say(
-                f"{', '.join(map(str, asides))}: the earlier {self.noun}, kept until this one has its report (the same "
-                "command without --force goes on)"
+                f"{', '.join(map(str, asides))}: the earlier {self.noun}, kept until this one has its report (the "
+                "same command without --force goes on)"
             )
 
     def _asides(self) -> list[Path]:

@@ -95,7 +95,7 @@ def check_written(record: Path, values: Mapping[str, Any], config: Any) -> None:
 def check_group(whose: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A group of settings, each of its default's type; those of `TRAINING` are in their range.
 
-    Whether this machine has the accelerator is `check_accelerator`'s to say: a checkpoint has the settings of another.
+    Whether this machine has the accelerator is `check_accelerator`'s to say: a checkpoint comes from another one.
 
     Args:
         whose: what a message begins with.
@@ -159,7 +159,8 @@ def check_fields(options: Any) -> None:
     Raises:
         ValueError: a value of another type.
     """
-    for name, hint in hints_of(type(options)).items():
+    kind: Any = type(options)
+    for name, hint in hints_of(kind).items():
         object.__setattr__(options, name, converted(name, getattr(options, name), hint))
 
 
@@ -225,9 +226,7 @@ def _plural(hint: Any) -> str:
 
 def _is_list(hint: Any) -> bool:
     origin = typing.get_origin(hint) or hint
-    return origin in (tuple, list) or (
-        inspect.isclass(origin) and issubclass(Sequence, origin) and origin is not object
-    )
+    return origin in (tuple, list, Sequence)
 
 
 class _UnfitError(Exception):

@@ -24,6 +24,7 @@ from medaccel.restoration.methods import METHODS, load_method
 from medaccel.restoration.pipeline import choose_best, run, score
 from medaccel.restoration.scoring import Scored
 from medaccel.restoration.study import load_study, save_study
+from tests.interrupts import heed_sigint
 from tests.restoration.test_gaussian_methods import make_study
 
 GAUSSIANS = ("gaussian1", "gaussian3", "gaussian_mix")
@@ -346,7 +347,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folders: tuple[Path, Path], tmp_path: 
     output = tmp_path / "run"
     command = [sys.executable, "-m", "medaccel.cli", "restoration", "run", "--output", str(output)]
     command += ["--train_studies", str(folders[0])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=heed_sigint,
+    )
     deadline = time.monotonic() + 90
     while not (output / "checkpoints" / "gaussian1.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -386,7 +394,8 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_options_end_in_a_sentence(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options, sentence = BAD[what]
-    assert main(["restoration", "run", "--output", str(tmp_path / "run"), *options]) == 1
+    assert main(["restoration", "run", "--output", str(tmp_path / "run"), *options]) == 2
+    assert not (tmp_path / "run").exists()
     error = capsys.readouterr().err
     assert "medaccel: error:" in error
     assert sentence in error
@@ -406,7 +415,7 @@ SCORE_BAD = {
 @pytest.mark.parametrize("what", SCORE_BAD)
 def test_bad_options_of_a_score_end_in_a_sentence(what: str, quick: RunConfig, capsys: pytest.CaptureFixture[str]):
     options, sentence = SCORE_BAD[what]
-    assert main(["restoration", "score", str(quick.output), *options]) == 1
+    assert main(["restoration", "score", str(quick.output), *options]) == 2
     error = capsys.readouterr().err
     assert "medaccel: error:" in error
     assert sentence in error

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medaccel.cli import build_parser
+from medaccel.cli import parse
 from medaccel.segmentation import report_examples
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.phantom_task import write_task
@@ -323,12 +323,10 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, task: Path, options
 def test_the_configurations_are_the_study(name: str):
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     part = "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
-    arguments = build_parser().parse_args(["segmentation", "run", "--config", str(path), "--select", part])
-    options = arguments.segmentation.run.as_dict()
+    _, arguments = parse(["segmentation", "run", "--config", str(path), "--select", part])
+    options = arguments.as_dict()
     known = {field.name for field in fields(SegmentationConfig)}
-    config = SegmentationConfig(
-        **{k: tuple(v) if k in ("inits", "fractions", "seeds") else v for k, v in options.items() if k in known}
-    )
+    config = SegmentationConfig(**{k: v for k, v in options.items() if k in known})
     assert len(config.cells()) == 144
     assert len(config.chosen()) == 12
     assert {cell.pretraining for cell in config.chosen()} == {0, 1}

@@ -102,27 +102,30 @@ class _Line:
         kind = "list" if "." in name else _kind(self.hints.get(name))
         if kind == "scalar or list":  # of numbers, as a filter's widths
             return _is_number(word) and _is_number(values[0])
-        return kind == "list" and not values[0].startswith(("[", "{"))
+        # What is in brackets is the whole list, unless the list is one of lists.
+        hint = self.hints.get(name)
+        nested = hint is not None and _kind(next(iter(typing.get_args(hint)), None)) == "list"
+        return kind == "list" and (nested or not values[0].startswith(("[", "{")))
 
     def _value(self, name: str, values: Sequence[str]) -> str:
         if name == "config":
             return self._config(values[0])
-        if name not in self.hints:
+        hint = self.hints.get(name, self._entry(name))
+        if hint is None:
             return values[0] if len(values) == 1 else json.dumps([_loaded(value) for value in values])
-        hint = self.hints[name]
         if _is_text(hint):
             found = converted(name, None if values[0] == "null" and _optional(hint) else values[0], hint)
             return "null" if found is None else values[0]
-        if len(values) == 1:
-            text = values[0]
-            given = text if _kind(hint) == "list" and not text.startswith(("[", "{")) else _loaded(text)
-            if given is None and not _optional(hint):
-                given = text
-        else:
-            given = [part if _of_text(hint) else _loaded(part) for part in values]
-            if all(isinstance(part, str) and "," in part for part in given):
-                given = [_loaded(f"[{part}]") for part in given]
+        given = _given(values, hint)
+        if given is None and not _optional(hint):
+            given = values[0]
         return json.dumps(converted(name, given, hint), default=str)
+
+    def _entry(self, name: str) -> Any:
+        """The type of a list within settings, as `--select.init`; None of what has none here."""
+        base, _, key = name.partition(".")
+        inner = typing.get_args(self.hints.get(base))
+        return inner[1] if key and "." not in key and len(inner) == 2 and _kind(inner[1]) == "list" else None
 
     def _config(self, path: str) -> str:
         """A YAML file as JSON, whose keys and values are those of the command."""
@@ -158,6 +161,17 @@ class _Line:
         return nearest(name, [option.lstrip("-") for option in self.actions if option.startswith("--")]).replace(
             "mean ", f"mean {dashes}"
         )
+
+
+def _given(values: Sequence[str], hint: Any) -> Any:
+    """What the words after an option mean."""
+    if len(values) == 1:
+        listed = _kind(hint) == "list" and not values[0].startswith(("[", "{"))  # one entry, or several with commas
+        return values[0] if listed else _loaded(values[0])
+    found = [value if _of_text(hint) else _loaded(value) for value in values]
+    if all(isinstance(value, str) and "," in value for value in found):
+        return [_loaded(f"[{value}]") for value in values]
+    return found
 
 
 def _loaded(text: str) -> Any:

@@ -21,6 +21,7 @@ from medaccel.restoration.simulator import Progress, SimulatorConfig
 from medaccel.restoration.study import STUDY_JSON, find_studies, is_complete, read_parameters, save_study
 from medaccel.training.inputs import Record, differences, refuse_changes
 from medaccel.training.inputs import record as inputs_of
+from medaccel.training.settings import converted, hints_of
 
 VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
 
@@ -43,6 +44,8 @@ def simulator_of(config: RunConfig) -> SimulatorConfig:
         ValueError: an unknown or impossible parameter, or one of the run's exposures is not simulated.
     """
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.simulator.items()}
+    hints = hints_of(SimulatorConfig)
+    values = {k: converted(f"simulator.{k}", v, hints[k]) if k in hints else v for k, v in values.items()}
     try:
         simulator = SimulatorConfig(**values)
     except TypeError as error:

@@ -220,7 +220,7 @@ class SegmentationConfig:
                     f"tasks.{name} has no data; expected a folder, or one of the phantoms' {list(TASKS)}"
                 )
             self._check_by_fraction(name)
-        check_group("phantoms", self.phantoms, _PHANTOMS)
+        object.__setattr__(self, "phantoms", check_group("phantoms", self.phantoms, _PHANTOMS))
         for name in ("spacing", "pool_spacing"):
             steps = self.phantom_options[name]
             if len(steps) != 3 or not all(0 < step <= COARSEST for step in steps):
@@ -276,7 +276,7 @@ class SegmentationConfig:
             raise ValueError("inits has 'supervised' and there is one task; expected a second one to pretrain on")
 
     def _check_primary(self) -> None:
-        check_group("primary", self.primary, {**_PRIMARY, "none": True})
+        object.__setattr__(self, "primary", check_group("primary", self.primary, {**_PRIMARY, "none": True}))
         primary = self.comparison
         if primary is None:
             return

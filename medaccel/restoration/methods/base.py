@@ -105,9 +105,9 @@ class Method(abc.ABC):
                 f"{nearest(min(unknown), self.defaults)}"
             )
         given = {k: v for k, v in (settings or {}).items() if v is not None or k not in self.optional}
-        check_group(self.name, given, self.defaults)
+        given = check_group(self.name, given, self.defaults)
         self.task = task
-        self.settings: dict[str, Any] = {**self.defaults, **(settings or {})}
+        self.settings: dict[str, Any] = {**self.defaults, **(settings or {}), **given}
         self.fitted = Fitted()
 
     @abc.abstractmethod

@@ -60,9 +60,14 @@ class NetworkMethod(Method):
         for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
             if self.settings[key] < 1:
                 raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
+        from medaccel.restoration.networks import BASES
         from medaccel.restoration.patches import CACHES, REFERENCES
+        from medaccel.restoration.scaling import SCALINGS
 
-        for key, known in (("cache", CACHES), ("reference", REFERENCES)):
+        for key, known in (
+            *(("cache", CACHES), ("reference", REFERENCES)),
+            *(("scaling", tuple(SCALINGS)), ("base", BASES)),
+        ):
             if self.settings[key] not in known:
                 raise ValueError(f"{self.name}: {key} is {self.settings[key]!r}; expected one of {', '.join(known)}")
         if not 0 <= self.settings["overlap"] < 1:

@@ -24,6 +24,7 @@ from filelock import FileLock
 from medaccel.data.files import write_text
 from medaccel.restoration.config import RunConfig
 from medaccel.training.digest import digest
+from medaccel.training.lock import LOCK
 from medaccel.training.run_folder import OptionsFolder
 
 
@@ -98,11 +99,13 @@ class RunFolder(OptionsFolder):
         """Adds to scored.json that the run was scored, with the time; returns how often on these studies by now."""
         path = self.path / "scored.json"
         # Scorings of other names may end at the same time.
-        with FileLock(self.path / "scored" / ".lock", timeout=60):
+        lock = self.path / "scored" / LOCK
+        with FileLock(lock, timeout=60):
             entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             entries.append({"time": now, **entry})
             write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)
+            lock.unlink(missing_ok=True)
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
     def hashes(self, config: RunConfig) -> dict[str, str]:

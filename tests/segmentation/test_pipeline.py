@@ -4,6 +4,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from medaccel.segmentation import report_examples
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.phantom_task import write_task
 from medaccel.segmentation.pipeline import run, settings_of
+from medaccel.training.lock import locked
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 
 PHANTOMS = {"cases": 9, "spacing": [8.0, 8.0, 8.0], "pool": 2, "pool_spacing": [8.0, 8.0, 8.0]}
@@ -333,6 +335,57 @@ def test_the_configurations_are_the_study(name: str):
     assert config.comparison is not None
     widths = {settings_of(config, task)["feature_size"] for task in config.tasks}
     assert widths == {config.pretraining["network"]["feature_size"]}
+
+
+def test_data_that_changed_is_named(tmp_path: Path, task: Path):
+    shutil.copytree(task, tmp_path / "task")
+    config = make_config(tmp_path / "study", tmp_path / "task", inits=("random",), primary=NONE)
+    run_fake(config)
+    image, other = sorted((tmp_path / "task" / "imagesTr").iterdir())[:2]
+    image.touch()
+    run_fake(config)
+    shutil.copy(other, image)
+    for cell in (None, *range(6)):
+        with pytest.raises(ValueError, match=rf"a study of other data: .*{image.name} has changed"):
+            run_fake(config, cell=cell)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tasks": {"spleen": {"data": "nowhere"}}},
+        {"settings": {"learning_rate": "abc"}},
+        {"settings": {"accelerator": "gpu"}},
+        {"pretraining": {"scans": ["nowhere"]}},
+        {"pretraining": {"network": {"feature_size": "abc"}}},
+        {"weights": {"instance_pixel": ["nowhere.pt"]}},
+    ],
+)
+def test_force_removes_nothing_where_the_options_are_refused(tmp_path: Path, task: Path, options: dict[str, Any]):
+    config = make_config(tmp_path / "study", task)
+    run_fake(config)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run_fake(make_config(tmp_path / "study", task, **options), force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cells_of_one_folder_run_side_by_side_but_not_the_same_one_twice(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task, inits=("random",), primary=NONE)
+    run_fake(replace(config, jobs=0))
+    busy = config.output / "cells" / config.cells()[0].name
+    busy.mkdir(parents=True)
+    with locked(busy, "cell"):
+        with pytest.raises(ValueError, match=rf"failed: .*process {os.getpid()} on .* is working on this cell"):
+            run_fake(config, cell=0)
+        run_fake(config, cell=1)
+        with locked(config.output, "study"):  # `--cell` beside a process that works on the rest
+            run_fake(config, cell=2)
+        with pytest.raises(ValueError, match="a process is working there; wait until it has ended"):
+            run_fake(config, force=True)
+    assert sorted(runs(config.output)) == sorted(cell.name for cell in config.cells()[1:3])
+    run_fake(config)
+    assert set(runs(config.output).values()) == {1}
 
 
 def test_five_seeds_are_not_called_six(tmp_path: Path, task: Path):

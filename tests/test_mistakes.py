@@ -133,6 +133,8 @@ def test_a_value_of_another_type_is_refused_by_name(
 def test_a_trainers_setting_of_another_type_is_refused_before_anything_is_made(command: str, key: str, refused: Any):
     group = "settings" if command == "segmentation run" else "trainer"
     for value in ("[abc]", "{a: 1}", "abc" if not isinstance(TRAINING[key], str) else "7", "null"):
+        if key == "gradient_clip" and value == "null":
+            continue  # none
         error = refused(*command.split(), "--output", "run", "--force", f"--{group}.{key}", value)
         assert f"{key} is " in error
         assert "expected" in error

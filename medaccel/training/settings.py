@@ -28,7 +28,7 @@ TRAINING: dict[str, Any] = {
     "weight_decay": 0.01,
     "warm_up": 30,  # steps
     "ema_decay": 0.99,  # of the running average of the weights; 0: none
-    "gradient_clip": 1.0,
+    "gradient_clip": 1.0,  # None and 0: none
     "checkpoint_minutes": 2.0,
     "cache": "memory",
     "num_workers": 0,
@@ -109,6 +109,9 @@ def check_group(whose: str, given: Any, defaults: Mapping[str, Any]) -> dict[str
     values = {}
     for key, value in given.items():
         hint = hint_of(defaults[key])
+        if key == "gradient_clip" and value is None:
+            values[key] = None
+            continue
         name = f"{whose}: {key}"
         if key in TRAINING and key in _RANGES:
             fits, expected = _RANGES[key]

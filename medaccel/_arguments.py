@@ -77,7 +77,7 @@ class _Line:
             nested = action is None and _kind(self.hints.get(base)) == "settings"
             if action is None and not nested:
                 raise ValueError(f"{option} is no option of this command{self._nearest(name)}")
-            if action is not None and action.nargs == 0:
+            if action is not None and (action.nargs == 0 or action.dest == "print_config"):
                 result.append(word)
                 continue
             values = [value] if equals else []

@@ -170,6 +170,9 @@ MORE = {
         (["--methods", "swin_unetr", "--settings.swin_unetr.accelerator", "cuda"], "torch sees no GPU here"),
         (["--trainer", "{strategy: dpp}"], "did you mean ddp?"),
         (["--seed"], "--seed has no value"),
+        (["--seed", "-1"], "seed is -1; expected a whole number from 0"),
+        (["--seed", "99999999999999999999"], "expected a whole number from 0"),
+        (["extra"], "unrecognized arguments: extra"),
     ],
     "pretraining run": [
         (["--scans", "nowhere"], "nowhere"),
@@ -210,6 +213,8 @@ MORE = {
         (["--backend", "ray"], "ray is not installed here"),
         (["--inits", "random", "instance_pixl"], "did you mean instance_pixel?"),
         (["--fractions", "0.2,abc"], "fractions is '0.2,abc'; expected a list of numbers"),
+        (["--cell", "0"], "holds a study with other options"),
+        (["--seeds", "0", "99999999999", "--primary", "{none: true}"], "expected a whole number from 0"),
         (["--cell", "abc"], "cell is 'abc'; expected a whole number"),
         (["--select.init", "nvidea"], "selection of init"),
         (["--primary", "{fraction: abc}"], "primary: fraction is 'abc'; expected a number"),
@@ -311,6 +316,13 @@ def test_files_and_options_are_merged_key_by_key(tmp_path: Path):
     found = parse(["pretraining", "run", "--config", str(tmp_path / "a.yaml"), "--trainer.steps", "100"])[1]
     assert found.trainer == {"steps": 100, "learning_rate": 1e-4}
     assert found.seed == 3
+
+
+def test_the_options_can_be_printed(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["pretraining", "run", "--seed", "3", "--print_config"])
+    assert end.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
 
 
 def test_names_of_folders_are_taken_letter_by_letter():

@@ -13,7 +13,7 @@ from typing import Any
 
 from medaccel.pretraining.names import PRESETS, TASK_NAMES
 from medaccel.training.digest import digest
-from medaccel.training.settings import check_fields, check_keys, check_written, nearest
+from medaccel.training.settings import check_fields, check_keys, check_seeds_range, check_written, nearest
 
 COARSEST = 8.0  # mm, of phantoms
 
@@ -94,6 +94,7 @@ class PretrainingConfig:
             raise ValueError(
                 f"phantoms is {self.phantoms} and there are no scans; expected at least 2, one of them to evaluate on"
             )
+        check_seeds_range("seed", self.seed)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; expected a share in (0, 1)")
         if not 0 <= self.skip_limit <= 1:

@@ -13,7 +13,14 @@ from typing import Any
 
 from medaccel.restoration.methods import METHODS
 from medaccel.training.digest import digest
-from medaccel.training.settings import TRAINING, check_fields, check_group, check_keys, check_written
+from medaccel.training.settings import (
+    TRAINING,
+    check_fields,
+    check_group,
+    check_keys,
+    check_seeds_range,
+    check_written,
+)
 
 # Of a scoring's folder: nothing that leads elsewhere, is hidden, or begins as an option does.
 _NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
@@ -95,6 +102,7 @@ class RunConfig:
             raise ValueError("phantom_spacings is empty; expected at least one voxel size")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; expected a share in (0, 1)")
+        check_seeds_range("seed", self.seed)
         if self.validation_studies is not None and self.train_studies is None:
             raise ValueError("validation_studies is given without train_studies; expected both, or neither")
 

@@ -26,7 +26,7 @@ from medaccel.segmentation.protocol import (
     split_cases,
 )
 from medaccel.training.digest import digest
-from medaccel.training.settings import check_fields, check_group, check_keys, converted, nearest
+from medaccel.training.settings import check_fields, check_group, check_keys, check_seeds_range, converted, nearest
 
 BACKENDS = ("loky", "dask", "ray", "sequential")
 #: Pretraining on the labels of another task.
@@ -123,6 +123,7 @@ class SegmentationConfig:
             raise ValueError(f"pretraining_seeds is {self.pretraining_seeds}; expected a whole number >= 1")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds is {list(self.seeds)}; expected whole numbers >= 0")
+        check_seeds_range("seeds", *self.seeds)
         if self.jobs < 0:
             raise ValueError(f"jobs is {self.jobs}; expected how many cells run at a time, or 0 to run none")
         if self.backend not in BACKENDS:
@@ -227,8 +228,7 @@ class SegmentationConfig:
                 raise ValueError(
                     f"phantoms.{name} is {steps}; expected three sizes in mm, above 0 and at most {COARSEST:g}"
                 )
-        if self.phantom_options["seed"] < 0:
-            raise ValueError(f"phantoms.seed is {self.phantom_options['seed']}; expected a whole number >= 0")
+        check_seeds_range("phantoms.seed", self.phantom_options["seed"])
         for name in ("cases", "pool"):
             count = self.phantom_options[name]
             if not 1 <= count <= 1000:

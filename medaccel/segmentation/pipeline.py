@@ -218,6 +218,21 @@ def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell 
 
 def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
     """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
+    with before_work():
+        one = _prepared(study, number)
+    chosen = study.config.chosen()
+    say(f"cell {number} of {len(chosen)}: {one.name}")
+    work = study.work(one)
+    if not work.finished:
+        _, error = attempt(work, run_cell, progress=True)
+        if error is not None:
+            raise ValueError(f"cell {one.name} failed: {error}; more is in {work.folder / ERROR}")
+    ranks.leave()
+    return work.folder / RESULT
+
+
+def _prepared(study: Study, number: int) -> Cell:
+    """One of the chosen cells, if what it needs is there."""
     study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
     if not 0 <= number < len(chosen):
@@ -230,14 +245,7 @@ def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> P
                 f"cell {one.name} needs {path}, which is not there yet; the same command with --jobs 0 in place of "
                 "--cell prepares data and pretraining for all cells"
             )
-    say(f"cell {number} of {len(chosen)}: {one.name}")
-    work = study.work(one)
-    if not work.finished:
-        _, error = attempt(work, run_cell, progress=True)
-        if error is not None:
-            raise ValueError(f"cell {one.name} failed: {error}; more is in {work.folder / ERROR}")
-    ranks.leave()
-    return work.folder / RESULT
+    return one
 
 
 def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:

@@ -74,7 +74,8 @@ class OptionsFolder:
         with before_work():
             self.refuse(options, force, resume)
         missing = next((one for one in reversed((self.path, *self.path.parents)) if not one.exists()), None)
-        self._make()
+        with before_work():
+            self._make()
         with ExitStack() as stack:
             try:
                 with before_work():

@@ -53,6 +53,7 @@ _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator": (lambda v: v in _ACCELERATORS, f"one of {', '.join(_ACCELERATORS)}"),
     "precision": (lambda v: v in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
 }
+_LARGEST_SEED = 2**31 - 1  # leaves room for what is added to it
 _COUNTED = {2: "two", 3: "three", 4: "four"}
 
 
@@ -80,6 +81,13 @@ def check_keys(whose: str, given: Any, known: Collection[str]) -> None:
     if unknown:
         expected = ", ".join(sorted(known)) or "none"
         raise ValueError(f"{whose} names {unknown}; expected some of {expected}{nearest(unknown[0], known)}")
+
+
+def check_seeds_range(name: str, *seeds: int) -> None:
+    """Raises ValueError for seeds that no generator takes, such as Lightning's, whose have 32 bits."""
+    for seed in seeds:
+        if not 0 <= seed <= _LARGEST_SEED:
+            raise ValueError(f"{name} is {seed}; expected a whole number from 0 to {_LARGEST_SEED}")
 
 
 def check_written(record: Path, values: Mapping[str, Any], config: Any) -> None:

@@ -114,7 +114,7 @@ def check_group(whose: str, given: Any, defaults: Mapping[str, Any]) -> dict[str
         ValueError: no mapping, an unknown name, a value of another type or out of range.
     """
     check_keys(whose, given, defaults)
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in given.items():
         hint = hint_of(defaults[key])
         if key == "gradient_clip" and value is None:

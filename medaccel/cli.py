@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import Namespace
+
+from medaccel._arguments import Formatter, Parser, prepared
+from medaccel.training.settings import before_work, hints_of, nearest
 
 SMOOTH_EXAMPLES = """examples:
   medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5
@@ -17,23 +24,27 @@ SMOOTH_EXAMPLES = """examples:
   medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
 """
 
+DOCTOR_EXAMPLES = """examples:
+  medaccel doctor
+"""
+
 VERIFY_EXAMPLES = """examples:
   medaccel verify
-  medaccel verify --devices [cuda:0] --json verify.json
+  medaccel verify --devices cuda:0 --json verify.json
 """
 
 RUN_EXAMPLES = """examples:
   medaccel restoration run
   medaccel restoration run --config configs/restoration_small.yaml
   medaccel restoration run --config configs/restoration_small.yaml --resume
-  medaccel restoration run --train_studies my_studies --methods [gaussian1,swin_unetr] --output runs/mine
+  medaccel restoration run --train_studies my_studies --methods gaussian1 swin_unetr --output runs/mine
   torchrun --nproc-per-node 4 -m medaccel.cli restoration run --config configs/restoration_full.yaml
 """
 
 SCORE_EXAMPLES = """examples:
   medaccel restoration score runs/restoration
   medaccel restoration score runs/restoration --dicom path/to/pet_series --realisations 10
-  medaccel restoration score runs/restoration --test_studies held_out --methods [gaussian1]
+  medaccel restoration score runs/restoration --test_studies held_out --methods gaussian1
 """
 
 APPLY_EXAMPLES = """examples:
@@ -44,21 +55,21 @@ APPLY_EXAMPLES = """examples:
 
 PRETRAINING_EXAMPLES = """examples:
   medaccel pretraining run --config configs/pretraining_small.yaml
-  medaccel pretraining run --scans [LUNA16,my_cts] --preset nvidia --output runs/nvidia
+  medaccel pretraining run --scans LUNA16 my_cts --preset nvidia --output runs/nvidia
   medaccel pretraining run --config configs/pretraining_small.yaml --trainer.steps 1000 --resume
   torchrun --nproc-per-node 4 -m medaccel.cli pretraining run --config configs/pretraining_full.yaml
 """
 
 SEGMENTATION_EXAMPLES = """examples:
   medaccel segmentation run --config configs/segmentation_small.yaml
-  medaccel segmentation run --config configs/segmentation_small.yaml --jobs 2
+  medaccel segmentation run --config configs/segmentation_small.yaml --jobs 2 \\
       --select "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
   medaccel segmentation run --config study.yaml --backend dask --scheduler tcp://10.0.0.1:8786 --jobs 8
   medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
 """
 
 SEGMENT_EXAMPLES = """examples:
-  medaccel segmentation apply --checkpoint runs/segmentation/cells/<cell>/best.pt ct.nii.gz spleen.nii.gz
+  medaccel segmentation apply --checkpoint cells/spleen-random-020-seed0/best.pt ct.nii.gz spleen.nii.gz
   medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
 """
 
@@ -68,48 +79,60 @@ DEMO_EXAMPLES = """examples:
 """
 
 
-class _Formatter(DefaultHelpFormatter):
-    """Keeps the line breaks of examples."""
+# What each command imports beyond the kernels' own needs, and the package that brings it.
+_PACKAGES = {
+    "monai": "monai",
+    "einops": "einops",
+    "lightning": "lightning",
+    "tensorboard": "tensorboard",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+    "jinja2": "Jinja2",
+    "SimpleITK": "SimpleITK",
+    "joblib": "joblib",
+}
+_APPLYING = ("monai", "einops", "lightning", "scipy")
+_REPORTING = (*_APPLYING, "skimage", "matplotlib", "jinja2")
+_TRAINING = (*_REPORTING, "tensorboard", "joblib")
 
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("examples:"):
-            return text
-        return super()._fill_text(text, width, indent)
 
-
-def _parser(description: str, examples: str | None = None) -> ArgumentParser:
-    parser = ArgumentParser(description=description, epilog=examples, formatter_class=_Formatter)
-    if examples is not None:
-        parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+def _parser(description: str, examples: str) -> Parser:
+    parser = Parser(description=description, epilog=examples, formatter_class=Formatter)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     return parser
 
 
-def _add_run_options(parser: ArgumentParser) -> None:
+def _add_run_options(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run that is there; an error where there is none"
     )
 
 
-def _add_apply_options(parser: ArgumentParser, function: Callable[..., Any]) -> None:
+def _add_apply_options(parser: Parser, function: Callable[..., Any]) -> None:
     parser.add_function_arguments(function, as_positional=True, skip={"checkpoint", "force", "progress"})
     parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def _doctor() -> ArgumentParser:
-    return _parser("Says what is installed, what is built, and which kernel serves each op on each device.")
+def _doctor() -> Parser:
+    return _parser(
+        "Says what is installed, what is built, and which kernel serves each op on each device.", DOCTOR_EXAMPLES
+    )
 
 
-def _verify() -> ArgumentParser:
+def _verify() -> Parser:
     parser = _parser("Checks every kernel against its reference on this machine, and times it.", VERIFY_EXAMPLES)
-    parser.add_argument("--devices", type=list[str], help="such as [cpu] or [cuda:0]; by default all that torch sees")
+    parser.add_argument(
+        "--devices", type=list[str], help="such as cpu or cuda:0 cuda:1; default: all that torch sees"
+    )
     parser.add_argument("--json", type=Path, help="write the outcome to this file, for a bug report")
     parser.add_argument("--speed", type=bool, default=True, help="time the kernels too")
     return parser
 
 
-def _smooth() -> ArgumentParser:
+def _smooth() -> Parser:
     from medaccel.smooth import smooth
 
     parser = _parser("Smooths a NIfTI file or a DICOM series with a Gaussian.", SMOOTH_EXAMPLES)
@@ -117,7 +140,7 @@ def _smooth() -> ArgumentParser:
     return parser
 
 
-def _restoration_run() -> ArgumentParser:
+def _restoration_run() -> Parser:
     from medaccel.restoration.config import RunConfig
 
     parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
@@ -126,7 +149,7 @@ def _restoration_run() -> ArgumentParser:
     return parser
 
 
-def _restoration_score() -> ArgumentParser:
+def _restoration_score() -> Parser:
     from medaccel.restoration.config import ScoreConfig
 
     parser = _parser("Scores a finished run on test studies, which no choice has seen.", SCORE_EXAMPLES)
@@ -134,7 +157,7 @@ def _restoration_score() -> ArgumentParser:
     return parser
 
 
-def _restoration_apply() -> ArgumentParser:
+def _restoration_apply() -> Parser:
     from medaccel.restoration.apply import apply
 
     parser = _parser("Restores a PET, NIfTI or DICOM, with a fitted method. For research only.", APPLY_EXAMPLES)
@@ -145,7 +168,7 @@ def _restoration_apply() -> ArgumentParser:
     return parser
 
 
-def _pretraining_run() -> ArgumentParser:
+def _pretraining_run() -> Parser:
     from medaccel.pretraining.config import PretrainingConfig
 
     parser = _parser("Trains the encoder of a Swin UNETR on CT without labels, and reports.", PRETRAINING_EXAMPLES)
@@ -154,7 +177,7 @@ def _pretraining_run() -> ArgumentParser:
     return parser
 
 
-def _segmentation_run() -> ArgumentParser:
+def _segmentation_run() -> Parser:
     from medaccel.segmentation.config import SegmentationConfig
 
     parser = _parser(
@@ -166,7 +189,7 @@ def _segmentation_run() -> ArgumentParser:
     return parser
 
 
-def _segmentation_apply() -> ArgumentParser:
+def _segmentation_apply() -> Parser:
     from medaccel.segmentation.apply import apply
 
     parser = _parser("Segments a CT with a trained network. For research only.", SEGMENT_EXAMPLES)
@@ -175,7 +198,7 @@ def _segmentation_apply() -> ArgumentParser:
     return parser
 
 
-def _demo() -> ArgumentParser:
+def _demo() -> Parser:
     parser = _parser(
         "A small restoration study, a small pretraining and a few small segmentations, all on simulated phantoms.",
         DEMO_EXAMPLES,
@@ -185,50 +208,9 @@ def _demo() -> ArgumentParser:
     return parser
 
 
-def build_parser() -> ArgumentParser:
-    """The whole command line."""
-    import medaccel
-
-    parser = ArgumentParser(
-        prog="medaccel",
-        description="Fast kernels for 3-D medical imaging, and the studies built on them.",
-        version=medaccel.__version__,
-        formatter_class=_Formatter,
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
-    commands.add_subcommand("doctor", _doctor(), help="what is installed and which kernels serve")
-    commands.add_subcommand("verify", _verify(), help="check and time every kernel on this machine")
-    commands.add_subcommand("smooth", _smooth(), help="Gaussian smoothing of a NIfTI file or DICOM series")
-    restoration = _parser("PET restoration: short exposures made to look like long ones.")
-    commands.add_subcommand("restoration", restoration, help="PET restoration")
-    steps = restoration.add_subcommands(required=True, dest="step")
-    steps.add_subcommand("run", _restoration_run(), help="fit, choose on validation studies, and report")
-    steps.add_subcommand("score", _restoration_score(), help="score a finished run on test studies")
-    steps.add_subcommand("apply", _restoration_apply(), help="restore a PET with a fitted method")
-    pretraining = _parser("Pretraining without labels, on CT.")
-    commands.add_subcommand("pretraining", pretraining, help="pretraining on CT without labels")
-    pretraining.add_subcommands(required=True, dest="step").add_subcommand(
-        "run", _pretraining_run(), help="train on scans without labels, and report"
-    )
-    segmentation = _parser("Segmentation of CT, and what pretraining does for it.")
-    commands.add_subcommand("segmentation", segmentation, help="segmentation of CT")
-    steps = segmentation.add_subcommands(required=True, dest="step")
-    steps.add_subcommand("run", _segmentation_run(), help="compare initializations in a grid of runs, and report")
-    steps.add_subcommand("apply", _segmentation_apply(), help="segment a CT with a trained network")
-    commands.add_subcommand("demo", _demo(), help="small studies, from phantoms to reports")
-    return parser
-
-
 def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
     values = namespace.as_dict() if isinstance(namespace, Namespace) else dict(namespace)
     return {k: v for k, v in values.items() if k not in ("config", *skip)}
-
-
-def _call(arguments: Namespace) -> int:
-    command = arguments.command
-    chosen = arguments[command]
-    handler = _COMMANDS[command if "step" not in chosen else f"{command} {chosen.step}"]
-    return handler(chosen[chosen.step] if "step" in chosen else chosen) or 0
 
 
 def _call_doctor(_: Namespace) -> None:
@@ -238,9 +220,14 @@ def _call_doctor(_: Namespace) -> None:
 
 
 def _call_verify(arguments: Namespace) -> int:
-    from medaccel.data.files import write_text
-    from medaccel.verify import verify
+    from medaccel.data.files import check_output, write_text
+    from medaccel.verify import check_devices, verify
 
+    with before_work():
+        if arguments.devices is not None:
+            check_devices(arguments.devices)
+        if arguments.json is not None:
+            check_output(arguments.json, force=True)
     outcome = verify(devices=arguments.devices, speed=arguments.speed)
     print(outcome)
     if arguments.json is not None:
@@ -260,15 +247,16 @@ def _call_restoration_run(arguments: Namespace) -> None:
     from medaccel.restoration.config import RunConfig
     from medaccel.restoration.pipeline import run
 
-    _run(arguments, RunConfig, run, ("methods", "also_seconds", "phantom_spacings"))
+    _run(arguments, RunConfig, run)
 
 
 def _call_restoration_score(arguments: Namespace) -> None:
     from medaccel.restoration.config import ScoreConfig
     from medaccel.restoration.pipeline import score
 
-    options = _options(arguments)
-    score(ScoreConfig(methods=tuple(options.pop("methods")), **options))
+    with before_work():
+        chosen = ScoreConfig(**_options(arguments))
+    score(chosen)
 
 
 def _call_restoration_apply(arguments: Namespace) -> None:
@@ -281,14 +269,14 @@ def _call_pretraining_run(arguments: Namespace) -> None:
     from medaccel.pretraining.config import PretrainingConfig
     from medaccel.pretraining.pipeline import run
 
-    _run(arguments, PretrainingConfig, run, ("scans", "phantom_spacing", "spacing", "windows", "roi_size"))
+    _run(arguments, PretrainingConfig, run)
 
 
 def _call_segmentation_run(arguments: Namespace) -> None:
     from medaccel.segmentation.config import SegmentationConfig
     from medaccel.segmentation.pipeline import run
 
-    _run(arguments, SegmentationConfig, run, ("inits", "fractions", "seeds"), ("cell",))
+    _run(arguments, SegmentationConfig, run, ("cell",))
 
 
 def _call_segmentation_apply(arguments: Namespace) -> None:
@@ -303,32 +291,15 @@ def _call_demo(arguments: Namespace) -> None:
     demo(arguments.output, force=arguments.force)
 
 
-_COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
-    "doctor": _call_doctor,
-    "verify": _call_verify,
-    "smooth": _call_smooth,
-    "restoration run": _call_restoration_run,
-    "restoration score": _call_restoration_score,
-    "restoration apply": _call_restoration_apply,
-    "pretraining run": _call_pretraining_run,
-    "segmentation run": _call_segmentation_run,
-    "segmentation apply": _call_segmentation_apply,
-    "demo": _call_demo,
-}
-
-
 def _run(
-    arguments: Namespace,
-    config: Callable[..., Any],
-    run: Callable[..., Any],
-    tuples: Sequence[str],
-    apart: Sequence[str] = (),
+    arguments: Namespace, config: Callable[..., Any], run: Callable[..., Any], apart: Sequence[str] = ()
 ) -> None:
-    """A pipeline's run, with its options as their class has them: the parser makes lists of tuples."""
+    """A pipeline's run, with its options as their class has them."""
     options = _options(arguments)
     others = {name: options.pop(name) for name in ("force", "resume", *apart)}
-    listed = {name: tuple(options.pop(name)) for name in tuples}
-    run(config(**listed, **options), **others)
+    with before_work():
+        chosen = config(**options)
+    run(chosen, **others)
 
 
 def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
@@ -341,17 +312,189 @@ def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:
     print(f"medaccel: warning: {message}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class _Command:
+    """One command.
+
+    Args:
+        help: what it does, in a few words.
+        parser: makes its parser.
+        call: runs it; None is 0.
+        options: the class or function that its options are those of, as module:name.
+        packages: that it imports, of `_PACKAGES`.
+        hints: types of further options.
+    """
+
+    help: str
+    parser: Callable[[], Parser]
+    call: Callable[[Namespace], int | None]
+    options: str | None = None
+    packages: tuple[str, ...] = ()
+    hints: tuple[tuple[str, Any], ...] = ()
+
+    def types(self) -> dict[str, Any]:
+        """Of its options, by name."""
+        found = dict(self.hints)
+        if self.options is not None:
+            module, _, name = self.options.partition(":")
+            found |= hints_of(getattr(import_module(module), name))
+        return found
+
+
+_COMMANDS = {
+    "doctor": _Command("what is installed and which kernels serve", _doctor, _call_doctor),
+    "verify": _Command(
+        "check and time every kernel on this machine",
+        _verify,
+        _call_verify,
+        hints=(("devices", list[str] | None), ("json", Path | None), ("speed", bool)),
+    ),
+    "smooth": _Command(
+        "Gaussian smoothing of a NIfTI file or DICOM series", _smooth, _call_smooth, "medaccel.smooth:smooth"
+    ),
+    "restoration run": _Command(
+        "fit, choose on validation studies, and report",
+        _restoration_run,
+        _call_restoration_run,
+        "medaccel.restoration.config:RunConfig",
+        _TRAINING,
+    ),
+    "restoration score": _Command(
+        "score a finished run on test studies",
+        _restoration_score,
+        _call_restoration_score,
+        "medaccel.restoration.config:ScoreConfig",
+        _REPORTING,
+    ),
+    "restoration apply": _Command(
+        "restore a PET with a fitted method",
+        _restoration_apply,
+        _call_restoration_apply,
+        "medaccel.restoration.apply:apply",
+        _APPLYING,
+    ),
+    "pretraining run": _Command(
+        "train on CT without labels, and report",
+        _pretraining_run,
+        _call_pretraining_run,
+        "medaccel.pretraining.config:PretrainingConfig",
+        _TRAINING,
+    ),
+    "segmentation run": _Command(
+        "compare initializations in a grid of runs, and report",
+        _segmentation_run,
+        _call_segmentation_run,
+        "medaccel.segmentation.config:SegmentationConfig",
+        _TRAINING,
+        (("cell", int | None),),
+    ),
+    "segmentation apply": _Command(
+        "segment a CT with a trained network",
+        _segmentation_apply,
+        _call_segmentation_apply,
+        "medaccel.segmentation.apply:apply",
+        _APPLYING,
+    ),
+    "demo": _Command(
+        "small studies, from phantoms to reports", _demo, _call_demo, packages=_TRAINING, hints=(("output", Path),)
+    ),
+}
+_GROUPS = {
+    "restoration": "PET restoration: short exposures made to look like long ones.",
+    "pretraining": "Pretraining without labels, on CT.",
+    "segmentation": "Segmentation of CT, and what pretraining does for it.",
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Namespace]:
+    """A command's name, such as "restoration run", and its options; ends the process with status 2 where it can't.
+
+    Each command has a parser of its own: jsonargparse's nested ones answer a mistyped key of a file with the name of
+    the command alone, and all of them would be made for every call.
+    """
+    words = list(argv)
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in _COMMANDS), None)
+    if name is None:
+        _listing(words)
+    command = _COMMANDS[name]
+    _require(name, command.packages)
+    parser = command.parser()
+    parser.prog = f"medaccel {name}"
+    arguments = words[len(name.split()) :]
+    return name, parser.parse_args(prepared(parser, arguments, command.types()))
+
+
+def _listing(words: Sequence[str]) -> NoReturn:
+    """Answers what names no command: help, the version, or the commands that there are."""
+    import medaccel
+
+    group = words[0] if words and words[0] in _GROUPS else None
+    prefix = "" if group is None else f"{group} "
+    known = {name.removeprefix(prefix): c.help for name, c in _COMMANDS.items() if name.startswith(prefix)}
+    if group is None:
+        description = "Fast kernels for 3-D medical imaging, and the studies built on them."
+    else:
+        description = _GROUPS[group]
+    text = "\n".join(f"  {name:<20}{what}" for name, what in known.items())
+    parser = argparse.ArgumentParser(
+        prog=f"medaccel {prefix}".strip(),
+        usage="%(prog)s COMMAND [options]",
+        description=f"{description}\n\ncommands:\n{text}\n\n%(prog)s COMMAND --help has the options, and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"medaccel {medaccel.__version__}")
+    rest = list(words[1:] if group else words)
+    if rest and rest[0].startswith("-"):
+        parser.parse_args(rest[:1])
+    found = f"{rest[0]!r} is no command{nearest(rest[0], known)}" if rest else "a command is missing"
+    print(f"{parser.prog}: error: {found}; expected one of {', '.join(known)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _require(name: str, packages: Sequence[str]) -> None:
+    """Ends the process with a sentence where a package that a command imports is not installed."""
+    missing = [package for package in packages if not _installed(package)]
+    if missing:
+        print(_without(f"medaccel {name}", missing), file=sys.stderr)
+        sys.exit(2)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # ValueError: in sys.modules without a spec
+        return False
+
+
+def _without(what: str, missing: Sequence[str]) -> str:
+    names = ", ".join(_PACKAGES[package] for package in missing)
+    there = "which is not installed" if len(missing) == 1 else "which are not installed"
+    return f'medaccel: error: {what} needs {names}, {there} here: pip install "medaccel[pipelines]"'
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 where it ended well, 1 with a sentence on stderr where not, 130 after Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
+    """Runs one command.
+
+    Returns:
+        0 where it ended well; with a sentence on stderr 2 where it was refused before anything was made or removed,
+        1 where it failed later, and 130 after Ctrl-C.
+    """
+    name, arguments = parse(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warning_line
     try:
-        return _call(arguments)
+        return _COMMANDS[name].call(arguments) or 0
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES:
+            raise
+        print(_without(f"medaccel {name}", [package]), file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"medaccel: error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     except KeyboardInterrupt:
-        print("medaccel: interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+        how = " without --force" if arguments.get("force") else ""
+        print(f"medaccel: interrupted; run the same command again{how} to go on where it stopped", file=sys.stderr)
         return 130
 
 

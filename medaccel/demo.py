@@ -46,15 +46,24 @@ def demo(output: Path, *, force: bool = False, say: Callable[[str], None] = prin
     from medaccel.restoration.config import DEMO_RUN, DEMO_TEST_PHANTOMS, ScoreConfig
     from medaccel.restoration.pipeline import run as restore
     from medaccel.restoration.pipeline import score
+    from medaccel.restoration.run_folder import RunFolder
     from medaccel.segmentation.config import SegmentationConfig
+    from medaccel.segmentation.pipeline import check, options_of
     from medaccel.segmentation.pipeline import run as segment
+    from medaccel.segmentation.run_folder import StudyFolder
+    from medaccel.training.settings import before_work
 
-    say("== PET restoration: every kind of method, in its smallest fit, on phantoms")
     restoration = output / "restoration"
-    restore(dataclasses.replace(DEMO_RUN, output=restoration), force=force, say=say)
+    first = dataclasses.replace(DEMO_RUN, output=restoration)
+    second = SegmentationConfig(output=output / "segmentation", **_SEGMENTATION)
+    with before_work():  # the second folder too: half an hour later is too late to refuse it
+        RunFolder(first.output).refuse(first.plain(), force, False)
+        StudyFolder(second.output).refuse(options_of(second, check(second)), force, False)
+    say("== PET restoration: every kind of method, in its smallest fit, on phantoms")
+    restore(first, force=force, say=say)
     scored = score(ScoreConfig(restoration, test_phantoms=DEMO_TEST_PHANTOMS), say=say)
     say("== CT segmentation: pretraining without labels, then with labels from there and from random weights")
-    segmented = segment(SegmentationConfig(output=output / "segmentation", **_SEGMENTATION), force=force, say=say)
+    segmented = segment(second, force=force, say=say)
     reports = [scored, segmented]
     say("== look at:")
     for report in reports:

@@ -186,9 +186,32 @@ class Verification:
         return "\n".join(lines)
 
 
+def check_devices(names: Sequence[str]) -> None:
+    """Raises ValueError unless all are devices that kernels are for and that torch sees here."""
+    if not names:
+        raise ValueError("devices is empty; expected some, such as cpu or cuda:0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    for name in names:
+        try:
+            device = torch.device(name)
+        except (RuntimeError, TypeError):
+            device = None
+        if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise ValueError(f"devices names {name!r}, for which there are no kernels; expected some of {there}")
+        if device.type == "cuda" and (device.index or 0) >= count:
+            seen = f"torch sees {count} GPUs here" if count else "torch sees no GPU here"
+            raise ValueError(f"devices names {name!r}, but {seen}; expected some of {there}")
+
+
 def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verification:
-    """Runs everything on the devices given, by default the CPU and each GPU that torch sees."""
-    names = devices or ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    """Runs everything on the devices given, by default the CPU and each GPU that torch sees.
+
+    Raises:
+        ValueError: as `check_devices`.
+    """
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if devices is None else devices
+    check_devices(names)
     outcome = Verification(doctor().facts)
     for name in names:
         device = torch.device(name)

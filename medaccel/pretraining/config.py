@@ -13,6 +13,9 @@ from typing import Any
 
 from medaccel.pretraining.names import PRESETS, TASK_NAMES
 from medaccel.training.digest import digest
+from medaccel.training.settings import check_fields, check_keys, check_seeds_range, check_written, nearest
+
+COARSEST = 8.0  # mm, of phantoms
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,16 @@ class PretrainingConfig:
     cache_folder: Path | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.preset not in PRESETS:
-            raise ValueError(f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
-        unknown = [name for name in self.tasks if name not in TASK_NAMES]
-        if unknown:
-            raise ValueError(f"tasks names {unknown}; expected some of {', '.join(TASK_NAMES)}")
+            raise ValueError(
+                f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}{nearest(self.preset, PRESETS)}"
+            )
+        check_keys("tasks", self.tasks, TASK_NAMES)
         for name, weight in self.tasks.items():
             if not 0 < weight < math.inf:
                 raise ValueError(f"tasks: the weight of {name} is {weight}; expected a number above 0")
-        unknown = [name for name in self.settings if name not in TASK_NAMES]
-        if unknown:
-            raise ValueError(f"settings names {unknown}; expected some of {', '.join(TASK_NAMES)}")
+        check_keys("settings", self.settings, TASK_NAMES)
         roi = self.roi_size
         if len(roi) != 3 or max(roi) < 64 or any(n < 1 or n % 32 for n in roi):
             raise ValueError(
@@ -81,6 +83,8 @@ class PretrainingConfig:
             steps = getattr(self, name)
             if len(steps) != 3 or not all(0 < step < math.inf for step in steps):
                 raise ValueError(f"{name} is {list(steps)}; expected three sizes in mm above 0")
+        if not self.scans and max(self.phantom_spacing) > COARSEST:
+            raise ValueError(f"phantom_spacing is {list(self.phantom_spacing)}; expected at most {COARSEST:g} mm")
         if not self.windows:
             raise ValueError("windows is empty; expected at least one pair of HU")
         for limits in self.windows:
@@ -90,6 +94,7 @@ class PretrainingConfig:
             raise ValueError(
                 f"phantoms is {self.phantoms} and there are no scans; expected at least 2, one of them to evaluate on"
             )
+        check_seeds_range("seed", self.seed)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; expected a share in (0, 1)")
         if not 0 <= self.skip_limit <= 1:
@@ -126,13 +131,5 @@ class PretrainingConfig:
             ValueError: options that this version does not know.
         """
         values = dict(plain)
-        values["scans"] = tuple(Path(path) for path in values.get("scans", ()))
-        for name in ("spacing", "phantom_spacing", "roi_size"):
-            if name in values:
-                values[name] = tuple(values[name])
-        if "windows" in values:
-            values["windows"] = tuple(tuple(limits) for limits in values["windows"])
-        try:
-            return cls(output=output, **values)
-        except TypeError as error:
-            raise ValueError(f"{output / 'config.yaml'}: holds options that are unknown ({error})") from error
+        check_written(output / "config.yaml", values, cls)
+        return cls(**{**values, "output": output})

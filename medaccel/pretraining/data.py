@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from medaccel.data.ct import Scan, Skipped, find_scans, read_scan, sift
+from medaccel.data.ct import Scan, ScanList, Skipped, find_scans, read_scan, sift
 from medaccel.data.ct_transforms import canonical
 from medaccel.data.files import atomic_path
 from medaccel.training.digest import digest
@@ -48,6 +48,7 @@ def prepare(
     seed: int,
     workers: int = 0,
     progress: bool = True,
+    found: ScanList | None = None,
 ) -> dict[str, Any]:
     """Finds scans, fills the cache, and sets some aside.
 
@@ -62,6 +63,7 @@ def prepare(
         seed: of the split.
         workers: processes that fill the cache; 0 and 1: this one.
         progress: show a bar.
+        found: what `find_scans` gave for the folders, where that is known.
 
     Returns:
         Plain values: "training" and "held_out", lists of {"path", "uid", "cached"}; "skipped", "duplicates" and
@@ -71,7 +73,7 @@ def prepare(
         FileNotFoundError, NotADirectoryError: a folder that is none.
         ValueError: no scans, fewer than two that can be read, or more unreadable ones than the limit.
     """
-    found = find_scans(*folders)
+    found = found or find_scans(*folders)
     cache.mkdir(parents=True, exist_ok=True)
     if workers > 1:
         from joblib import Parallel, delayed
@@ -156,12 +158,17 @@ def _try(scan: Scan, cache: Path, spacing: Sequence[float]) -> None:
 
 def _identity(scan: Scan) -> list[Any]:
     """A scan's path, and size and time of its files."""
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(scan)]
+    return [str(scan.path.resolve()), scan.uid, stats]
+
+
+def files_of(scan: Scan) -> list[Path]:
+    """A scan's files; of a DICOM series all of its folder."""
     files = sorted(scan.path.iterdir()) if scan.path.is_dir() else [scan.path]
     raw = scan.path.with_suffix(".raw")  # beside LUNA16's .mhd
     if raw.is_file() and raw not in files:
         files.append(raw)
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-    return [str(scan.path.resolve()), scan.uid, stats]
+    return [file for file in files if file.is_file()]
 
 
 def _plain(passed: Sequence[Skipped]) -> list[dict[str, str]]:

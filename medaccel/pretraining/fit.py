@@ -13,6 +13,7 @@ from medaccel.pretraining.network import PretrainingNet
 from medaccel.pretraining.tasks import Step, Task
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit
+from medaccel.training.settings import check_group
 
 #: `TRAINING`'s, as pretraining has them: the last weights are kept, not a running average.
 DEFAULTS: Mapping[str, Any] = {**TRAINING, "ema_decay": 0.0, "batch_size": 4, "learning_rate": 1e-3}
@@ -58,17 +59,11 @@ def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """A training's settings: `DEFAULTS`, and what was given.
 
     Raises:
-        ValueError: a setting that is unknown, a cache that there is none of, counts below 1.
+        ValueError: a setting that is unknown, of another type or out of range, a cache that there is none of.
     """
-    unknown = set(trainer) - set(DEFAULTS)
-    if unknown:
-        raise ValueError(f"trainer names {sorted(unknown)}; expected some of {', '.join(sorted(DEFAULTS))}")
-    settings = {**DEFAULTS, **trainer}
+    settings = {**DEFAULTS, **check_group("trainer", trainer, DEFAULTS)}
     if settings["cache"] not in ("memory", "disk"):
         raise ValueError(f"trainer: cache is {settings['cache']!r}; expected 'memory' or 'disk'")
-    for key in ("steps", "steps_per_epoch", "batch_size"):
-        if not isinstance(settings[key], int) or settings[key] < 1:
-            raise ValueError(f"trainer: {key} is {settings[key]!r}; expected a whole number >= 1")
     if settings["steps"] % settings["steps_per_epoch"]:
         raise ValueError(
             f"trainer: steps is {settings['steps']}; expected a multiple of steps_per_epoch, "

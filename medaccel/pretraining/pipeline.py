@@ -4,6 +4,7 @@
 config.yaml             the options
 scans/                  phantoms, where no scans were given
 cache/                  scans as they are trained on, unless another folder was named
+inputs.json             size, time and SHA-256 of the scans' files, where scans were given
 scans.json              what was trained on, held out, skipped, found twice
 training/               logs, and what an interrupted training goes on from
 checkpoints/weights.pt  the backbone's trained tensors, for `medaccel.nets.load_pretrained`
@@ -15,26 +16,35 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from medaccel.data.files import atomic_path, write_text
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.training import ranks
-from medaccel.training.run_folder import OptionsFolder
+from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.training.run_folder import REPORT, OptionsFolder
+from medaccel.training.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
+
+if TYPE_CHECKING:
+    from medaccel.data.ct import ScanList
+    from medaccel.pretraining.network import PretrainingNet
+    from medaccel.pretraining.tasks import Task
 
 Say = Callable[[str], None]
-REPORT = "report.html"
 
 
 class PretrainingFolder(OptionsFolder):
     """The folder of a pretraining."""
 
-    generated = ("scans", "training", "checkpoints", REPORT, "metrics.json", "metrics.csv", "scans.json")
+    generated = ("scans", "training", "checkpoints", "metrics.json", "metrics.csv", "scans.json")
     folders = ("checkpoints",)
+    worth = ("training/last.ckpt", "checkpoints/*.pt")
 
     @property
     def ended(self) -> bool:
@@ -58,34 +68,102 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
     Raises:
         ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
     """
-    from medaccel.pretraining.data import Scans, Volumes, prepare
-    from medaccel.pretraining.evaluation import evaluate
-    from medaccel.pretraining.fit import PretrainingFit, settings_of
-    from medaccel.pretraining.items import Items
+    folder = PretrainingFolder(config.output)
+    with before_work():
+        if folder.ended and not force:
+            folder.refuse(config.plain(), force, resume)
+            _refuse_changed_scans(config)
+            say(f"{config.output}: pretrained before")
+            return config.output / REPORT
+        plan = check(config)
+    ranks.join(str(plan.settings["accelerator"]))
+    alone = folder.session(config.plain(), force, resume, say) if ranks.rank() == 0 else nullcontext()
+    with alone:
+        return _run(config, plan, say)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `check` has made of the options: settings, tasks, the network, and the scans that are given."""
+
+    settings: Mapping[str, Any]
+    tasks: Sequence[Task]
+    net: PretrainingNet
+    found: ScanList | None
+
+
+def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
+    """Refuses what can be refused before anything is made: settings, devices, scans.
+
+    Args:
+        config: the options.
+        with_scans: look for the scans too.
+
+    Raises:
+        ValueError, OSError: so.
+    """
+    from medaccel.data.ct import find_scans
+    from medaccel.data.views import TwoViews
+    from medaccel.nets import SwinUNETR
+    from medaccel.pretraining.fit import settings_of
     from medaccel.pretraining.network import PretrainingNet
-    from medaccel.pretraining.report import write_report
-    from medaccel.pretraining.tasks import make_tasks
-    from medaccel.training.fit import train
+    from medaccel.pretraining.tasks import TASKS, make_tasks
 
     settings = settings_of(config.trainer)
+    check_accelerator("trainer: accelerator", settings["accelerator"])
+    for name, task in TASKS.items():
+        check_group(name, config.settings.get(name, {}), task.defaults)
     tasks = make_tasks(list(config.weights), config.settings, config.roi_size)
+    _check_options("views", config.views, TwoViews, ("roi_size", "intensity"))
+    try:
+        TwoViews(config.roi_size, **config.views)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"views is {config.views}: {error}") from error
+    _check_options("network", config.network, SwinUNETR, ("in_channels", "out_channels"))
     torch.manual_seed(config.seed)  # of the weights
     try:
         net = PretrainingNet(tasks, **config.network)
-    except TypeError as error:
+    except Exception as error:  # what a network stumbles over depends on what is wrong
         raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
-    ranks.join(str(settings["accelerator"]))
+    return Plan(settings, tasks, net, find_scans(*config.scans) if config.scans and with_scans else None)
+
+
+def _check_options(group: str, given: Mapping[str, Any], target: Any, own: Sequence[str]) -> None:
+    """Refuses options that a class doesn't have, that are set here, or that are of another type than its own."""
+    hints = {name: hint for name, hint in hints_of(target).items() if name not in ("self", "args", "kwargs", *own)}
+    for name, value in given.items():
+        if name not in hints:
+            raise ValueError(
+                f"{group} is {dict(given)}; expected options of {target.__name__}, of which {name} is none"
+                f"{nearest(name, hints)}"
+            )
+        converted(f"{group}.{name}", value, hints[name])
+
+
+def _refuse_changed_scans(config: PretrainingConfig) -> None:
+    """Refuses to call a run of other scans the same; scans that are gone since it ended are no reason to."""
+    record = config.output / INPUTS
+    if record.exists():
+        before = read(record)
+        said, _ = differences(before, map(Path, before), lenient=True)
+        refuse_changes(config.output, "run", said)
+
+
+def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
+    from medaccel.pretraining.data import Scans, Volumes, files_of, prepare
+    from medaccel.pretraining.evaluation import evaluate
+    from medaccel.pretraining.fit import PretrainingFit
+    from medaccel.pretraining.items import Items
+    from medaccel.pretraining.report import write_report
+    from medaccel.training.fit import train
+
+    settings, tasks, net = plan.settings, plan.tasks, plan.net
     folder, report = config.output, config.output / REPORT
     cache = folder / "cache" if config.cache_folder is None else config.cache_folder
     with ranks.first_process() as first:
         if first:
-            PretrainingFolder(folder).start(config.plain(), force, resume, say)
-    if report.exists():
-        say(f"{folder}: pretrained before")
-        ranks.leave()
-        return report
-    with ranks.first_process() as first:
-        if first:
+            if plan.found is not None:
+                check_inputs(folder, "run", (file for scan in plan.found.scans for file in files_of(scan)))
             sources = list(config.scans) or [_phantoms(config)]
             say("scans: reading what is not in the cache")
             found = prepare(
@@ -96,6 +174,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
                 skip_limit=config.skip_limit,
                 seed=config.seed,
                 workers=settings["num_workers"],
+                found=plan.found,
             )
             write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
     plain = json.loads((folder / "scans.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,23 @@ from typing import Any
 
 from medaccel.restoration.methods import METHODS
 from medaccel.training.digest import digest
+from medaccel.training.settings import (
+    TRAINING,
+    check_fields,
+    check_group,
+    check_keys,
+    check_seeds_range,
+    check_written,
+)
+
+# Of a scoring's folder: nothing that leads elsewhere, is hidden, or begins as an option does.
+_NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
+_RESERVED = {
+    *("config.yaml", "splits.json", "scored.json", "metrics.json", "metrics.csv", "report.html"),
+    *("checkpoints", "fits", "studies", "scored", "validation", "figures"),
+}
+# Simulated studies that a measured patient's would be mixed with.
+_STUDIES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,7 @@ class RunConfig:
     simulator: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for seconds in (self.input_seconds, *self.also_seconds):
             if not 0 < seconds < self.target_seconds:
                 raise ValueError(
@@ -64,9 +83,9 @@ class RunConfig:
                 )
         if not self.methods or set(self.methods) - set(METHODS) or len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods is {list(self.methods)}; expected some of {', '.join(METHODS)}, each once")
-        unknown = set(self.settings) - set(METHODS)
-        if unknown:
-            raise ValueError(f"settings names {sorted(unknown)}; expected some of {', '.join(METHODS)}")
+        check_keys("settings", self.settings, METHODS)
+        # Those that all networks share; what else `trainer` may name is known where the methods are imported.
+        check_group("trainer", {k: v for k, v in self.trainer.items() if k in TRAINING}, TRAINING)
         for name in ("train_phantoms", "validation_phantoms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
@@ -83,6 +102,7 @@ class RunConfig:
             raise ValueError("phantom_spacings is empty; expected at least one voxel size")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; expected a share in (0, 1)")
+        check_seeds_range("seed", self.seed)
         if self.validation_studies is not None and self.train_studies is None:
             raise ValueError("validation_studies is given without train_studies; expected both, or neither")
 
@@ -109,16 +129,8 @@ class RunConfig:
             ValueError: options that this version does not know.
         """
         values = dict(plain)
-        for name in ("train_studies", "validation_studies"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
-        for name in ("methods", "also_seconds"):
-            values[name] = tuple(values.get(name, ()))
-        values["phantom_spacings"] = tuple(tuple(spacing) for spacing in values.get("phantom_spacings", ()))
-        try:
-            return cls(output=output, **values)
-        except TypeError as error:
-            raise ValueError(f"{output / 'config.yaml'}: holds options that are unknown ({error})") from error
+        check_written(output / "config.yaml", values, cls)
+        return cls(**{**values, "output": output})
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,8 @@ class ScoreConfig:
         methods: some of the run's; by default all.
         samples: how many samples the diffusion methods draw of a volume; by default as many as their settings say.
         sampled_studies: on how many of the studies, the first ones, those methods are scored; by default all.
-        name: of the results' folder in the run's `scored`; by default what the studies are.
+        name: of the results' folder in the run's `scored`; by default what the studies are. A plain name, and none
+            of the run's own files.
     """
 
     run: Path
@@ -148,6 +161,7 @@ class ScoreConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.dicom is not None and self.test_studies is not None:
             raise ValueError("dicom and test_studies are both given; expected at most one of them")
         for name in ("test_phantoms", "realisations"):
@@ -157,8 +171,15 @@ class ScoreConfig:
             raise ValueError(f"samples is {self.samples}; expected at least 2, so that they have a deviation")
         if self.sampled_studies is not None and self.sampled_studies < 1:
             raise ValueError(f"sampled_studies is {self.sampled_studies}; expected a whole number >= 1")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
-            raise ValueError(f"name is {self.name!r}; expected the name of a folder, without a path")
+        if not _NAME.fullmatch(self.label):
+            source = f"name is {self.label!r}" if self.name is not None else f"test_studies is {self.test_studies}"
+            advice = "" if self.name is not None else "; --name gives one"
+            raise ValueError(
+                f"{source}; expected the name of a folder, without a path: letters, digits, and _ . + - and spaces "
+                f"within{advice}"
+            )
+        if self.label.lower() in _RESERVED or (self.dicom is not None and self.label in _STUDIES):
+            raise ValueError(f"name is {self.label!r}, which the run's own files have; expected another --name")
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,22 @@ from medaccel.restoration.outcome import write_outcome
 from medaccel.restoration.report_text import REFERENCES
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
-from medaccel.restoration.sources import check_sources, describe, known_studies, studies_to_score, training_studies
+from medaccel.restoration.sources import (
+    check_sources,
+    describe,
+    given_to_score,
+    known_studies,
+    studies_to_score,
+    training_studies,
+)
 from medaccel.restoration.study import read_parameters
 from medaccel.restoration.training_range import TrainingRange
 from medaccel.training import ranks
 from medaccel.training.digest import digest
+from medaccel.training.inputs import check_inputs
+from medaccel.training.lock import locked
+from medaccel.training.run_folder import remove_temporaries
+from medaccel.training.settings import before_work, check_accelerator, check_group
 
 Say = Callable[[str], None]
 
@@ -52,20 +64,42 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
     Raises:
         ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
     """
-    check_sources(config)
-    known = set().union(*(method_class(name).defaults for name in METHODS))
-    if set(config.trainer) - known:
-        raise ValueError(f"trainer names {sorted(set(config.trainer) - known)}; expected some of {sorted(known)}")
-    for name in config.methods:  # settings that are refused are refused before the first fit
-        make_method(name, task_of(config), settings_of(config, name))
+    with before_work():
+        check(config)
+    folder = RunFolder(config.output)
+    ranks.join(str(config.trainer.get("accelerator", "auto")))
+    alone = folder.session(config.plain(), force, resume, say) if ranks.rank() == 0 else nullcontext()
+    with alone:
+        return _run(config, folder, say)
+
+
+def check(config: RunConfig) -> None:
+    """Refuses what can be refused before anything is made: settings, devices, packages, studies.
+
+    Raises:
+        ValueError, OSError: so.
+    """
+    known: dict[str, Any] = {}
+    for name in METHODS:
+        known.update(method_class(name).defaults)
+    check_group("trainer", config.trainer, known)
+    for name in METHODS:
+        # Also the settings of methods that this run leaves out: a mistake in them would be found by the next one.
+        if name in config.methods or name in config.settings:
+            settings = make_method(name, task_of(config), settings_of(config, name)).settings
+            if name in config.methods and "accelerator" in settings:
+                check_accelerator(f"{name}: accelerator", settings["accelerator"])
+    for name in config.methods:
         reason = getattr(method_class(name), "unavailable", lambda: None)()
         if reason is not None:
             raise ValueError(f"methods: {name} can't run here: {reason}")
-    folder = RunFolder(config.output)
-    ranks.join(str(config.trainer.get("accelerator", "auto")))
+    check_accelerator("trainer: accelerator", str(config.trainer.get("accelerator", "auto")))
+    check_sources(config)
+
+
+def _run(config: RunConfig, folder: RunFolder, say: Say) -> Path:
     with ranks.first_process() as first:
         if first:
-            folder.start(config.plain(), force, resume, say)
             training_studies(config, say)
     train, validation = known_studies(config)
     trained_on = cache(lambda: TrainingRange.of(train, config.exposures).plain())  # read once, and only if needed
@@ -111,11 +145,15 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         ValueError: what was chosen has changed since; a test patient was fitted to; a method that the run lacks.
     """
     folder = RunFolder(chosen.run)
-    config, frozen = folder.frozen()
-    names = chosen.methods or config.methods
-    missing = set(names) - set(config.methods)
-    if missing:
-        raise ValueError(f"methods names {sorted(missing)}; expected some of the run's, {', '.join(config.methods)}")
+    with before_work():
+        config, frozen = folder.frozen()
+        names = chosen.methods or config.methods
+        missing = set(names) - set(config.methods)
+        if missing:
+            raise ValueError(
+                f"methods names {sorted(missing)}; expected some of the run's, {', '.join(config.methods)}"
+            )
+        given = given_to_score(config, chosen)
     methods = {name: load_method(folder.checkpoint(name), name) for name in names}
     calibrations = {
         name: {
@@ -126,7 +164,26 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
     }
     output = chosen.run / "scored" / chosen.label
     identity = {"options": chosen.plain(), "frozen": frozen["digest"]}
-    first = _check_same_scoring(output, identity)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output, "scoring"):
+        remove_temporaries(output)
+        with before_work():
+            first = _check_same_scoring(output, identity)
+            if given:
+                check_inputs(output, "scoring", given, advice="choose another --name")
+        return _score(chosen, config, frozen, methods, calibrations, output, first, say)
+
+
+def _score(
+    chosen: ScoreConfig,
+    config: RunConfig,
+    frozen: Mapping[str, Any],
+    methods: Mapping[str, Method],
+    calibrations: dict[str, dict[str, Calibration]],
+    output: Path,
+    first: bool,
+    say: Say,
+) -> Path:
     paths = studies_to_score(config, chosen, say)
     if not first:
         say(f"{output}: scored before with these choices; what is there is kept")
@@ -135,9 +192,9 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         "frozen": frozen["digest"],
         "studies": len(paths),
         "studies_digest": digest([[path.name, read_parameters(path)] for path in paths]),
-        "methods": list(names),
+        "methods": list(methods),
     }
-    times = folder.note_score(record) if first else 1
+    times = RunFolder(chosen.run).note_score(record) if first else 1
     if times > 1:
         say(f"note: these studies have been scored {times} times with this run's choices (scored.json)")
     for name in list(calibrations):

@@ -2,11 +2,11 @@
 """The folder of a run: its options, its split, what it chose, and a record of every time that it was scored.
 
 config.yaml          the options and, once the choices are made, `frozen`: what was chosen, and hashes of it
-splits.json          which studies were fitted on and chosen on
+splits.json          which studies were fitted on and chosen on, and `inputs`: size, time and SHA-256 of their files
 studies/             simulated ones, in the layout of `medaccel.restoration.study`
 fits/<method>/       logs and what an interrupted fit goes on from
 checkpoints/         one file a fitted method
-scored/<name>/       results on test studies; scored.json says when they were made, and with what
+scored/<name>/       results on test studies, and inputs.json of these; scored.json says when, and with what
 metrics.json|csv, figures/, report.html    on the validation studies
 """
 
@@ -19,17 +19,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from medaccel.data.files import write_text
 from medaccel.restoration.config import RunConfig
 from medaccel.training.digest import digest
+from medaccel.training.lock import LOCK
 from medaccel.training.run_folder import OptionsFolder
 
 
 class RunFolder(OptionsFolder):
     """`start` begins or takes up a run, `frozen` is what a score needs."""
 
-    generated = ("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json")
+    generated = (
+        *("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json", "splits.json"),
+        *("metrics.json", "metrics*.csv", "coverage.csv"),
+    )
     folders = ("checkpoints",)
+    worth = ("checkpoints/*.pt", "fits/*/last.ckpt")
+    parts = ("scored/*",)
 
     def options(self) -> dict[str, Any]:
         values = self.read()
@@ -90,10 +98,14 @@ class RunFolder(OptionsFolder):
     def note_score(self, entry: Mapping[str, Any]) -> int:
         """Adds to scored.json that the run was scored, with the time; returns how often on these studies by now."""
         path = self.path / "scored.json"
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        entries.append({"time": now, **entry})
-        write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)
+        # Scorings of other names may end at the same time.
+        lock = self.path / "scored" / LOCK
+        with FileLock(lock, timeout=60):
+            entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            entries.append({"time": now, **entry})
+            write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)
+            lock.unlink(missing_ok=True)
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
     def hashes(self, config: RunConfig) -> dict[str, str]:

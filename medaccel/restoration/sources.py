@@ -18,7 +18,10 @@ from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.generate import simulate_study, write_studies
 from medaccel.restoration.phantoms import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.restoration.simulator import Progress, SimulatorConfig
-from medaccel.restoration.study import find_studies, is_complete, read_parameters, save_study
+from medaccel.restoration.study import STUDY_JSON, find_studies, is_complete, read_parameters, save_study
+from medaccel.training.inputs import Record, differences, refuse_changes
+from medaccel.training.inputs import record as inputs_of
+from medaccel.training.settings import converted, hints_of
 
 VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
 
@@ -41,6 +44,8 @@ def simulator_of(config: RunConfig) -> SimulatorConfig:
         ValueError: an unknown or impossible parameter, or one of the run's exposures is not simulated.
     """
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.simulator.items()}
+    hints = hints_of(SimulatorConfig)
+    values = {k: converted(f"simulator.{k}", v, hints[k]) if k in hints else v for k, v in values.items()}
     try:
         simulator = SimulatorConfig(**values)
     except TypeError as error:
@@ -89,7 +94,12 @@ def patient(study: Path) -> str:
 
 
 def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
-    """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json."""
+    """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json.
+
+    Raises:
+        ValueError: given studies are others than those which splits.json has.
+    """
+    record = config.output / "splits.json"
     if config.train_studies is not None:
         train, validation = split(config)
         say(f"studies: {len(train)} to fit to, {len(validation)} to choose on")
@@ -100,11 +110,52 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
         first = config.seed + VALIDATION_SEED
         validation = _phantoms(config, "validation", config.validation_phantoms, "standard", first, spacings)
     names = {
-        role: [{"study": str(p), "patient": patient(p)} for p in paths]
+        role: [{"study": str(p.absolute()), "patient": patient(p)} for p in paths]
         for role, paths in (("training", train), ("validation", validation))
     }
-    write_text(config.output / "splits.json", json.dumps(names, indent=1) + "\n", force=True)
+    files = [file for path in (*train, *validation) for file in _files(path, config)]
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    inputs: Record = {}
+    if config.train_studies is not None:  # simulated ones are the run's own
+        if "inputs" in before:
+            said, inputs = differences(before["inputs"], files)
+            refuse_changes(config.output, "run", said)
+        else:
+            inputs = inputs_of(files)
+    if "inputs" in before and any(before[role] != names[role] for role in names):
+        refuse_changes(config.output, "run", ["the studies or their patients are others"])
+    write_text(record, json.dumps({**names, "inputs": inputs}, indent=1) + "\n", force=True)
     return train, validation
+
+
+def _files(study: Path, config: RunConfig) -> list[Path]:
+    """What a run reads of a study."""
+    names = [f"PET_{seconds}.nii.gz" for seconds in (*config.exposures, config.target_seconds)]
+    names += ["CT.nii.gz", "lesions.nii.gz", "noise_free.nii.gz", "activity.nii.gz", "organs.nii.gz", STUDY_JSON]
+    return [study / name for name in names if (study / name).is_file()]
+
+
+def given_to_score(config: RunConfig, chosen: ScoreConfig) -> list[Path]:
+    """The files of the studies, or of the series, that are given to score on; none where phantoms are made.
+
+    Raises:
+        ValueError: one of their patients was fitted to or chosen on; no PET series.
+        FileNotFoundError: no studies.
+    """
+    if chosen.dicom is not None:
+        return [Path(header.filename) for header in open_series(chosen.dicom).headers]
+    if chosen.test_studies is None:
+        return []
+    return [file for path in _unseen(config, chosen.test_studies) for file in _files(path, config)]
+
+
+def _unseen(config: RunConfig, folder: Path) -> list[Path]:
+    paths = find_studies(folder)
+    seen = {patient(p) for role in known_studies(config) for p in role}
+    shared = sorted(seen & {patient(p) for p in paths})
+    if shared:
+        raise ValueError(f"patient {shared[0]} of {folder} was fitted to or chosen on; it can't be a test")
+    return paths
 
 
 def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
@@ -124,13 +175,7 @@ def studies_to_score(config: RunConfig, chosen: ScoreConfig, say: Callable[[str]
     if chosen.test_studies is None:
         say(f"test studies: {chosen.test_phantoms} simulated phantoms (shifted generator)")
         return _phantoms(config, "test", chosen.test_phantoms, "shifted", config.seed + TEST_SEED)
-    paths = find_studies(chosen.test_studies)
-    seen = {patient(p) for role in known_studies(config) for p in role}
-    shared = sorted(seen & {patient(p) for p in paths})
-    if shared:
-        raise ValueError(
-            f"patient {shared[0]} of {chosen.test_studies} was fitted to or chosen on; it can't be a test"
-        )
+    paths = _unseen(config, chosen.test_studies)
     say(f"test studies: {len(paths)} in {chosen.test_studies}")
     return paths
 

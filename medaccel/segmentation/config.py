@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medaccel.pretraining.config import PretrainingConfig
+from medaccel.pretraining.config import COARSEST, PretrainingConfig
 from medaccel.pretraining.names import PRESETS
 from medaccel.segmentation.phantom_task import TASKS
 from medaccel.segmentation.protocol import (
@@ -26,6 +26,7 @@ from medaccel.segmentation.protocol import (
     split_cases,
 )
 from medaccel.training.digest import digest
+from medaccel.training.settings import check_fields, check_group, check_keys, check_seeds_range, converted, nearest
 
 BACKENDS = ("loky", "dask", "ray", "sequential")
 #: Pretraining on the labels of another task.
@@ -48,7 +49,16 @@ _PRIMARY: dict[str, Any] = {
     "seeds": list(SEEDS),
     "expected": 3.0,  # Dice points
 }
-_ILLUSTRATION = {"image", "organs", "label", "task", "fraction", "init", "seed"}
+# Defaults give the types.
+_ILLUSTRATION: dict[str, Any] = {
+    "image": "",
+    "organs": "",
+    "label": 1,
+    "task": "spleen",
+    "fraction": 1.0,
+    "init": RANDOM,
+    "seed": 0,
+}
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
@@ -106,12 +116,14 @@ class SegmentationConfig:
     illustration: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self._check_tasks()
         self._check_inits()
         if self.pretraining_seeds < 1:
             raise ValueError(f"pretraining_seeds is {self.pretraining_seeds}; expected a whole number >= 1")
-        if any(not isinstance(seed, int) or seed < 0 for seed in self.seeds):
+        if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds is {list(self.seeds)}; expected whole numbers >= 0")
+        check_seeds_range("seeds", *self.seeds)
         if self.jobs < 0:
             raise ValueError(f"jobs is {self.jobs}; expected how many cells run at a time, or 0 to run none")
         if self.backend not in BACKENDS:
@@ -158,9 +170,8 @@ class SegmentationConfig:
         own = {"output", "preset", "tasks", "seed"} & set(self.pretraining)
         if own:
             raise ValueError(f"pretraining names {sorted(own)}, which the study sets itself; expected other options")
+        check_keys("pretraining", self.pretraining, [known.name for known in dataclasses.fields(PretrainingConfig)])
         values = {**more, **self.pretraining}
-        if values.get("cache_folder") is not None:
-            values["cache_folder"] = Path(values["cache_folder"])
         try:
             return PretrainingConfig.of(output, {**values, "preset": init, "seed": number})
         except ValueError as error:
@@ -201,16 +212,26 @@ class SegmentationConfig:
         for name, task in self.tasks.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"tasks names {name!r}; expected letters, digits and _")
-            _check_keys(f"tasks.{name}", task, _TASK)
+            check_keys(f"tasks.{name}", task, _TASK)
+            for key, kind in (("data", Path | None), ("preset", str | None), ("settings", dict)):
+                if key in task:
+                    converted(f"tasks.{name}.{key}", task[key], kind)
             if task.get("data") is None and name not in TASKS:
                 raise ValueError(
                     f"tasks.{name} has no data; expected a folder, or one of the phantoms' {list(TASKS)}"
                 )
             self._check_by_fraction(name)
-        _check_keys("phantoms", self.phantoms, _PHANTOMS)
+        object.__setattr__(self, "phantoms", check_group("phantoms", self.phantoms, _PHANTOMS))
+        for name in ("spacing", "pool_spacing"):
+            steps = self.phantom_options[name]
+            if len(steps) != 3 or not all(0 < step <= COARSEST for step in steps):
+                raise ValueError(
+                    f"phantoms.{name} is {steps}; expected three sizes in mm, above 0 and at most {COARSEST:g}"
+                )
+        check_seeds_range("phantoms.seed", self.phantom_options["seed"])
         for name in ("cases", "pool"):
             count = self.phantom_options[name]
-            if not isinstance(count, int) or not 1 <= count <= 1000:
+            if not 1 <= count <= 1000:
                 raise ValueError(f"phantoms.{name} is {count!r}; expected a whole number from 1 to 1000")
         if any(task.get("data") is None for task in self.tasks.values()):
             check_fractions(
@@ -237,7 +258,10 @@ class SegmentationConfig:
         known = (RANDOM, SUPERVISED, *PRESETS, *self.weights)
         unknown = [init for init in self.inits if init not in known]
         if unknown:
-            raise ValueError(f"inits names {unknown}; expected some of {', '.join(dict.fromkeys(known))}")
+            raise ValueError(
+                f"inits names {unknown}; expected some of {', '.join(dict.fromkeys(known))}"
+                f"{nearest(unknown[0], known)}"
+            )
         if RANDOM in self.weights:
             raise ValueError(f"weights has files for {RANDOM!r}; expected another name: that is without any")
         for init in self.inits:
@@ -246,13 +270,13 @@ class SegmentationConfig:
         for name, files in self.weights.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"weights names {name!r}; expected letters, digits and _")
-            if not isinstance(files, list) or not files:
+            if not files:
                 raise ValueError(f"weights.{name} is {files!r}; expected a list of files, at least one")
         if SUPERVISED in self.inits and SUPERVISED not in self.weights and len(self.tasks) < 2:
             raise ValueError("inits has 'supervised' and there is one task; expected a second one to pretrain on")
 
     def _check_primary(self) -> None:
-        _check_keys("primary", self.primary, {*_PRIMARY, "none"})
+        object.__setattr__(self, "primary", check_group("primary", self.primary, {**_PRIMARY, "none": True}))
         primary = self.comparison
         if primary is None:
             return
@@ -274,7 +298,7 @@ class SegmentationConfig:
     def _check_illustration(self) -> None:
         if not self.illustration:
             return
-        _check_keys("illustration", self.illustration, _ILLUSTRATION)
+        check_group("illustration", self.illustration, _ILLUSTRATION)
         missing = {"image", "task"} - set(self.illustration)
         if missing or ("organs" in self.illustration) != ("label" in self.illustration):
             raise ValueError(
@@ -298,11 +322,3 @@ def check_fractions(names: Sequence[str], fractions: Sequence[float], whose: str
             split.subset(fraction)
     except ValueError as error:
         raise ValueError(f"{whose}: {error}") from error
-
-
-def _check_keys(name: str, values: Mapping[str, Any], known: Any) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{name} is {values!r}; expected some of {', '.join(sorted(known))}, by name")
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{name} names {unknown}; expected some of {', '.join(sorted(known))}")

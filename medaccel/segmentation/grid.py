@@ -13,12 +13,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from medaccel.data import write_text
 from medaccel.segmentation.msd import MSDDataset
 from medaccel.segmentation.protocol import Cell, Split
+from medaccel.training import ranks
+from medaccel.training.lock import locked
+from medaccel.training.run_folder import remove_temporaries
 
 RESULT, ERROR = "result.json", "error.txt"
 # There while a cell is run, and afterwards where its process was killed.
@@ -148,6 +152,17 @@ def attempt(
 
         torch.set_num_threads(threads)
     work.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if ranks.rank() == 0:  # of torchrun's processes, which work on the same cell
+            try:
+                stack.enter_context(locked(work.folder, "cell"))
+            except ValueError as error:
+                return work.cell.name, str(error)
+            remove_temporaries(work.folder)
+        return _attempt(work, run, progress)
+
+
+def _attempt(work: Work, run: RunCell | None, progress: bool) -> tuple[str, str | None]:
     (work.folder / _BEGUN).touch()
     try:
         if run is None:
@@ -175,6 +190,13 @@ def attempt(
 
 def _note(work: Work, text: str) -> None:
     write_text(work.folder / ERROR, text.rstrip() + "\n", force=True)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError where the package of a backend isn't installed."""
+    package = {"dask": "distributed", "ray": "ray"}.get(backend)
+    if package is not None and find_spec(package) is None:
+        raise ValueError(f"backend is {backend}, and {package} is not installed here: pip install {package}")
 
 
 @contextmanager

@@ -16,17 +16,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from medaccel.pretraining.names import PRESETS
 from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
-from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, run_grid
+from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, check_backend, run_grid
 from medaccel.segmentation.msd import DATASET_JSON, MSDDataset, read_dataset
 from medaccel.segmentation.phantom_task import write_pool, write_task
 from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
 from medaccel.segmentation.run_folder import StudyFolder
 from medaccel.training import ranks
+from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.training.settings import before_work, check_accelerator
 
 Say = Callable[[str], None]
 #: As `pretrain_preset`.
@@ -66,27 +70,112 @@ def run(
         ValueError, OSError: bad options or data, a folder that holds something else, no cluster; cells that failed,
             after the others have run and the report was written.
     """
+    with before_work():
+        settings = check(config, cell=cell)
+    accelerator = str(next(iter(settings.values()))["accelerator"])
+    ranks.join(accelerator)
+    folder = StudyFolder(config.output)
+    if cell is not None:
+        with before_work():
+            study = Study(config, folder, settings)
+            _refuse_changed_data(study, cell)
+        return _run_one(study, cell, say, run_cell)
+    options = options_of(config, settings)
+    alone = folder.session(options, force, resume, say) if ranks.rank() == 0 else nullcontext()
+    with alone:
+        return _run(config, folder, settings, say, run_cell, pretrain)
+
+
+def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, dict[str, Any]]:
+    """Refuses what can be refused before anything is made: settings, devices, packages, data, weights.
+
+    Args:
+        config: the options.
+        cell: as `run`'s.
+
+    Returns:
+        Of each task, the settings of its cells.
+
+    Raises:
+        ValueError, OSError: so.
+    """
     settings = {name: settings_of(config, name) for name in config.tasks}
     for name in config.tasks:
         for fraction in config.fractions:
-            settings_of(config, name, fraction)  # refuses what they don't take before anything is made
+            settings_of(config, name, fraction)
+        if config.backend in ("loky", "sequential") and (config.jobs or cell is not None):
+            check_accelerator(f"task {name}: accelerator", settings[name]["accelerator"])
     for name, files in config.weights.items():
         for file in files if name in config.inits else ():
             if not Path(file).is_file():
                 raise FileNotFoundError(f"weights.{name}: {file} not found")
+    for key in ("image", "organs"):
+        if key in config.illustration and not Path(config.illustration[key]).exists():
+            raise FileNotFoundError(f"illustration.{key}: {config.illustration[key]} not found")
+    check_backend(config.backend)
     if ranks.world_size() > 1 and cell is None and config.jobs and config.backend != "sequential":
         raise ValueError(
             f"torchrun started {ranks.world_size()} processes and backend is {config.backend}; expected sequential, "
             "or one --cell: all processes work on the same cell"
         )
+    check_data(config)
+    shown = {one.init: one for one in config.chosen() if one.init in PRESETS and one.init not in config.weights}
+    for init in shown if cell is None else ():
+        from medaccel.pretraining.pipeline import check as check_pretraining
+
+        try:
+            check_pretraining(config.pretraining_of(init, 0, config.output, {}))
+        except ValueError as error:
+            raise ValueError(f"pretraining: {error}") from error
+    return settings
+
+
+def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
+    """The tasks' data that are given, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
+    """
+    given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
+    found = {name: read_dataset(path) for name, path in given.items()}
+    for name, dataset in found.items():
+        check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
+    return found
+
+
+def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[Path]:
+    """The files that a study is given: volumes and labels of its tasks, and weights."""
+    files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
+    for name, dataset in data.items():
+        if config.tasks[name].get("data") is not None:
+            files.append(dataset.folder / DATASET_JSON)
+            files += [file for case in dataset.cases for file in (case.image, case.label)]
+    return files
+
+
+def _refuse_changed_data(study: Study, cell: int) -> None:
+    """`--cell`: as a study's own run, of the one task; nothing is recorded, others may run beside it."""
+    record, chosen = study.folder.path / INPUTS, study.config.chosen()
+    if record.exists() and 0 <= cell < len(chosen):
+        task = chosen[cell].task
+        files = _inputs(study.config, {task: study.data[task]} if task in study.data else {})
+        before = {name: known for name, known in read(record).items() if Path(name) in {f.resolve() for f in files}}
+        refuse_changes(study.folder.path, "study", differences(before, files)[0])
+
+
+def _run(
+    config: SegmentationConfig,
+    folder: StudyFolder,
+    settings: Mapping[str, Mapping[str, Any]],
+    say: Say,
+    run_cell: RunCell | None,
+    pretrain: Pretrain | None,
+) -> Path:
+    chosen = config.chosen()
     accelerator = str(next(iter(settings.values()))["accelerator"])
-    ranks.join(accelerator)
-    folder, chosen = StudyFolder(config.output), config.chosen()
-    if cell is not None:
-        return _run_one(Study(config, folder, settings), cell, say, run_cell)
     with ranks.first_process() as first:
         if first:
-            folder.start(options_of(config, settings), force, resume, say)
+            check_inputs(folder.path, "study", _inputs(config, check_data(config)))
             make_data(config, folder, chosen)
     study = Study(config, folder, settings)
     if ranks.rank() == 0:
@@ -129,6 +218,21 @@ def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell 
 
 def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
     """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
+    with before_work():
+        one = _prepared(study, number)
+    chosen = study.config.chosen()
+    say(f"cell {number} of {len(chosen)}: {one.name}")
+    work = study.work(one)
+    if not work.finished:
+        _, error = attempt(work, run_cell, progress=True)
+        if error is not None:
+            raise ValueError(f"cell {one.name} failed: {error}; more is in {work.folder / ERROR}")
+    ranks.leave()
+    return work.folder / RESULT
+
+
+def _prepared(study: Study, number: int) -> Cell:
+    """One of the chosen cells, if what it needs is there."""
     study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
     if not 0 <= number < len(chosen):
@@ -141,14 +245,7 @@ def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> P
                 f"cell {one.name} needs {path}, which is not there yet; the same command with --jobs 0 in place of "
                 "--cell prepares data and pretraining for all cells"
             )
-    say(f"cell {number} of {len(chosen)}: {one.name}")
-    work = study.work(one)
-    if not work.finished:
-        _, error = attempt(work, run_cell, progress=True)
-        if error is not None:
-            raise ValueError(f"cell {one.name} failed: {error}; more is in {work.folder / ERROR}")
-    ranks.leave()
-    return work.folder / RESULT
+    return one
 
 
 def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
@@ -172,9 +269,14 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
     options = config.tasks[task]
     preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
     try:
-        return make_settings({"preset": preset, **config.overrides(task, fraction)})
+        settings = make_settings({"preset": preset, **config.overrides(task, fraction)})
+        if settings["steps"] % settings["steps_per_epoch"]:
+            raise ValueError(
+                f"steps is {settings['steps']}; expected a multiple of steps_per_epoch, {settings['steps_per_epoch']}"
+            )
     except ValueError as error:
         raise ValueError(f"task {task}: {error}") from error
+    return settings
 
 
 def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medaccel.training.settings import TRAINING, check_group, nearest
+
 #: Voxels that the network halves five times.
 MULTIPLE = 32
 # Smallest longest axis: of 32³ one voxel would be left, which instance normalization makes 0.
@@ -132,19 +134,21 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown preset or name, a value of another kind or out of range.
     """
-    from medaccel.training.fit import TRAINING
-
     name = overrides.get("preset", "generic")
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
     fields = dataclasses.asdict(PRESETS[name])
     training = TRAINING | _TRAINING | dict(_PHANTOM_TRAINING.get(name, {}))
     known: dict[str, Any] = {"preset": name} | fields | training
     unknown = sorted(set(overrides) - set(known))
     if unknown:
-        raise ValueError(f"settings names {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+        raise ValueError(
+            f"settings names {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+            f"{nearest(unknown[0], known)}"
+        )
     settings = {key: _checked(key, overrides.get(key, default), default) for key, default in known.items()}
     _check_ranges(settings)
+    check_group("settings", {k: v for k, v in settings.items() if k in TRAINING}, TRAINING)
     return settings
 
 

@@ -2,6 +2,7 @@
 """The folder of a segmentation study.
 
 config.yaml                       the options, and all settings of the cells that follow from them
+inputs.json                       size, time and SHA-256 of the tasks' files and of given weights
 splits.json                       each task's splits, and the subsets that fractions train on
 data/<task>/, data/pool/          phantoms
 pretraining/<init>-<n>/           a run of `medaccel pretraining run` each, or weights of another task's network
@@ -24,8 +25,13 @@ class StudyFolder(OptionsFolder):
     noun = "study"
     generated = (
         *("data", "pretraining", "cells", "figures"),
-        *("splits.json", "metrics.json", "metrics.csv", "report.html"),
+        *("splits.json", "metrics.json", "metrics.csv"),
     )
+    worth = (
+        *("cells/*/result.json", "cells/*/last.ckpt"),
+        *("pretraining/*/checkpoints/*.pt", "pretraining/*/training/last.ckpt"),
+    )
+    parts = ("cells/*", "pretraining/*")
 
     def task(self, name: str) -> Path:
         """Of a phantom task."""

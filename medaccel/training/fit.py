@@ -24,24 +24,9 @@ from medaccel.data.files import atomic_path
 from medaccel.training import ranks
 from medaccel.training.digest import digest
 from medaccel.training.sampler import Numbered
+from medaccel.training.settings import TRAINING
 
-#: Settings that every network has, and their defaults.
-TRAINING: dict[str, Any] = {
-    "steps": 600,  # optimizer steps
-    "steps_per_epoch": 25,
-    "batch_size": 1,  # over all processes
-    "learning_rate": 2e-3,
-    "weight_decay": 0.01,
-    "warm_up": 30,  # steps
-    "ema_decay": 0.99,  # of the running average of the weights; 0: none
-    "gradient_clip": 1.0,
-    "checkpoint_minutes": 2.0,
-    "cache": "memory",
-    "num_workers": 0,
-    "accelerator": "auto",
-    "strategy": "auto",
-    "precision": "32-true",
-}
+__all__ = ["TRAINING", "NetworkFit", "train"]
 
 
 class NetworkFit(lightning.LightningModule):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from medaccel.data import atomic_path, check_output, write_bytes, write_text
+from tests.interrupts import heed_sigint
 
 
 @contextmanager
@@ -107,7 +108,11 @@ def test_ctrl_c_in_another_process_keeps_the_old_file(tmp_path: Path) -> None:
         "    time.sleep(60)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", code, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=heed_sigint,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"

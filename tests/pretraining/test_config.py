@@ -47,7 +47,7 @@ def test_the_written_options_give_the_same_run_wherever_it_lies(tmp_path: Path):
     assert again.plain() == config.plain()
     assert again.digest() == config.digest()
     assert PretrainingConfig(seed=1).digest() != PretrainingConfig().digest()
-    with pytest.raises(ValueError, match=r"config.yaml: holds options that are unknown"):
+    with pytest.raises(ValueError, match=r"config.yaml: holds options that are unknown: colour"):
         PretrainingConfig.of(tmp_path, config.plain() | {"colour": 1})
 
 

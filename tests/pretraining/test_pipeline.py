@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 import yaml
 
+from medaccel.data import write_text
 from medaccel.nets import SwinUNETR, load_pretrained
 from medaccel.pretraining import evaluation
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.pretraining.pipeline import run, weights
+from medaccel.segmentation.phantom_task import write_pool
 from tests.pretraining.made import ROI, SPACING, TRAINER
 
 QUICK = {"steps": 2, "steps_per_epoch": 1}
@@ -143,13 +146,46 @@ def test_scans_that_are_none_are_refused(tmp_path: Path):
         run(_config(tmp_path / "run2", scans=(tmp_path / "empty",)), say=lambda _: None)
 
 
-def test_force_starts_clean(finished: PretrainingConfig, tmp_path: Path):
+@pytest.mark.parametrize("mistake", ["a mistyped folder", "a setting", "a device", "one scan alone"])
+def test_force_keeps_the_earlier_run_where_the_new_one_comes_to_nothing(mistake: str, tmp_path: Path):
     folder = tmp_path / "run"
     (folder / "training").mkdir(parents=True)
     (folder / "training" / "last.ckpt").write_bytes(b"of another run")
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 9}))
+    write_pool(tmp_path / "scan", 1, spacing=SPACING)
+    options: dict[str, dict[str, Any]] = {
+        "a mistyped folder": {"scans": (tmp_path / "missing",)},
+        "a setting": {"trainer": TRAINER | {"learning_rate": "abc"}},
+        "a device": {"trainer": TRAINER | {"accelerator": "tpu"}},
+        "one scan alone": {"scans": (tmp_path / "scan",)},  # is known after the start
+    }
     said: list[str] = []
-    with pytest.raises(FileNotFoundError):
-        run(_config(folder, scans=(tmp_path / "missing",)), force=True, say=said.append)
-    assert "starting clean" in said[0]
-    assert not (folder / "training").exists()
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run(_config(folder, **options[mistake]), force=True, say=said.append)
+    assert (folder / "training" / "last.ckpt").read_bytes() == b"of another run"
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"seed": 9}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "scan"]
+    assert (mistake == "one scan alone") == any("starting clean" in line for line in said)
+
+
+def test_a_scan_that_changed_is_named(finished: PretrainingConfig, tmp_path: Path):
+    write_pool(tmp_path / "scans", 3, spacing=SPACING)
+    config = _config(tmp_path / "run", scans=(tmp_path / "scans",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medaccel.training.fit.train", _stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(config, say=lambda _: None)
+        first, second = sorted((tmp_path / "scans").glob("*.nii.gz"))[:2]
+        os.utime(first)  # a new time alone is no change
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(config, say=lambda _: None)
+        first.write_bytes(second.read_bytes())
+        with pytest.raises(ValueError, match=rf"a run of other data: .*{first.name} has changed; choose another"):
+            run(config, say=lambda _: None)
+    write_text(config.output / "report.html", "the report of a finished run")
+    with pytest.raises(ValueError, match=rf"{first.name} has changed"):
+        run(config, say=lambda _: None)
+
+
+def _stopped(*_: Any, **__: Any) -> None:
+    raise RuntimeError("stopped")

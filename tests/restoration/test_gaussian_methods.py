@@ -110,11 +110,13 @@ def test_a_checkpoint_takes_the_fits_place(studies: list[Study], tmp_path: Path)
 
 
 def test_ctrl_c_in_the_middle_of_a_fit_is_a_keyboard_interrupt_and_saves_nothing(
-    studies: list[Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    studies: list[Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ):
     def interrupted(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, found))
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(gaussian.GaussianFit, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from medaccel.restoration.methods import METHODS, load_method
 from medaccel.restoration.pipeline import choose_best, run, score
 from medaccel.restoration.scoring import Scored
 from medaccel.restoration.study import load_study, save_study
+from medaccel.training.lock import locked
+from tests.interrupts import heed_sigint
 from tests.restoration.test_gaussian_methods import make_study
 
 GAUSSIANS = ("gaussian1", "gaussian3", "gaussian_mix")
@@ -157,6 +160,56 @@ def test_a_score_of_other_options_does_not_mix_with_one_that_is_there(quick: Run
     score(ScoreConfig(quick.output, test_studies=folders[1], name="mixed"))
     with pytest.raises(ValueError, match="holds a scoring with other options"):
         score(ScoreConfig(quick.output, test_studies=folders[1], name="mixed", samples=5))
+
+
+def _copied(folders: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    for source, name in zip(folders, ("train", "test"), strict=True):
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path / "train", tmp_path / "test"
+
+
+def test_studies_that_changed_since_the_fit_are_named(quick: RunConfig, folders: tuple[Path, Path], tmp_path: Path):
+    train, _ = _copied(folders, tmp_path)
+    config = dataclasses.replace(quick, output=tmp_path / "run", train_studies=train)
+    run(config, say=lambda _: None)
+    splits = json.loads((config.output / "splits.json").read_text())
+    assert str(train / "made_0" / "PET_60.nii.gz") in splits["inputs"]
+    os.utime(train / "made_0" / "PET_60.nii.gz")  # touched, not changed
+    run(config, say=lambda _: None)
+    kept = (train / "made_0" / "PET_60.nii.gz").read_bytes()
+    shutil.copy(train / "made_1" / "PET_60.nii.gz", train / "made_0" / "PET_60.nii.gz")
+    with pytest.raises(ValueError, match=r"a run of other data: .*made_0/PET_60.nii.gz has changed; choose another"):
+        run(config, say=lambda _: None)
+    (train / "made_0" / "PET_60.nii.gz").write_bytes(kept)
+    shutil.copytree(train / "made_0", train / "made_9")
+    with pytest.raises(ValueError, match=r"made_9/PET_60.nii.gz is new"):
+        run(config, say=lambda _: None)
+    lines: list[str] = []
+    run(config, force=True, say=lines.append)
+    assert "starting clean" in lines[0]
+    assert "gaussian1: fitting to 3 studies" in lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "test", "train"]
+
+
+def test_test_studies_that_changed_are_not_answered_with_the_old_scores(
+    quick: RunConfig, folders: tuple[Path, Path], tmp_path: Path
+):
+    _, test = _copied(folders, tmp_path)
+    chosen = ScoreConfig(quick.output, test_studies=test, name="changing")
+    score(chosen, say=lambda _: None)
+    shutil.copy(test / "made_2" / "PET_90.nii.gz", test / "made_3" / "PET_90.nii.gz")
+    with pytest.raises(ValueError, match=r"a scoring of other data: .*made_3/PET_90.nii.gz has changed; choose"):
+        score(chosen, say=lambda _: None)
+    score(dataclasses.replace(chosen, name="changed"), say=lambda _: None)
+
+
+def test_two_processes_do_not_score_into_one_folder(quick: RunConfig, folders: tuple[Path, Path]):
+    (quick.output / "scored" / "held").mkdir(parents=True)
+    with (
+        locked(quick.output / "scored" / "held", "scoring"),
+        pytest.raises(ValueError, match=rf"process {os.getpid()} on .* is working on this scoring"),
+    ):
+        score(ScoreConfig(quick.output, test_studies=folders[1], name="held"), say=lambda _: None)
 
 
 def test_what_was_frozen_is_refused_when_it_changed(quick: RunConfig, folders: tuple[Path, Path], tmp_path: Path):
@@ -346,7 +399,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folders: tuple[Path, Path], tmp_path: 
     output = tmp_path / "run"
     command = [sys.executable, "-m", "medaccel.cli", "restoration", "run", "--output", str(output)]
     command += ["--train_studies", str(folders[0])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=heed_sigint,
+    )
     deadline = time.monotonic() + 90
     while not (output / "checkpoints" / "gaussian1.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -386,7 +446,8 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_options_end_in_a_sentence(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options, sentence = BAD[what]
-    assert main(["restoration", "run", "--output", str(tmp_path / "run"), *options]) == 1
+    assert main(["restoration", "run", "--output", str(tmp_path / "run"), *options]) == 2
+    assert not (tmp_path / "run").exists()
     error = capsys.readouterr().err
     assert "medaccel: error:" in error
     assert sentence in error
@@ -406,7 +467,7 @@ SCORE_BAD = {
 @pytest.mark.parametrize("what", SCORE_BAD)
 def test_bad_options_of_a_score_end_in_a_sentence(what: str, quick: RunConfig, capsys: pytest.CaptureFixture[str]):
     options, sentence = SCORE_BAD[what]
-    assert main(["restoration", "score", str(quick.output), *options]) == 1
+    assert main(["restoration", "score", str(quick.output), *options]) == 2
     error = capsys.readouterr().err
     assert "medaccel: error:" in error
     assert sentence in error

@@ -231,7 +231,7 @@ def test_a_checkpoint_of_other_settings_or_damaged_is_refused(studies: list[Path
     [
         ({"steps_per_epoch": 0}, "steps_per_epoch is 0; expected a whole number >= 1"),
         ({"batch_size": 0}, "batch_size is 0; expected a whole number >= 1"),
-        ({"roi_size": 16}, "roi_size is 16; expected a list"),
+        ({"roi_size": 16}, "roi_size is \\[16\\]; expected three multiples"),
         ({"samples": "many"}, "samples is 'many'; expected a whole number"),
         ({"steps": 7}, "steps is 7; expected a multiple of steps_per_epoch, 2"),
         ({"roi_size": [20, 16, 16]}, "roi_size is .*expected three multiples of 8"),

@@ -4,6 +4,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 import yaml
 
-from medaccel.cli import build_parser
+from medaccel.cli import parse
 from medaccel.segmentation import report_examples
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.phantom_task import write_task
 from medaccel.segmentation.pipeline import run, settings_of
+from medaccel.training.lock import locked
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 
 PHANTOMS = {"cases": 9, "spacing": [8.0, 8.0, 8.0], "pool": 2, "pool_spacing": [8.0, 8.0, 8.0]}
@@ -323,18 +325,67 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, task: Path, options
 def test_the_configurations_are_the_study(name: str):
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     part = "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
-    arguments = build_parser().parse_args(["segmentation", "run", "--config", str(path), "--select", part])
-    options = arguments.segmentation.run.as_dict()
+    _, arguments = parse(["segmentation", "run", "--config", str(path), "--select", part])
+    options = arguments.as_dict()
     known = {field.name for field in fields(SegmentationConfig)}
-    config = SegmentationConfig(
-        **{k: tuple(v) if k in ("inits", "fractions", "seeds") else v for k, v in options.items() if k in known}
-    )
+    config = SegmentationConfig(**{k: v for k, v in options.items() if k in known})
     assert len(config.cells()) == 144
     assert len(config.chosen()) == 12
     assert {cell.pretraining for cell in config.chosen()} == {0, 1}
     assert config.comparison is not None
     widths = {settings_of(config, task)["feature_size"] for task in config.tasks}
     assert widths == {config.pretraining["network"]["feature_size"]}
+
+
+def test_data_that_changed_is_named(tmp_path: Path, task: Path):
+    shutil.copytree(task, tmp_path / "task")
+    config = make_config(tmp_path / "study", tmp_path / "task", inits=("random",), primary=NONE)
+    run_fake(config)
+    image, other = sorted((tmp_path / "task" / "imagesTr").iterdir())[:2]
+    image.touch()
+    run_fake(config)
+    shutil.copy(other, image)
+    for cell in (None, *range(6)):
+        with pytest.raises(ValueError, match=rf"a study of other data: .*{image.name} has changed"):
+            run_fake(config, cell=cell)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tasks": {"spleen": {"data": "nowhere"}}},
+        {"settings": {"learning_rate": "abc"}},
+        {"settings": {"accelerator": "gpu"}},
+        {"pretraining": {"scans": ["nowhere"]}},
+        {"pretraining": {"network": {"feature_size": "abc"}}},
+        {"weights": {"instance_pixel": ["nowhere.pt"]}},
+    ],
+)
+def test_force_removes_nothing_where_the_options_are_refused(tmp_path: Path, task: Path, options: dict[str, Any]):
+    config = make_config(tmp_path / "study", task)
+    run_fake(config)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run_fake(make_config(tmp_path / "study", task, **options), force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cells_of_one_folder_run_side_by_side_but_not_the_same_one_twice(tmp_path: Path, task: Path):
+    config = make_config(tmp_path / "study", task, inits=("random",), primary=NONE)
+    run_fake(replace(config, jobs=0))
+    busy = config.output / "cells" / config.cells()[0].name
+    busy.mkdir(parents=True)
+    with locked(busy, "cell"):
+        with pytest.raises(ValueError, match=rf"failed: .*process {os.getpid()} on .* is working on this cell"):
+            run_fake(config, cell=0)
+        run_fake(config, cell=1)
+        with locked(config.output, "study"):  # `--cell` beside a process that works on the rest
+            run_fake(config, cell=2)
+        with pytest.raises(ValueError, match="a process is working there; wait until it has ended"):
+            run_fake(config, force=True)
+    assert sorted(runs(config.output)) == sorted(cell.name for cell in config.cells()[1:3])
+    run_fake(config)
+    assert set(runs(config.output).values()) == {1}
 
 
 def test_five_seeds_are_not_called_six(tmp_path: Path, task: Path):

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medaccel.training.settings import check_group, nearest
+
 if TYPE_CHECKING:
     from medaccel.nets import SwinUNETR
     from medaccel.pretraining.network import PretrainingNet
@@ -56,9 +58,9 @@ class Task(abc.ABC):
         if unknown:
             raise ValueError(
                 f"{self.name}: settings {sorted(unknown)} are unknown; expected some of "
-                f"{', '.join(self.defaults) or 'none'}"
+                f"{', '.join(self.defaults) or 'none'}{nearest(min(unknown), self.defaults)}"
             )
-        self.settings = copy.deepcopy({**self.defaults, **settings})
+        self.settings = copy.deepcopy({**self.defaults, **check_group(self.name, settings, self.defaults)})
         self.roi_size = tuple(int(n) for n in roi_size)
 
     @property

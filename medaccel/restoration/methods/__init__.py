@@ -45,7 +45,11 @@ def method_class(name: str) -> type[Method]:
 
 def make_method(name: str, task: Task, settings: Mapping[str, Any] | None = None) -> Method:
     """A method that is not fitted yet. Raises ValueError for an unknown name or setting."""
-    return method_class(name)(task, settings)
+    try:
+        return method_class(name)(task, settings)
+    except (TypeError, IndexError, KeyError, RuntimeError, ZeroDivisionError) as error:  # a network's own, of sizes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{name}: its settings {dict(settings or {})} can't be used ({reason})") from error
 
 
 def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Method:

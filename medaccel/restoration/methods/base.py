@@ -14,6 +14,7 @@ import torch
 
 from medaccel.data.files import atomic_path
 from medaccel.restoration.metrics import check_seconds, check_spacing
+from medaccel.training.settings import check_group, nearest
 
 FORMAT = 1  # of a method's checkpoint
 
@@ -92,6 +93,7 @@ class Method(abc.ABC):
     name: ClassVar[str]
     #: Settings and their defaults.
     defaults: ClassVar[Mapping[str, Any]] = {}
+    optional: ClassVar[frozenset[str]] = frozenset()  # settings that may be None
     samples: ClassVar[bool] = False  # whether restore can draw several
     distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
 
@@ -100,11 +102,12 @@ class Method(abc.ABC):
         if unknown:
             raise ValueError(
                 f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
+                f"{nearest(min(unknown), self.defaults)}"
             )
-        for key, value in (settings or {}).items():
-            _check_type(self.name, key, value, self.defaults[key])
+        given = {k: v for k, v in (settings or {}).items() if v is not None or k not in self.optional}
+        given = check_group(self.name, given, self.defaults)
         self.task = task
-        self.settings: dict[str, Any] = {**self.defaults, **(settings or {})}
+        self.settings: dict[str, Any] = {**self.defaults, **(settings or {}), **given}
         self.fitted = Fitted()
 
     @abc.abstractmethod
@@ -188,24 +191,6 @@ class Method(abc.ABC):
                 "which the method was fitted to"
             )
         return chosen
-
-
-def _check_type(method: str, key: str, value: Any, default: Any) -> None:
-    """Raises ValueError unless a setting is of its default's type: a word about it, before hours of work."""
-    if default is None or value is None:
-        return
-    for kinds, said in (
-        (bool, "true or false"),
-        (int, "a whole number"),
-        (float, "a number"),
-        (str, "text"),
-        ((list, tuple), "a list"),
-    ):
-        if isinstance(default, kinds):
-            fits = isinstance(value, (int, float) if kinds is float else kinds)
-            if not fits or (isinstance(value, bool) and kinds is not bool):
-                raise ValueError(f"{method}: {key} is {value!r}; expected {said}")
-            return
 
 
 def check_volume(name: str, volume: np.ndarray, spacing: Sequence[float]) -> None:

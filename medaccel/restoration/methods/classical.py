@@ -75,6 +75,9 @@ class Classical(Method):
         "search_studies": 3,
         "search_slices": None,
     }
+    optional = frozenset({"search_slices"})
+    #: Of further settings, the smallest values.
+    least: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
@@ -89,8 +92,11 @@ class Classical(Method):
         if chosen["search_studies"] < 1:
             raise ValueError(f"{self.name}: search_studies is {chosen['search_studies']}; expected at least one")
         slices = chosen["search_slices"]
-        if slices is not None and slices < 3:
+        if slices is not None and (not isinstance(slices, int) or slices < 3):
             raise ValueError(f"{self.name}: search_slices is {slices}; expected at least three, or None")
+        for key, least in self.least.items():
+            if chosen[key] < least:
+                raise ValueError(f"{self.name}: {key} is {chosen[key]}; expected at least {least}")
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -263,6 +269,7 @@ class NonLocalMeans(Classical):
         "patch_size": 5,
         "patch_distance": 3,
     }
+    least: ClassVar[Mapping[str, float]] = {"patch_size": 1, "patch_distance": 0}
 
     def denoise(self, mapped: Array, noise: float) -> Array:
         from skimage.restoration import denoise_nl_means
@@ -300,6 +307,7 @@ class TotalVariation(Classical):
         "tolerance": 1e-5,
         "iterations": 200,
     }
+    least: ClassVar[Mapping[str, float]] = {"rounds": 1, "tolerance": 0, "iterations": 1}
 
     def denoise(self, mapped: Array, noise: float) -> Array:
         from skimage.restoration import denoise_tv_chambolle
@@ -344,6 +352,7 @@ class BM4D(Classical):
         "search_window": 4,
         "variance_layers": 1,
     }
+    least: ClassVar[Mapping[str, float]] = {"threshold": 0, "wiener": 0, "search_window": 1, "variance_layers": 0}
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)

@@ -60,6 +60,23 @@ class NetworkMethod(Method):
         for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
             if self.settings[key] < 1:
                 raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
+        from medaccel.restoration.networks import BASES
+        from medaccel.restoration.patches import CACHES, REFERENCES
+        from medaccel.restoration.scaling import SCALINGS
+
+        for key, known in (
+            *(("cache", CACHES), ("reference", REFERENCES)),
+            *(("scaling", tuple(SCALINGS)), ("base", BASES)),
+        ):
+            if self.settings[key] not in known:
+                raise ValueError(f"{self.name}: {key} is {self.settings[key]!r}; expected one of {', '.join(known)}")
+        if not 0 <= self.settings["overlap"] < 1:
+            raise ValueError(f"{self.name}: overlap is {self.settings['overlap']}; expected a share in [0, 1)")
+        if self.settings["steps"] % self.settings["steps_per_epoch"]:
+            raise ValueError(
+                f"{self.name}: steps is {self.settings['steps']}; expected a multiple of steps_per_epoch, "
+                f"{self.settings['steps_per_epoch']}"
+            )
         if self.settings["give_back"] < 0:
             raise ValueError(f"{self.name}: give_back is {self.settings['give_back']}; expected a number >= 0")
         roi = self.settings["roi_size"]

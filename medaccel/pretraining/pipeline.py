@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from medaccel.data.files import atomic_path, write_text
+from medaccel.data.files import atomic_path, read_json, write_text
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.training import ranks
 from medaccel.training.run_folder import OptionsFolder
@@ -94,11 +94,12 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
                 config.spacing,
                 held_out=config.held_out,
                 skip_limit=config.skip_limit,
+                check_units=config.check_units,
                 seed=config.seed,
                 workers=settings["num_workers"],
             )
             write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
-    plain = json.loads((folder / "scans.json").read_text(encoding="utf-8"))
+    plain = read_json(folder / "scans.json")
     scans = Scans.of(plain, cache)
     items = Items(
         Volumes(scans.training, settings["cache"]),

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medaccel.data.files import write_text
+from medaccel.data.files import read_json, write_text
 from medaccel.restoration.config import RunConfig
 from medaccel.training.digest import digest
 from medaccel.training.run_folder import OptionsFolder
@@ -90,7 +90,7 @@ class RunFolder(OptionsFolder):
     def note_score(self, entry: Mapping[str, Any]) -> int:
         """Adds to scored.json that the run was scored, with the time; returns how often on these studies by now."""
         path = self.path / "scored.json"
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        entries = read_json(path) if path.exists() else []
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         entries.append({"time": now, **entry})
         write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)

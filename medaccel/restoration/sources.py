@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medaccel.data import open_series, read_pet_series, voxel_spacing, write_text
+from medaccel.data.files import read_json
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.generate import simulate_study, write_studies
 from medaccel.restoration.phantoms import DEFAULT_SHAPE, DEFAULT_SPACING
@@ -109,7 +110,7 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
 
 def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
     """What `training_studies` of another process wrote."""
-    names = json.loads((config.output / "splits.json").read_text(encoding="utf-8"))
+    names = read_json(config.output / "splits.json")
     return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
 
 

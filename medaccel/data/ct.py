@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
-from medaccel.data.dicom import load_series, open_series
+from medaccel.data.dicom import load_series, open_clipped, open_series
 from medaccel.data.files import is_full_disk, read_json
 from medaccel.data.hounsfield import check_hu, check_modality
 from medaccel.data.metaimage import SUFFIXES as META_IMAGE
@@ -270,7 +270,10 @@ def _series(folder: Path, files: Sequence[Path]) -> Iterator[Scan | Skipped]:
     modalities: dict[str, str] = {}
     for path in files:
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "Modality"])
+            with open_clipped(path) as file:
+                header = pydicom.dcmread(
+                    file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "Modality"]
+                )
             uid, modality = str(header.get("SeriesInstanceUID", "")), str(header.get("Modality", ""))
         except (InvalidDicomError, OSError, EOFError):
             continue  # a licence, a table, …

@@ -100,8 +100,8 @@ def apply(
         OSError: no input or checkpoint; the output exists, or can't be written, and an old one stays as it was.
 
     Warns:
-        UserWarning: the image is unlike those that the method was fitted on, or may not be in SUV; the CT lacks a part
-            of the body.
+        UserWarning: the image is unlike those that the method was fitted on, or may not be in SUV; the CT lacks a
+            part of the body.
     """
     checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
     _check_output(input, output, force)  # what can be refused is refused before anything is read

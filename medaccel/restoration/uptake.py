@@ -2,8 +2,8 @@
 """Whether a PET is in SUV, judged by the body's typical uptake.
 
 Divided by the dose a gram of body, uptake is about 1 on average wherever all of it is in view; the median over the
-body of an FDG PET is 0.3 to 1, since excretion and hot organs take their part. Only a brain's is far higher, 3 to 8. So
-a factor of five is seen in most scans, and Bq/mL, counts or a rescaled image for certain. The field of view says
+body of an FDG PET is 0.3 to 1, since excretion and hot organs take their part. Only a brain's is far higher, 3 to 8.
+So a factor of five is seen in most scans, and Bq/mL, counts or a rescaled image for certain. The field of view says
 nothing: its mean depends on how much air is in it.
 """
 

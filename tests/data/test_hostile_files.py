@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from medaccel.data import read_nifti, voxel_spacing
+from medaccel.data import read_nifti, read_pet_series, voxel_spacing
 from medaccel.data.ct import Scan, find_scans, read_scan, sift
 from medaccel.data.files import check_input, read_json
 from medaccel.data.metaimage import read_metaimage
+from tests.data.dicom_series import write_series
 
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, -3, 0, 20], [0, 0, 4, -30], [0, 0, 0, 1]])
 MOST_MEMORY = 32e6  # bytes that reading a small or a broken file may take
@@ -333,3 +334,40 @@ def test_a_fuzzed_metaimage_is_read_or_refused(tmp_path: Path, name: str, compre
         found[_fuzzed(path, read_metaimage)] += 1
     assert 5 < found["read"] < 90
     assert sum(found.values()) == 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fuzzed_dicom_series_is_read_or_refused(tmp_path: Path):
+    victim = sorted(write_series(tmp_path / "series").iterdir())[2]
+    whole, rng = victim.read_bytes(), random.Random(0)
+    found: collections.Counter[str] = collections.Counter()
+    for _ in range(80):
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            if rng.random() < 0.8:
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            else:
+                content = content[: rng.randrange(1, len(content) + 1)]
+        victim.write_bytes(content)
+        found[_fuzzed(victim.parent, read_pet_series)] += 1
+    assert 5 < found["read"] < 60
+
+
+@pytest.mark.parametrize("keyword", [b"SH", b"LO", b"UI"])
+def test_no_memory_is_taken_for_a_length_that_a_slice_does_not_have(tmp_path: Path, keyword: bytes):
+    victim = sorted(write_series(tmp_path / "series").iterdir())[2]
+    content = bytearray(victim.read_bytes())
+    start = content.index(keyword, 200)
+    content[start : start + 2] = b"OB"  # whose length has four bytes: what follows makes gigabytes of it
+    content[start + 4 : start + 8] = b"\xf0\xff\xff\xff"
+    victim.write_bytes(content)
+    with little_memory(), pytest.raises(ValueError, match="series/"):
+        read_pet_series(victim.parent)
+
+
+def test_slices_smaller_than_their_header_says_are_refused_before_memory_is_taken(tmp_path: Path):
+    def huge(ds: Any, k: int) -> None:
+        ds.Rows = ds.Columns = 40000
+
+    with little_memory(), pytest.raises(ValueError, match=r"series/.*: the pixels can't be read; truncated\?"):
+        read_pet_series(write_series(tmp_path / "series", huge))

@@ -418,6 +418,18 @@ def test_a_file_with_code_or_something_else_is_no_checkpoint(tmp_path: Path) -> 
         load_method(tmp_path / "none.pt")
 
 
+def test_a_flipped_byte_of_a_checkpoint_is_told(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    whole = path.read_bytes()
+    weight = whole.index(np.ones(2, np.float32).tobytes())
+    for position in range(weight, weight + 8):
+        content = bytearray(whole)
+        content[position] ^= 0x40
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"smoother\.pt: not a checkpoint that can be read"):
+            apply(path, nifti(tmp_path / f"pet{position}.nii"), tmp_path / "out.nii", progress=False)
+
+
 # --- The command ---
 
 

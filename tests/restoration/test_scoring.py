@@ -2,12 +2,15 @@
 """What scoring keeps of a study is taken up where it is whole, and made again where it is damaged."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from medaccel.restoration.methods import make_method
 from medaccel.restoration.methods.base import Task
+from medaccel.restoration.patches import Patches
 from medaccel.restoration.scoring import Scorer, read_volume
 from medaccel.restoration.study import save_study
 from tests.restoration.test_gaussian_methods import make_study
@@ -41,3 +44,22 @@ def test_damaged_rows_and_volumes_are_made_again_to_the_same_figures(tmp_path: P
             again = scorer.score([study], 60, 90)
         assert again.rows == before.rows
         np.testing.assert_array_equal(read_volume(volume), restored)
+
+
+def test_a_damaged_cache_of_prepared_studies_is_made_again(tmp_path: Path):
+    study, cache = tmp_path / "made_0", tmp_path / "cache"
+    save_study(study, make_study(0))
+
+    def first_patch() -> dict[str, Any]:
+        return Patches([study], Task(), roi_size=(16, 16, 16), cache="disk", cache_folder=cache)[0]
+
+    expected = first_patch()
+    (path,) = cache.glob("*.pt")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x40
+    for content in (bytes(flipped), whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        found = first_patch()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=0, equal_nan=True)

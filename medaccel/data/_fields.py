@@ -28,12 +28,15 @@ def label(keyword: str) -> str:
     return f"{keyword} ({tag.group:04X},{tag.element:04X})"
 
 
-def optional(item: Dataset, keyword: str) -> Any:
-    """The field's value; None where it is absent or empty. ValueError where its bytes are damaged."""
+def optional(item: Dataset, keyword: str, *, header: Dataset | None = None) -> Any:
+    """The field's value; None where it is absent or empty. ValueError where its bytes are damaged.
+
+    header: whose file is named, where the item stands in a sequence and has none.
+    """
     try:
         value = item.get(keyword)
     except Exception as error:  # pydicom reads a value when it is asked for, and can stumble in any way
-        raise ValueError(f"{source(item)}: {label(keyword)} can't be read ({error})") from error
+        raise ValueError(f"{source(header or item)}: {label(keyword)} can't be read ({error})") from error
     return None if value is None or (hasattr(value, "__len__") and len(value) == 0) else value
 
 
@@ -44,7 +47,7 @@ def require(header: Dataset, keyword: str, *, within: Dataset | None = None) -> 
         ValueError: the field is absent or empty.
     """
     item = header if within is None else within
-    value = optional(item, keyword)
+    value = optional(item, keyword, header=header)
     if value is None:
         state = "empty" if keyword in item else "missing"
         raise ValueError(f"{source(header)}: {label(keyword)} is {state}")

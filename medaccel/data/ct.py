@@ -4,7 +4,9 @@
 LUNA16 (https://luna16.grand-challenge.org) has one .mhd with its .raw a scan, named by the SeriesInstanceUID; its
 coordinates are LPS, and a TransformMatrix of −1 flips axes. LIDC-IDRI, which LUNA16 is a part of, and TCIA's Covid-19
 collections (CT-Images-in-COVID-19, COVID-19-AR) are trees of DICOM series, among them radiographs and segmentations
-that are no CT. A series that is found twice, whatever the format, counts once.
+that are no CT. A series that is found twice, whatever the format, counts once. Label maps lie beside the scans in
+the Decathlon (labelsTr), nnU-Net (labelsTs), TotalSegmentator (segmentations), LiTS (segmentation-0) and others; they
+are known by their names here, and by what they hold when they are read.
 """
 
 from __future__ import annotations
@@ -19,14 +21,22 @@ from typing import Literal
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
-from medaccel.data.dicom import load_series, open_series
+from medaccel.data.dicom import load_series, open_clipped, open_series
+from medaccel.data.files import is_full_disk, read_json
+from medaccel.data.hounsfield import check_hu, check_modality
+from medaccel.data.metaimage import SUFFIXES as META_IMAGE
+from medaccel.data.metaimage import read_metaimage
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti
 
-_META_IMAGE = (".mhd", ".mha")
 _UID = re.compile(r"\d+(\.\d+){4,}")
 # LUNA16's masks of the lungs bear the names of the scans that they are of.
-_NO_SCANS = ("seg-lungs-LUNA16",)
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LUNG_MASKS = "seg-lungs-LUNA16"
+# Folders of label maps, and words in the names of files that are one.
+_LABEL_FOLDER = re.compile(r"labels?(tr|ts|va|val|train|test)?|segmentations|segs?|masks?|groundtruths?|gts?", re.I)
+_LABEL_WORD = re.compile(r"(^|[^a-z])(segs?|segmentations?|masks?|labels?|labelmaps?|groundtruth|gt)([^a-z]|$)", re.I)
+_DATASET_JSON = "dataset.json"
+# A body is smaller, mm and litres; a header that says more asks for terabytes when the scan is resampled.
+_MOST_EXTENT, _MOST_VOLUME = 3000.0, 2000.0
 # Scanners pad the field of view with −2000 or −3024.
 _LOWEST_HU = -1024.0
 
@@ -63,11 +73,15 @@ class ScanList:
     no_ct: tuple[Skipped, ...]
 
 
-def find_scans(*folders: str | os.PathLike[str]) -> ScanList:
+def find_scans(*folders: str | os.PathLike[str], check_units: bool = True) -> ScanList:
     """All CT scans in some folders and the folders below them.
+
+    Label maps, as their names tell, and what a dataset.json says to be of another modality are no CT. A pipe, a link
+    that leads nowhere and the like count as scans by their names; that they can't be read is `read_scan`'s to say.
 
     Args:
         folders: in the order in which they are preferred, where two hold the same series.
+        check_units: False takes everything that can be read, whatever it is called.
 
     Raises:
         FileNotFoundError, NotADirectoryError: a folder that is none.
@@ -77,13 +91,14 @@ def find_scans(*folders: str | os.PathLike[str]) -> ScanList:
     duplicates: list[Skipped] = []
     no_ct: list[Skipped] = []
     known: dict[str, Path] = {}
+    visited: set[str] = set()
     for folder in folders:
         root = Path(folder)
         if not root.exists():
             raise FileNotFoundError(f"{root}: no such folder")
         if not root.is_dir():
             raise NotADirectoryError(f"{root}: expected a folder of scans, but this is a file")
-        for found in _walk(root):
+        for found in _walk(root, check_units, visited):
             if isinstance(found, Skipped):
                 no_ct.append(found)
             elif found.uid is not None and found.uid in known:
@@ -101,15 +116,22 @@ def find_scans(*folders: str | os.PathLike[str]) -> ScanList:
     return ScanList(tuple(scans), tuple(duplicates), tuple(no_ct))
 
 
-def read_scan(scan: Scan) -> Nifti1Image:
+def read_scan(scan: Scan, *, check_units: bool = True) -> Nifti1Image:
     """A scan in HU, float32, with an affine to RAS, mm; what lies below −1024 is padding and becomes −1024.
 
+    Args:
+        scan: of `find_scans`.
+        check_units: refuse what is no CT in HU (`medaccel.data.hounsfield.check_hu`).
+
     Raises:
-        FileNotFoundError, ValueError: a file that is missing, damaged or truncated; fewer than two slices; values
-            that aren't finite or are the same everywhere.
+        OSError, ValueError: a file that is missing, damaged or truncated; fewer than two slices; values that aren't
+            finite or are the same everywhere; what looks like a label map or is in another unit.
+
+    Warns:
+        UserWarning: it may not be a CT in HU.
     """
     if scan.kind == "metaimage":
-        image = _read_metaimage(scan.path)
+        image = read_metaimage(scan.path)
     elif scan.kind == "dicom":
         image = load_series(open_series(scan.path, series_uid=scan.uid))
     else:
@@ -117,11 +139,22 @@ def read_scan(scan: Scan) -> Nifti1Image:
     values = np.asarray(image.dataobj, dtype=np.float32)
     if min(values.shape) < 2:
         raise ValueError(f"{scan.path}: has shape {values.shape}; expected at least two voxels along each axis")
+    check_extent(image, scan.path)
     if not np.isfinite(values).all():
         raise ValueError(f"{scan.path}: holds values that are not finite; expected HU")
     if values.min() == values.max():
         raise ValueError(f"{scan.path}: is {values.min():g} everywhere; expected a CT in HU")
+    if check_units:
+        check_hu(values, scan.path)
     return make_nifti(np.maximum(values, _LOWEST_HU), np.asarray(image.affine), image)
+
+
+def check_extent(image: Nifti1Image, path: Path) -> None:
+    """Refuses a header that makes a scan larger than a body is. Raises ValueError."""
+    extent = np.asarray(image.shape) * np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
+    if extent.max() > _MOST_EXTENT or float(np.prod(extent)) / 1e6 > _MOST_VOLUME:
+        size = " × ".join(f"{side:.4g}" for side in extent)
+        raise ValueError(f"{path}: is {size} mm large by its header; expected a scan of a body, in mm")
 
 
 def sift(
@@ -140,6 +173,7 @@ def sift(
 
     Raises:
         ValueError: more than the limit can't be read, or none can; the first reasons are named.
+        OSError: the disk is full, which is no fault of the scan's.
     """
     from tqdm import tqdm
 
@@ -151,6 +185,8 @@ def sift(
         try:
             use(scan)
         except (ValueError, OSError) as error:
+            if is_full_disk(error):
+                raise
             skipped.append(Skipped(scan.path, str(error)))
         else:
             kept.append(scan)
@@ -162,23 +198,68 @@ def sift(
     return kept, skipped
 
 
-def _walk(root: Path) -> Iterator[Scan | Skipped]:
+def _walk(root: Path, check_units: bool, visited: set[str]) -> Iterator[Scan | Skipped]:
     """Scans of a folder and those below, in the order of names; one DICOM series a folder and UID."""
-    files = sorted(path for path in root.iterdir() if path.is_file() and not path.name.startswith("."))
+    real = os.path.realpath(root)
+    if real in visited:  # links may lead back
+        return
+    visited.add(real)
+    try:
+        entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+        folders = [path for path in entries if path.is_dir()]
+    except OSError as error:
+        yield Skipped(root, f"{root}: can't be looked into ({error.strerror})")
+        return
+    if check_units and (reason := _other_modality(root)) is not None:
+        yield Skipped(root, reason)
+        return
     others = []
-    for path in files:
-        if is_nifti_name(path):
-            yield Scan(path, "nifti", _uid(path.name.removesuffix(".gz").removesuffix(".nii")))
-        elif path.suffix.lower() in _META_IMAGE:
-            yield Scan(path, "metaimage", _uid(path.name[: -len(path.suffix)]))
-        else:
+    for path in (path for path in entries if path not in set(folders)):
+        found = _scan_file(path)
+        if found is None:
             others.append(path)
-    yield from _series(root, others)
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if folder.name in _NO_SCANS:
-            yield Skipped(folder, "LUNA16's lung masks, no scans")
+        elif check_units and _LABEL_WORD.search(_stem(path)):
+            yield Skipped(path, "a label map, by its name (check_units: false takes it all the same)")
         else:
-            yield from _walk(folder)
+            yield found
+    yield from _series(root, [path for path in others if path.is_file()])
+    for folder in folders:
+        if folder.name == _LUNG_MASKS:
+            yield Skipped(folder, "LUNA16's lung masks, no scans")
+        elif check_units and _LABEL_FOLDER.fullmatch(folder.name):
+            yield Skipped(folder, "label maps, by the folder's name (check_units: false takes them all the same)")
+        else:
+            yield from _walk(folder, check_units, visited)
+
+
+def _scan_file(path: Path) -> Scan | None:
+    """A scan of one file, by its name."""
+    if is_nifti_name(path):
+        return Scan(path, "nifti", _uid(_stem(path)))
+    if path.suffix.lower() in META_IMAGE:
+        return Scan(path, "metaimage", _uid(_stem(path)))
+    return None
+
+
+def _stem(path: Path) -> str:
+    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+    return name[: name.rindex(".")]
+
+
+def _other_modality(folder: Path) -> str | None:
+    """What a task's dataset.json says, where that isn't CT; one that can't be read says nothing."""
+    path = folder / _DATASET_JSON
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return None
+    try:
+        check_modality(content if isinstance(content, dict) else {}, path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _series(folder: Path, files: Sequence[Path]) -> Iterator[Scan | Skipped]:
@@ -189,12 +270,18 @@ def _series(folder: Path, files: Sequence[Path]) -> Iterator[Scan | Skipped]:
     modalities: dict[str, str] = {}
     for path in files:
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "Modality"])
+            with open_clipped(path) as file:
+                header = pydicom.dcmread(
+                    file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID", "Modality"]
+                )
+            uid, modality = str(header.get("SeriesInstanceUID", "")), str(header.get("Modality", ""))
         except (InvalidDicomError, OSError, EOFError):
             continue  # a licence, a table, …
-        uid = str(header.get("SeriesInstanceUID", ""))
+        except Exception as error:  # a parser of damaged bytes can stumble in any way
+            yield Skipped(path, f"{path}: damaged DICOM file ({error})")
+            continue
         if uid:
-            modalities.setdefault(uid, str(header.get("Modality", "")))
+            modalities.setdefault(uid, modality)
     for uid, modality in sorted(modalities.items()):
         if modality == "CT":
             yield Scan(folder, "dicom", uid)
@@ -204,25 +291,3 @@ def _series(folder: Path, files: Sequence[Path]) -> Iterator[Scan | Skipped]:
 
 def _uid(stem: str) -> str | None:
     return stem if _UID.fullmatch(stem) else None
-
-
-def _read_metaimage(path: Path) -> Nifti1Image:
-    try:
-        import SimpleITK
-    except ImportError as error:
-        raise ValueError(f"{path}: MetaImage needs SimpleITK (pip install SimpleITK)") from error
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        image = SimpleITK.ReadImage(str(path))
-        values = SimpleITK.GetArrayFromImage(image)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{path}: can't be read as MetaImage ({reason})") from error
-    if values.ndim != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{path}: has {image.GetDimension()} dimensions; expected a volume of one channel")
-    lps = np.eye(4)
-    lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
-    lps[:3, 3] = image.GetOrigin()
-    # SimpleITK's arrays are (k, j, i).
-    return make_nifti(np.ascontiguousarray(values.T, dtype=np.float32), _LPS_TO_RAS @ lps)

@@ -7,6 +7,7 @@ coordinates in mm (DICOM's own are LPS).
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ _T = TypeVar("_T")
 # is otherwise taken for a stray file, and missed only if it lies in the middle of the body.
 _STRAY_NAMES = {"dicomdir", "license", "lockfile", "readme", "version", "thumbs.db", "desktop.ini"}
 _STRAY_TEXT = {".csv", ".htm", ".html", ".inf", ".json", ".log", ".md", ".txt", ".xml", ".yaml", ".yml"}
+_LONG = 1 << 16  # bytes; shorter reads needn't be looked at
 _STRAY_SUFFIXES = _STRAY_TEXT | {".gif", ".gz", ".jpeg", ".jpg", ".nii", ".pdf", ".png", ".zip"}
 
 
@@ -119,11 +121,14 @@ def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = Fals
         if series.modality != "PT":
             raise ValueError(f"{source(first)}: {label('Modality')} is {series.modality}, expected PT (PET) for SUV")
         factors = suv_factors(series.headers)
-    values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
+    values = np.empty((0, 0, 0), np.float32)
     for k, header in enumerate(_with_progress(series.headers, progress, "slices")):
         # Each slice has its own slope: PET spreads 16 bits over the slice's range.
         slope, intercept = _rescale(header)
-        values[:, :, k] = (_pixels(Path(source(header))).T * slope + intercept) * factors[k]
+        pixels = _pixels(Path(source(header)))
+        if k == 0:  # only now is it known that a slice holds what its header says
+            values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
+        values[:, :, k] = (pixels.T * slope + intercept) * factors[k]
     image = make_nifti(values, series.affine)
     image.header["descrip"] = b"SUV body weight (g/mL)" if suv else b""
     return image
@@ -145,6 +150,20 @@ def read_pet_series(
     return load_series(series, suv=True, progress=progress)
 
 
+class _Clipped(io.BufferedReader):
+    """A file that is asked for no more than it has: Python allocates what a damaged length says before it reads."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LONG:
+            size = min(size, max(os.fstat(self.fileno()).st_size - self.tell(), 0))
+        return super().read(size)
+
+
+def open_clipped(path: Path) -> io.BufferedReader:
+    """Open a file for pydicom, which remembers its name."""
+    return _Clipped(io.FileIO(os.fspath(path)))
+
+
 def _is_stray(path: Path) -> bool:
     name = path.name.lower()
     return name.startswith(".") or name in _STRAY_NAMES or path.suffix.lower() in _STRAY_SUFFIXES
@@ -155,7 +174,8 @@ def _read(path: Path, *, pixels: bool) -> Dataset:
     from pydicom.errors import InvalidDicomError
 
     try:
-        return pydicom.dcmread(path, stop_before_pixels=not pixels)
+        with open_clipped(path) as file:
+            return pydicom.dcmread(file, stop_before_pixels=not pixels)
     except InvalidDicomError:
         size = path.stat().st_size
         state = "is empty (truncated?)" if size == 0 else "is not a DICOM file (no DICM at byte 128)"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a reader finds either the old content or the new, never a part."""
+"""Writing files so that a reader finds either the old content or the new, never a part; and what may be read."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -11,9 +12,69 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # What a full disk says: no space, over the quota, over the file-size limit, a failing device.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_input(path: str | os.PathLike[str]) -> Path:
+    """Return `path` if it is a regular file, or a link to one.
+
+    Opening a pipe waits for someone to write, and reading a device may never end.
+
+    Raises:
+        FileNotFoundError: no such file, or a link that leads nowhere.
+        PermissionError: the file may not be read, or its folder not be entered.
+        ValueError: a folder, pipe, socket or device, or a link to one; a link to itself.
+    """
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError:
+        raise PermissionError(errno.EACCES, "no permission to enter its folder", str(path)) from None
+    except (FileNotFoundError, NotADirectoryError):
+        why = "a link that leads nowhere" if os.path.islink(path) else "no such file"
+        raise FileNotFoundError(f"{path}: {why}") from None
+    except ValueError as error:  # a NUL in it
+        raise ValueError(f"{str(path)!r} is no name of a file ({error})") from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path}: a link that leads back to itself; expected a file") from None
+    if not stat.S_ISREG(mode):
+        leads = "is a link to" if os.path.islink(path) else "is"
+        raise ValueError(f"{path}: {leads} {_KINDS.get(stat.S_IFMT(mode), 'no file')}; expected a regular file")
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, "no permission to read it", str(path))
+    return path
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a UTF-8 JSON file.
+
+    Raises:
+        OSError: as `check_input`.
+        ValueError: as `check_input`; the file isn't JSON, is cut short, or is nested too deeply.
+    """
+    try:
+        return json.loads(check_input(path).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that there is no room for a file, whichever that is."""
+    return isinstance(error, OSError) and error.errno in _WRITE_ERRORS - {errno.EIO}
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:

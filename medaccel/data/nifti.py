@@ -10,13 +10,14 @@ import gzip
 import io
 import math
 import os
+import struct
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medaccel.data.files import atomic_path
+from medaccel.data.files import atomic_path, check_input
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Header, Nifti1Image
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 _SUFFIXES = (".nii", ".nii.gz")
 # By the lowest three bits of xyzt_units: metre and micron; 2 is mm, and without a word mm is meant.
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+_HEADERS = {348: 352, 540: 544}  # size of NIfTI-1's and NIfTI-2's header: where voxels may begin
+# Deflate can't do better: a file of n bytes unpacks to 1032 times as many at most.
+DEFLATE_RATIO = 1032
+_FARTHEST = 1e9  # of an affine, whatever its unit is; single precision, which headers have, ends at 3e38
+# What some writers leave behind the voxels, such as zeros that fill a block.
+_TRAILING = 1 << 20
 
 
 def is_nifti_name(path: str | os.PathLike[str]) -> bool:
@@ -35,7 +42,8 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
     """Read a NIfTI-1 or NIfTI-2 file, .nii or .nii.gz, into memory.
 
     The whole file is read and, where compressed, its checksum is verified, so that a damaged file fails here
-    and not in the middle of a run. The image has the values (scl_slope and scl_inter applied):
+    and not in the middle of a run. No more is unpacked than the header promises, and nothing where that is more
+    than the file can hold. The image has the values (scl_slope and scl_inter applied):
 
     - stored without a scale: the stored type (int16 stays int16);
     - stored with one: float32, and float64 where the stored type is wider than 16 bits of integer or 32 of
@@ -49,11 +57,11 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
         ndim: dimensions that are accepted, of 1 to 7. With 3, a trailing axis of size 1 is dropped.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, PermissionError: no such file, or it may not be read.
         ValueError: not a NIfTI file, broken header, truncated or corrupt content, unusable affine, complex or
-            colour voxels, other dimensions than `ndim`; the message names the file.
+            colour voxels, other dimensions than `ndim`, more voxels than there is memory for, a folder, pipe or
+            device; the message names the file.
     """
-    import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
@@ -61,22 +69,16 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
     path = Path(path)
     if not is_nifti_name(path):
         raise ValueError(f"{path}: expected a file ending in .nii or .nii.gz")
-    content = _uncompressed(path)
-    header_sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
-    if 348 in header_sizes:
-        image_class = nib.Nifti1Image
-    elif 540 in header_sizes:
-        image_class = nib.Nifti2Image
-    else:
-        raise ValueError(f"{path}: not a NIfTI file (its first four bytes are not the header's size, 348 or 540)")
+    check_input(path)
     try:
-        # Unchecked first: nibabel's own check mends voxel sizes of 0 to 1 mm, which is worse than an error.
-        dtype = _checked_header(image_class.header_class.from_fileobj(io.BytesIO(content), check=False), len(content))
+        content, image_class, dtype = _read_checked(path)
         image = image_class.from_bytes(content)
         values = _values(image, dtype)
     except (ImageFileError, HeaderDataError, WrapStructError) as error:
         raise ValueError(f"{path}: broken NIfTI header: {error}") from error
-    except (ValueError, OSError) as error:
+    except MemoryError as error:
+        raise ValueError(f"{path}: there is not enough memory for its voxels") from error
+    except (ValueError, OSError, OverflowError, struct.error) as error:
         raise ValueError(f"{path}: {error}") from error
     accepted = (ndim,) if isinstance(ndim, int) else ndim
     if values.ndim not in accepted:
@@ -87,7 +89,7 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
             expected = " or ".join(f"{n}-D" for n in accepted)
             raise ValueError(f"{path}: the image has shape {values.shape}, expected a {expected} image")
         values = values.reshape(squeezed, order="F")
-    _check_affine(image.affine, path)
+    check_affine(image.affine, path)
     return _image(values, image.affine, image.header)
 
 
@@ -163,19 +165,68 @@ def voxel_spacing(image: Nifti1Image) -> tuple[float, float, float]:
     return float(steps[0]), float(steps[1]), float(steps[2])
 
 
-def _uncompressed(path: Path) -> bytes:
-    content = path.read_bytes()
-    if not path.name.lower().endswith(".gz"):
-        return content
+def _read_checked(path: Path) -> tuple[bytes, type[Nifti1Image], np.dtype]:
+    """The file's content, unpacked and no longer than its header says; its image class and its stored type."""
+    import nibabel as nib
+
+    compressed = path.name.lower().endswith(".gz")
+    with path.open("rb") as file:
+        packed = file.read() if compressed else b""
+        start = _gunzip(packed[:_TRAILING], max(_HEADERS.values()), whole=False) if compressed else file.read(544)
+        sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")} & set(_HEADERS)
+        if not sizes:
+            raise ValueError("not a NIfTI file (its first four bytes are not the header's size, 348 or 540)")
+        size = sizes.pop()
+        image_class = nib.Nifti1Image if size == 348 else nib.Nifti2Image
+        if len(start) < size:
+            if compressed:
+                _gunzip(packed, size)  # says whether it was cut short
+            raise ValueError(f"truncated file: the header has {size} bytes, and the file {len(start)}")
+        # Unchecked first: nibabel's own check mends voxel sizes of 0 to 1 mm, which is worse than an error.
+        header = image_class.header_class.from_fileobj(io.BytesIO(start[:size]), check=False)
+        most = len(packed) * DEFLATE_RATIO if compressed else path.stat().st_size
+        dtype, promised = _checked_header(header, _HEADERS[size], most)
+        if not compressed:
+            return start + file.read(max(promised - len(start), 0)), image_class, dtype
+    # To the end of the stream, where the checksum is: nibabel stops at the last voxel.
+    content = _gunzip(packed, promised + _TRAILING)
+    if len(content) < promised:
+        raise ValueError(_too_short(header, promised, len(content)))
+    return content, image_class, dtype
+
+
+def _gunzip(packed: bytes, limit: int, *, whole: bool = True) -> bytes:
+    """Unpacks a gzip file, of one member or several; not `whole`: its first bytes up to the limit.
+
+    Raises:
+        ValueError: it is damaged, cut short, or unpacks to more than the limit.
+    """
+    content, rest = b"", packed
     try:
-        # To the end of the stream, where the checksum is: nibabel stops at the last voxel.
-        return gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: truncated or corrupt gzip file ({error})") from error
+        while True:
+            member = zlib.decompressobj(wbits=31)  # gzip's header; the checksum and the size at its end are checked
+            content += member.decompress(rest, max(limit + 1 - len(content), 1))
+            if not whole or len(content) > limit:
+                break
+            if not member.eof:
+                raise ValueError("truncated or corrupt gzip file (it ends before its end marker)")
+            rest = member.unused_data.lstrip(b"\0")
+            if not rest:
+                return content
+    except zlib.error as error:
+        raise ValueError(f"truncated or corrupt gzip file ({error})") from error
+    if whole:
+        raise ValueError(f"unpacks to more than the {limit} bytes that its header leads to expect")
+    return content[:limit]
 
 
-def _checked_header(header: Nifti1Header, content_size: int) -> np.dtype:
-    """The stored type; raises ValueError where shape, type or size can't be."""
+def _checked_header(header: Nifti1Header, least_offset: int, most: int) -> tuple[np.dtype, int]:
+    """The stored type and the file's size; raises ValueError where shape, type or size can't be.
+
+    Args:
+        least_offset: where voxels may begin.
+        most: bytes that the file may have.
+    """
     count = int(header["dim"][0])
     if not 1 <= count <= 7:
         raise ValueError(f"broken NIfTI header: dim[0] is {count}, expected 1 to 7")
@@ -191,16 +242,39 @@ def _checked_header(header: Nifti1Header, content_size: int) -> np.dtype:
         raise ValueError(f"broken NIfTI header: datatype {int(header['datatype'])} is unknown") from None
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels of type {dtype} are not supported (expected integers or real numbers)")
+    start = float(header["vox_offset"])
+    if not start.is_integer() or start < least_offset:  # nibabel takes the header for voxels where it is 0
+        raise ValueError(f"broken NIfTI header: vox_offset is {start:g} (expected a whole number >= {least_offset})")
     # Python's integers, so that a broken header's sizes don't overflow or ask for terabytes of memory.
-    offset = int(header.get_data_offset())
-    voxels_size = math.prod(shape) * dtype.itemsize
-    if content_size < offset + voxels_size:
-        present = max(content_size - offset, 0)
+    promised = int(start) + math.prod(shape) * dtype.itemsize
+    if most < promised:
+        raise ValueError(_too_short(header, promised, most))
+    memory = available_memory()
+    if promised > memory:
         raise ValueError(
-            f"truncated file or broken header: shape {tuple(shape)} of {dtype} needs {voxels_size} bytes, "
-            f"but the file has {present}"
+            f"shape {tuple(shape)} of {dtype} needs {promised / 1e9:.1f} GB of memory, and {memory / 1e9:.1f} GB are "
+            "free"
         )
-    return dtype
+    return dtype, promised
+
+
+def _too_short(header: Nifti1Header, promised: int, most: int) -> str:
+    shape = tuple(int(n) for n in header["dim"][1 : int(header["dim"][0]) + 1])
+    voxels = math.prod(shape) * header.get_data_dtype().itemsize
+    return (
+        f"truncated file or broken header: shape {shape} of {header.get_data_dtype()} needs {voxels} bytes, "
+        f"but the file has {max(most - promised + voxels, 0)}"
+    )
+
+
+def available_memory() -> float:
+    """Bytes that can be taken without swapping; infinite where the system doesn't say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = next((line for line in file if line.startswith("MemAvailable:")), None)
+        return math.inf if found is None else 1024.0 * int(found.split()[1])
+    except (OSError, ValueError):
+        return math.inf
 
 
 def _values(image: Nifti1Image, stored: np.dtype) -> np.ndarray:
@@ -215,13 +289,16 @@ def _values(image: Nifti1Image, stored: np.dtype) -> np.ndarray:
     return np.asanyarray(image.dataobj).astype(np.float32 if narrow else np.float64, copy=False)
 
 
-def _check_affine(affine: np.ndarray, path: Path) -> None:
+def check_affine(affine: np.ndarray, path: Path, kind: str = "NIfTI") -> None:
+    """Raises ValueError unless an affine places voxels in space."""
     if not np.isfinite(affine).all():
-        raise ValueError(f"{path}: broken NIfTI header: the affine has values that are not finite")
+        raise ValueError(f"{path}: broken {kind} header: the affine has values that are not finite")
+    if np.abs(affine).max() > _FARTHEST:
+        raise ValueError(f"{path}: broken {kind} header: the affine has values up to {np.abs(affine).max():.3g} mm")
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     if steps.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / steps)) < 1e-6:
         raise ValueError(
-            f"{path}: broken NIfTI header: the affine is singular, voxel sizes {steps.tolist()} "
+            f"{path}: broken {kind} header: the affine is singular, voxel sizes {steps.tolist()} "
             "(expected three positive sizes along three different directions)"
         )
 

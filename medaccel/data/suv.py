@@ -191,9 +191,13 @@ def _injection(headers: Sequence[Dataset], half_life: float, reference: datetime
     from pydicom.valuerep import DT, TM
 
     time_name, moment_name = label("RadiopharmaceuticalStartTime"), label("RadiopharmaceuticalStartDateTime")
-    times = same(headers, time_name, lambda h: optional(_radiopharmaceutical(h), "RadiopharmaceuticalStartTime"))
+    times = same(
+        headers, time_name, lambda h: optional(_radiopharmaceutical(h), "RadiopharmaceuticalStartTime", header=h)
+    )
     moments = same(
-        headers, moment_name, lambda h: optional(_radiopharmaceutical(h), "RadiopharmaceuticalStartDateTime")
+        headers,
+        moment_name,
+        lambda h: optional(_radiopharmaceutical(h), "RadiopharmaceuticalStartDateTime", header=h),
     )
     first = headers[0]
     time = None if times is None else parsed(first, time_name, times, TM)
@@ -255,8 +259,8 @@ def _philips_scale(header: Dataset, element: int) -> float:
 
 def _check_half_life(header: Dataset, half_life: float) -> None:
     item = _radiopharmaceutical(header)
-    codes = optional(item, "RadionuclideCodeSequence")
-    nuclide = str(optional(codes[0], "CodeMeaning") or "") if codes else ""
+    codes = optional(item, "RadionuclideCodeSequence", header=header)
+    nuclide = str(optional(codes[0], "CodeMeaning", header=header) or "") if codes else ""
     # Written 18F, F-18, ^18^Fluorine, Fluorine F^18^, …
     squeezed = re.sub("[^a-z0-9]", "", nuclide.lower())
     for (symbol, name, mass), expected in HALF_LIFE.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medaccel.data import atomic_path, write_text
+from medaccel.data.tensors import load_tensors
 from medaccel.diffusion.noising import noised
 from medaccel.diffusion.samplers import START, Model, Sampler, State
 from medaccel.diffusion.sde import VESDE, _Sde
@@ -246,9 +247,16 @@ class _Store:
         with atomic_path(path, force=True) as temporary:
             torch.save(content, temporary)
 
+    def _read(self, path: Path) -> Any:
+        """What a file holds; None where there is none, or a damaged one, which is then made again."""
+        try:
+            return load_tensors(path) if path.exists() else None
+        except ValueError:
+            return None
+
     def finished(self, seed: int) -> Tensor | None:
         path = self._path(seed)
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        return self._read(path)
 
     def finish(self, seed: int, sample: Tensor) -> None:
         self._write(self._path(seed), sample.cpu())
@@ -259,10 +267,8 @@ class _Store:
 
     def running(self, seed: int) -> dict[str, Any] | None:
         path = self.folder / "running.pt"
-        if not path.exists():
-            return None
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return saved if saved.pop("seed") == seed else None
+        saved = self._read(path)
+        return saved if saved is not None and saved.pop("seed") == seed else None
 
     def save(self, seed: int, steps: int, state: State, source: Tensor) -> None:
         content = {

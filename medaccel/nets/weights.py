@@ -18,6 +18,8 @@ import torch
 from monai.networks.nets.swin_unetr import PatchMergingV2, SwinTransformer
 from torch import Tensor, nn
 
+from medaccel.data.files import check_input
+from medaccel.data.tensors import archive_fault
 from medaccel.nets.swin_unetr import PatchMergingV090
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -78,8 +80,11 @@ def _plain_values() -> list[Any]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The state_dict in a file, without running any code of the file's."""
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"load_pretrained: there is no file {path}")
+    fault = archive_fault(check_input(path))
+    if fault is not None:
+        raise ValueError(f"load_pretrained: {path} is not a whole torch file of weights ({fault})")
     with path.open("rb") as stream:  # a file that may not be read says so here, not as a broken one
         try:
             with torch.serialization.safe_globals(_plain_values()):

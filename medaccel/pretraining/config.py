@@ -40,7 +40,8 @@ class PretrainingConfig:
             settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
         seed: of everything.
         held_out: share of the scans, at least one, that are trained on never and evaluated on.
-        skip_limit: share of the scans that may be unreadable; they are listed in scans.json.
+        skip_limit: share of the scans that may be unreadable, or look like no CT; they are listed in scans.json.
+        check_units: pass over what doesn't look like a CT in HU: label maps, other modalities, scaled intensities.
         cache_folder: where scans are kept as they are trained on; by default in the output. Runs on the same scans
             can share one.
     """
@@ -61,6 +62,7 @@ class PretrainingConfig:
     seed: int = 0
     held_out: float = 0.1
     skip_limit: float = 0.1
+    check_units: bool = True
     cache_folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class PretrainingConfig:
         values = dataclasses.asdict(self)
         # Where things lie is no part of what they are.
         del values["output"], values["cache_folder"]
+        if self.check_units:  # runs of before there was the option go on
+            del values["check_units"]
         values["scans"] = [str(Path(path).resolve()) for path in self.scans]
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain

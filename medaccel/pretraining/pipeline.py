@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medaccel.data.files import atomic_path, write_text
+from medaccel.data.files import atomic_path, read_json, write_text
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.training import ranks
 from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
@@ -125,7 +125,8 @@ def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
         net = PretrainingNet(tasks, **config.network)
     except Exception as error:  # what a network stumbles over depends on what is wrong
         raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
-    return Plan(settings, tasks, net, find_scans(*config.scans) if config.scans and with_scans else None)
+    found = find_scans(*config.scans, check_units=config.check_units) if config.scans and with_scans else None
+    return Plan(settings, tasks, net, found)
 
 
 def _check_options(group: str, given: Mapping[str, Any], target: Any, own: Sequence[str]) -> None:
@@ -172,12 +173,13 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
                 config.spacing,
                 held_out=config.held_out,
                 skip_limit=config.skip_limit,
+                check_units=config.check_units,
                 seed=config.seed,
                 workers=settings["num_workers"],
                 found=plan.found,
             )
             write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
-    plain = json.loads((folder / "scans.json").read_text(encoding="utf-8"))
+    plain = read_json(folder / "scans.json")
     scans = Scans.of(plain, cache)
     items = Items(
         Volumes(scans.training, settings["cache"]),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +28,19 @@ from medaccel.data import (
 )
 from medaccel.data._fields import optional
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
+from medaccel.data.files import check_input
+from medaccel.data.hounsfield import check_hu
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, check_volume
 from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.training_range import SECONDS_MARGIN, TrainingRange
+from medaccel.restoration.uptake import check_suv
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
 TRAINING_RANGE = "training_range"  # in a method's `fitted.parameters`: `TrainingRange.plain`
-_PLAUSIBLE_MEAN = 20.0  # SUV over the field of view; the body's own mean is about 1, Bq/mL are thousands
 _MISSING_CT = 0.2  # share of the body without tissue in the CT that is too much to be lungs and bowel
 
 
@@ -61,6 +64,7 @@ def apply(
     samples: int | None = None,
     seed: int = 0,
     series_uid: str | None = None,
+    check_units: bool = True,
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
@@ -81,6 +85,7 @@ def apply(
         samples: how many to draw, for methods that draw; by default their own setting.
         seed: of the samples.
         series_uid: SeriesInstanceUID, where the DICOM folder has several series.
+        check_units: refuse an input that can't be in SUV, by the body's median, and a CT that doesn't look like HU.
         force: overwrite the output where it exists.
         progress: show progress on stderr.
 
@@ -90,13 +95,13 @@ def apply(
     Raises:
         ValueError: an output name of another format, or DICOM output without DICOM input; a checkpoint that is
             damaged or of another format; an exposure that the method wasn't fitted on; an input that is damaged or no
-            SUV (negative, not finite, zero everywhere, one slice); a CT elsewhere; `samples` where the method draws
-            none.
+            SUV (negative, not finite, zero everywhere, one slice, in another unit); a CT that is none in HU, or
+            elsewhere; `samples` where the method draws none.
         OSError: no input or checkpoint; the output exists, or can't be written, and an old one stays as it was.
 
     Warns:
-        UserWarning: the image is unlike those that the method was fitted on, or seems not to be in SUV; the CT lacks
-            a part of the body.
+        UserWarning: the image is unlike those that the method was fitted on, or may not be in SUV; the CT lacks a
+            part of the body.
     """
     checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
     _check_output(input, output, force)  # what can be refused is refused before anything is read
@@ -112,10 +117,12 @@ def apply(
     spacing = voxel_spacing(read.image)
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
     check_volume(str(read.path), volume, spacing)
+    if check_units:
+        check_suv(volume, spacing, read.path)
     for sentence in _unlike(method, read, volume, spacing, exposure):
         warnings.warn(f"{read.path}: {sentence}", stacklevel=2)
     ct = read.ct if ct is None else Path(ct)
-    hounsfield = None if ct is None else _ct_on_grid(ct, read.image, volume, spacing, progress)
+    hounsfield = None if ct is None else _ct_on_grid(ct, read.image, volume, spacing, check_units, progress)
     restored = method.restore(
         volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
     )
@@ -180,15 +187,16 @@ def _digest(path: Path) -> str:
 def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _Input:
     if path.is_dir() and _is_study(path):
         pet, ct = path / f"PET_{seconds}.nii.gz", path / "CT.nii.gz"
-        if not pet.is_file():
+        if not os.path.lexists(pet):
             found = ", ".join(sorted(p.name for p in path.glob("PET_*.nii.gz")))
             raise FileNotFoundError(f"{pet}: missing exposure (the study has {found})")
-        return _Input(pet, read_nifti(pet), ct=ct if ct.is_file() else None)
+        return _Input(pet, read_nifti(pet), ct=ct if os.path.lexists(ct) else None)
     if path.is_dir():
         series = open_series(path, series_uid=series_uid, progress=progress)
         return _Input(path, load_series(series, suv=True, progress=progress), series)
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
+    check_input(path)
     if not is_nifti_name(path):
         raise ValueError(
             f"{path}: expected a .nii or .nii.gz file, the folder of a PET DICOM series, or a study folder"
@@ -201,9 +209,6 @@ def _unlike(
 ) -> list[str]:
     """What a user should know before trusting the result, a sentence each."""
     sentences = []
-    mean = float(volume.mean(dtype=np.float64))
-    if mean > _PLAUSIBLE_MEAN:
-        sentences.append(f"the mean over the image is {mean:.4g}, far above a SUV's (is it in Bq/mL?)")
     measured = None if read.series is None else _frame_seconds(read.series)
     if measured is not None and abs(measured / seconds - 1) > SECONDS_MARGIN:
         sentences.append(
@@ -229,13 +234,20 @@ def _frame_seconds(series: DicomSeries) -> float | None:
 
 
 def _ct_on_grid(
-    path: Path, pet: Nifti1Image, volume: np.ndarray, spacing: tuple[float, float, float], progress: bool
+    path: Path,
+    pet: Nifti1Image,
+    volume: np.ndarray,
+    spacing: tuple[float, float, float],
+    check_units: bool,
+    progress: bool,
 ) -> np.ndarray:
     """HU at the PET's voxels, float32, trilinear; air beyond the CT."""
     image = read_dicom_series(path, progress=progress) if path.is_dir() else read_nifti(path)
     values = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         raise ValueError(f"{path}: {int((~np.isfinite(values)).sum())} voxels are NaN or infinite (expected HU)")
+    if check_units:
+        check_hu(values, path, stacklevel=3)
     moved = resample(image, pet, outside=AIR_HU)
     resampled = np.asanyarray(moved.dataobj).astype(np.float32, copy=False)
     if resampled.max() <= AIR_HU:

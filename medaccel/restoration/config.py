@@ -53,6 +53,7 @@ class RunConfig:
         settings: of methods, by name, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
         trainer: of every network: accelerator, strategy, precision, num_workers, cache, checkpoint_minutes and the
             other settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
+        check_units: refuse `train_studies` and `validation_studies` that can't be in SUV, or whose CT is none in HU.
         seed: of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
         simulator: physical parameters that differ from the frozen defaults, by name.
     """
@@ -70,6 +71,7 @@ class RunConfig:
     methods: tuple[str, ...] = ("gaussian1", "gaussian3", "gaussian_mix")
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    check_units: bool = True
     seed: int = 0
     simulator: dict[str, Any] = field(default_factory=dict)
 
@@ -114,6 +116,8 @@ class RunConfig:
     def plain(self) -> dict[str, Any]:
         """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
         values = _plain(dataclasses.asdict(self))
+        if self.check_units:  # runs of before there was the option go on
+            del values["check_units"]
         del values["output"]  # where a run lies is no part of what it is
         return values
 
@@ -148,6 +152,7 @@ class ScoreConfig:
         sampled_studies: on how many of the studies, the first ones, those methods are scored; by default all.
         name: of the results' folder in the run's `scored`; by default what the studies are. A plain name, and none
             of the run's own files.
+        check_units: refuse studies that can't be in SUV, or whose CT is none in HU.
     """
 
     run: Path
@@ -159,6 +164,7 @@ class ScoreConfig:
     samples: int | None = None
     sampled_studies: int | None = None
     name: str | None = None
+    check_units: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -193,6 +199,8 @@ class ScoreConfig:
     def plain(self) -> dict[str, Any]:
         """As plain YAML and JSON values, without the run that they are applied to."""
         values = _plain(dataclasses.asdict(self))
+        if self.check_units:
+            del values["check_units"]
         del values["run"]
         return values
 

@@ -25,6 +25,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
+from medaccel.data.tensors import check_tensors
 from medaccel.restoration.base_image import base_image
 from medaccel.restoration.losses import ssim_distance
 from medaccel.restoration.methods.base import Task
@@ -139,6 +140,7 @@ class Patches(torch.utils.data.Dataset):
             with _plain_errors():
                 self.studies: Any = CacheDataset(items, prepare, num_workers=2, progress=progress, copy_cache=False)
         elif cache == "disk":
+            remove_damaged(cache_folder)
             self.studies = PersistentDataset(items, prepare, cache_dir=cache_folder)
         else:
             self.studies = Dataset(items, prepare)
@@ -170,6 +172,17 @@ class Patches(torch.utils.data.Dataset):
             "has_noise_free": prepared["has_noise_free"],
             "noise_seed": int(rng.integers(2**62)),
         }
+
+
+def remove_damaged(cache_folder: Path | None) -> None:
+    """Removes prepared studies that are damaged, so that they are made again: MONAI takes them, or stops at them."""
+    for path in sorted(cache_folder.glob("*.pt")) if cache_folder is not None else []:
+        try:
+            check_tensors(path)
+        except ValueError:
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:  # another process has removed it
+            continue
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from medaccel.data.files import write_text
+from medaccel.data.files import read_json, write_text
 from medaccel.restoration.config import RunConfig
 from medaccel.training.digest import digest
 from medaccel.training.lock import LOCK
@@ -101,7 +101,7 @@ class RunFolder(OptionsFolder):
         # Scorings of other names may end at the same time.
         lock = self.path / "scored" / LOCK
         with FileLock(lock, timeout=60):
-            entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            entries = read_json(path) if path.exists() else []
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             entries.append({"time": now, **entry})
             write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)

@@ -2,7 +2,8 @@
 """Every method on every study: rows that are kept as they are made, so that an interrupted scoring goes on.
 
 In the folder: rows/<study>_<seconds>s.json, and volumes/ with what is needed again: the restored images of the first
-studies (pictures, noise), and the mean and deviation of drawn samples in every study's body (coverage).
+studies (pictures, noise), and the mean and deviation of drawn samples in every study's body (coverage). A study of
+which one of these is damaged is scored again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medaccel.data.files import atomic_path, write_text
+from medaccel.data.files import atomic_path, read_json, write_text
+from medaccel.data.tensors import check_tensors, first_line, load_tensors
 from medaccel.restoration import metrics
 from medaccel.restoration.calibration import Calibration, Item, fit_calibration
 from medaccel.restoration.evaluation import StudyEvaluator
@@ -116,7 +119,7 @@ class Scorer:
         for path in paths:
             kept = self._volume(path, seconds, f"{method}_samples")
             if kept.exists():
-                drawn = torch.load(kept, weights_only=True)
+                drawn = load_tensors(kept)
                 mask = drawn["mask"].numpy()
                 shape = (len(drawn["mean"]), 1, 1)  # the body's voxels, as a volume of their own
                 yield (
@@ -132,10 +135,11 @@ class Scorer:
     def _study(self, path: Path, position: int, seconds: int, target_seconds: int) -> dict[str, Any]:
         """A study's record, from its file where it is there."""
         file = self.folder / "rows" / f"{path.name}_{seconds}s.json"
-        record: dict[str, Any]
         if file.exists():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            return record
+            try:
+                return self._kept(file, path, seconds)
+            except ValueError as error:
+                warnings.warn(f"{error}; the study is scored again", stacklevel=3)
         study = load_study(path, (seconds, target_seconds))
         evaluator = StudyEvaluator(study, seconds, target_seconds)
         image = study.exposures[seconds]
@@ -170,7 +174,7 @@ class Scorer:
         level = noise_level(
             image, evaluator.target, evaluator.mask, seconds, target_seconds, liver_core=evaluator.liver_core
         )
-        record = {
+        record: dict[str, Any] = {
             "rows": {name: rows.get(name, nothing) for name in order},
             "noise": asdict(level),
             "times": times,
@@ -178,6 +182,27 @@ class Scorer:
         }
         write_text(file, plain_json(record), force=True)
         return dict(json.loads(plain_json(record)))
+
+    def _kept(self, file: Path, path: Path, seconds: int) -> dict[str, Any]:
+        """A study's record in its file. Raises ValueError where that, or a volume that belongs to it, is damaged."""
+        record = read_json(file)
+        try:
+            NoiseLevel(**record["noise"])
+            rows = record["rows"]
+            keys = set(rows[IDENTITY])
+            whole = bool(keys) and all(set(rows[name]) == keys for name in self.methods)
+            numbers = (value for row in rows.values() for value in row.values() if value is not None)
+            whole = whole and all(isinstance(value, int | float) for value in (*numbers, *record["times"].values()))
+            whole = whole and (not self.one_patient or all(record["blocks"][kind] for kind in ("mse", "ssim")))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}: not a study's rows ({first_line(error)})") from error
+        if not whole:
+            raise ValueError(f"{file}: lacks a method's row, or a part of one")
+        for name in self.methods:
+            for volume in (self._volume(path, seconds, name), self._volume(path, seconds, f"{name}_samples")):
+                if volume.exists():
+                    check_tensors(volume)
+        return dict(record)
 
     def _keep(
         self,
@@ -201,7 +226,7 @@ class Scorer:
 
 def read_volume(path: Path) -> np.ndarray:
     """A volume that scoring kept."""
-    volume: np.ndarray = torch.load(path, weights_only=True).numpy()
+    volume: np.ndarray = load_tensors(path).numpy()
     return volume
 
 

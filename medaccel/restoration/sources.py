@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from medaccel.data import open_series, read_pet_series, voxel_spacing, write_text
+from medaccel.data import open_series, read_nifti, read_pet_series, voxel_spacing, write_text
+from medaccel.data.files import read_json
+from medaccel.data.hounsfield import check_hu
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.generate import simulate_study, write_studies
+from medaccel.restoration.methods.base import check_volume
 from medaccel.restoration.phantoms import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.restoration.simulator import Progress, SimulatorConfig
 from medaccel.restoration.study import STUDY_JSON, find_studies, is_complete, read_parameters, save_study
+from medaccel.restoration.uptake import check_suv
+from medaccel.training import ranks
 from medaccel.training.inputs import Record, differences, refuse_changes
 from medaccel.training.inputs import record as inputs_of
 from medaccel.training.settings import converted, hints_of
@@ -31,10 +37,48 @@ def check_sources(config: RunConfig) -> None:
     simulator_of(config)
     if config.train_studies is not None:
         # A study that lacks an exposure is found now, and not where a worker draws it after hours.
-        for path in (p for role in split(config) for p in role):
-            for seconds in (*config.exposures, config.target_seconds):
+        paths = [p for role in split(config) for p in role]
+        exposures = (*config.exposures, config.target_seconds)
+        for path in paths:
+            for seconds in exposures:
                 if not (path / f"PET_{seconds}.nii.gz").is_file():
                     raise FileNotFoundError(f"{path / f'PET_{seconds}.nii.gz'}: missing exposure")
+        if config.check_units and ranks.rank() == 0 and not _checked_before(config, paths):
+            check_study_units(paths, exposures)
+
+
+def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None:
+    """Refuses studies that can't be in SUV, or whose CT is none in HU; one image is in memory at a time.
+
+    Raises:
+        OSError, ValueError: as `read_nifti`, `check_suv` and `check_hu`.
+    """
+    for folder in tqdm(studies, desc="units of the studies", unit="study", leave=False):
+        for seconds in exposures:
+            path = folder / f"PET_{seconds}.nii.gz"
+            image = read_nifti(path)
+            volume, spacing = np.asarray(image.dataobj), voxel_spacing(image)
+            check_volume(str(path), volume, spacing)
+            check_suv(volume, spacing, path)
+        ct = folder / "CT.nii.gz"
+        if os.path.lexists(ct):
+            values = np.asarray(read_nifti(ct).dataobj)
+            if np.isfinite(values).all():  # else `load_study` tells
+                check_hu(values, ct)
+
+
+def _checked_before(config: RunConfig, studies: Sequence[Path]) -> bool:
+    """Whether a run of the same studies has got as far as its splits.json, and nothing has been changed since."""
+    record = config.output / "splits.json"
+    try:
+        content = read_json(record)
+        known = {entry["study"] for role in ("training", "validation") for entry in content[role]}
+        since = record.stat().st_mtime_ns
+        files = [file for study in studies for file in study.iterdir()]
+        unchanged = all(file.stat().st_mtime_ns < since for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return unchanged and bool(content.get("units_checked")) and known >= {str(study.absolute()) for study in studies}
 
 
 def simulator_of(config: RunConfig) -> SimulatorConfig:
@@ -114,7 +158,7 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
         for role, paths in (("training", train), ("validation", validation))
     }
     files = [file for path in (*train, *validation) for file in _files(path, config)]
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    before = read_json(record) if record.exists() else {}
     inputs: Record = {}
     if config.train_studies is not None:  # simulated ones are the run's own
         if "inputs" in before:
@@ -124,7 +168,8 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
             inputs = inputs_of(files)
     if "inputs" in before and any(before[role] != names[role] for role in names):
         refuse_changes(config.output, "run", ["the studies or their patients are others"])
-    write_text(record, json.dumps({**names, "inputs": inputs}, indent=1) + "\n", force=True)
+    content = {**names, "units_checked": config.check_units, "inputs": inputs}
+    write_text(record, json.dumps(content, indent=1) + "\n", force=True)
     return train, validation
 
 
@@ -160,7 +205,7 @@ def _unseen(config: RunConfig, folder: Path) -> list[Path]:
 
 def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
     """What `training_studies` of another process wrote."""
-    names = json.loads((config.output / "splits.json").read_text(encoding="utf-8"))
+    names = read_json(config.output / "splits.json")
     return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
 
 
@@ -176,6 +221,8 @@ def studies_to_score(config: RunConfig, chosen: ScoreConfig, say: Callable[[str]
         say(f"test studies: {chosen.test_phantoms} simulated phantoms (shifted generator)")
         return _phantoms(config, "test", chosen.test_phantoms, "shifted", config.seed + TEST_SEED)
     paths = _unseen(config, chosen.test_studies)
+    if chosen.check_units:
+        check_study_units(paths, (*config.exposures, config.target_seconds))
     say(f"test studies: {len(paths)} in {chosen.test_studies}")
     return paths
 
@@ -218,6 +265,8 @@ def _real_patient(config: RunConfig, chosen: ScoreConfig, dicom: Path, say: Call
             continue
         if image is None:
             image = read_pet_series(dicom, progress=True)
+            if chosen.check_units:
+                check_suv(np.maximum(np.asarray(image.dataobj), 0), voxel_spacing(image), dicom)
         with _percent(path.name) as report:
             study = simulate_study(
                 path.name,

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from medaccel.data import make_nifti, read_nifti, resample, save_nifti, voxel_spacing, write_text
+from medaccel.data.files import read_json
 
 STUDY_JSON = "study.json"
 FORMAT = 1
@@ -218,10 +219,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / STUDY_JSON
     if not path.exists():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{path}: not a study of format {FORMAT}")
     return record

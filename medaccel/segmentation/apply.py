@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from nibabel.nifti1 import Nifti1Image
 from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing, write_text
 from medaccel.data.ct import Scan, find_scans, read_scan
 from medaccel.data.dicom_write import RESEARCH_ONLY
+from medaccel.data.files import check_input
 
 _META_IMAGE = (".mhd", ".mha")
 # A scan may have voxels that much smaller or larger than those of the training, and its body's mean that far off, HU.
@@ -32,6 +34,7 @@ def apply(
     keep_largest: int | None = None,
     report: Path | None = None,
     series_uid: str | None = None,
+    check_units: bool = True,
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
@@ -45,6 +48,7 @@ def apply(
         report: a JSON file: the volume of each structure, mL, and its components; by default beside the output, with
             its name.
         series_uid: SeriesInstanceUID, where the folder has several series.
+        check_units: refuse an input that doesn't look like a CT in HU, but like a label map, MR, another unit.
         force: overwrite what exists.
         progress: say on stderr what is done.
 
@@ -53,7 +57,7 @@ def apply(
 
     Raises:
         ValueError: a checkpoint that is damaged, of another kind or format; an output of another format; an input
-            that is damaged or no CT; several series in the folder; `keep_largest` below 0.
+            that is damaged or no CT in HU; several series in the folder; `keep_largest` below 0.
         OSError: no input or checkpoint; an output exists, or can't be written, and an old one stays as it was.
 
     Warns:
@@ -73,7 +77,7 @@ def apply(
     from medaccel.segmentation.inference import segment
 
     trained = load(checkpoint)
-    scan = read_scan(_scan(input, series_uid))
+    scan = read_scan(_scan(input, series_uid, check_units), check_units=check_units)
     for sentence in _unlike(scan, trained.seen):
         warnings.warn(f"{input}: {sentence}", stacklevel=2)
     network = trained.network().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,16 +118,17 @@ def _beside(output: Path) -> Path:
     return output.with_name(output.name[: output.name.lower().rindex(".nii")] + ".json")
 
 
-def _scan(path: Path, series_uid: str | None) -> Scan:
-    if not path.exists():
+def _scan(path: Path, series_uid: str | None, check_units: bool) -> Scan:
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
+        check_input(path)
         if is_nifti_name(path):
             return Scan(path, "nifti")
         if path.suffix.lower() in _META_IMAGE:
             return Scan(path, "metaimage")
         raise ValueError(f"{path}: expected a .nii, .nii.gz, .mhd or .mha file, or the folder of a CT DICOM series")
-    scans = find_scans(path).scans
+    scans = find_scans(path, check_units=check_units).scans
     if series_uid is not None:
         scans = tuple(scan for scan in scans if scan.uid == series_uid)
     if len(scans) != 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
+from medaccel.data.tensors import first_line, load_tensors
 from medaccel.segmentation.presets import make_settings
 
 KIND = "medaccel segmentation"
@@ -65,13 +66,9 @@ def load(path: Path) -> Checkpoint:
         FileNotFoundError: no such file.
         ValueError: a file that is damaged, of another kind or of another version.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file (expected the best.pt of a segmentation's cell)")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler of damaged bytes can stumble in any way
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from error
+    content = load_tensors(path, what="a checkpoint")
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{path}: no segmentation network; expected the best.pt of a segmentation's cell")
     if content.get("format") != FORMAT:
@@ -79,12 +76,30 @@ def load(path: Path) -> Checkpoint:
     try:
         loaded = Checkpoint(
             make_settings(content["settings"]),
-            {int(value): str(name) for value, name in content["labels"].items()},
+            _labels(content["labels"]),
             content["state_dict"],
-            content["seen"],
+            _seen(content["seen"]),
         )
         loaded.network()
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: its settings, labels and weights don't fit together ({reason})") from error
+    except Exception as error:  # whatever settings or weights of another kind lead to
+        raise ValueError(
+            f"{path}: its settings, labels and weights don't fit together ({first_line(error)})"
+        ) from error
     return loaded
+
+
+def _labels(content: Mapping[Any, Any]) -> dict[int, str]:
+    labels = {int(value): str(name) for value, name in content.items()}
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+        raise ValueError(f"labels is {content!r}; expected names of 0, 1, … without a gap")
+    return labels
+
+
+def _seen(content: Mapping[str, Any]) -> dict[str, Any]:
+    extent, body = content["spacing_mm"], content["body_hu"]
+    pairs = [*extent, *([] if body is None else [body])]
+    if len(extent) != 3 or any(len(pair) != 2 or not pair[0] <= pair[1] for pair in pairs):
+        raise ValueError(
+            f"seen is {content!r}; expected ranges of the voxel size along three axes, and of the body's HU"
+        )
+    return dict(content)

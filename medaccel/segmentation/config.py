@@ -33,7 +33,7 @@ BACKENDS = ("loky", "dask", "ray", "sequential")
 SUPERVISED = "supervised"
 # How the work is done and what is shown beside it; figures don't depend on them.
 _NO_OPTIONS = ("output", "jobs", "backend", "scheduler", "select", "illustration")
-_TASK = {"data", "preset", "settings", "by_fraction"}
+_TASK = {"data", "preset", "settings", "by_fraction", "check_units"}
 _PHANTOMS: dict[str, Any] = {
     "cases": 60,
     "spacing": [4.0, 4.0, 4.0],
@@ -72,7 +72,8 @@ class SegmentationConfig:
             Without data, "spleen" and "lung" are phantom tasks. preset is one of `medaccel.segmentation.presets`, by
             default the phantoms' or "generic"; settings are those of the preset and of the training that differ, in
             this task alone, and by_fraction those that differ further at a share of the labels, for every
-            initialization alike: more labels take more steps to a plateau.
+            initialization alike: more labels take more steps to a plateau. check_units: false takes data that
+            don't look like CT in HU.
         phantoms: of the phantom tasks: cases each, spacing in mm, pool (how many unlabelled scans are pretrained on
             where `pretraining` names no scans), pool_spacing, seed.
         inits: initializations: random, the presets of pretraining (nvidia, instance, instance_pixel, pixpro, all),
@@ -216,6 +217,8 @@ class SegmentationConfig:
             for key, kind in (("data", Path | None), ("preset", str | None), ("settings", dict)):
                 if key in task:
                     converted(f"tasks.{name}.{key}", task[key], kind)
+            if not isinstance(task.get("check_units", True), bool):
+                raise ValueError(f"tasks.{name}.check_units is {task['check_units']!r}; expected true or false")
             if task.get("data") is None and name not in TASKS:
                 raise ValueError(
                     f"tasks.{name} has no data; expected a folder, or one of the phantoms' {list(TASKS)}"

@@ -11,7 +11,7 @@ no cases.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +21,9 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
 from medaccel.data import read_nifti
+from medaccel.data.ct import check_extent
+from medaccel.data.files import read_json
+from medaccel.data.hounsfield import check_hu, check_modality
 
 DATASET_JSON = "dataset.json"
 # Affines of one grid may differ by what float32 headers lose, mm.
@@ -39,34 +42,39 @@ class Case:
 
 @dataclass(frozen=True)
 class MSDDataset:
-    """A task: its name, folder, labels (value to name, 0 the background) and labelled cases in the order of names."""
+    """A task: its name, folder, labels (value to name, 0 the background) and labelled cases in the order of names.
+
+    `check_units` says whether `load_case` refuses what is no CT in HU.
+    """
 
     name: str
     folder: Path
     labels: Mapping[int, str]
     cases: tuple[Case, ...]
+    check_units: bool = True
 
 
-def read_dataset(folder: str | Path) -> MSDDataset:
+def read_dataset(folder: str | Path, *, check_units: bool = True) -> MSDDataset:
     """Reads and checks dataset.json; the volumes stay where they are until `load_case`.
 
     Args:
         folder: of the task, such as Task09_Spleen.
+        check_units: refuse another modality than CT, here, and voxels that are no HU, in `load_case`.
 
     Raises:
         FileNotFoundError: no folder, no dataset.json, or files that it names are missing.
-        ValueError: not JSON, fields missing or of another kind, a file outside the folder, one case twice.
+        ValueError: not JSON, fields missing or of another kind, another modality, a file outside the folder, one case
+            twice.
     """
     root = Path(folder)
     path = root / DATASET_JSON
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found (expected a task of the Medical Segmentation Decathlon's layout)")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected an object with labels and training")
+    if check_units:
+        check_modality(content, path)
     labels = _labels(content.get("labels"), path)
     entries = content.get("training")
     if not isinstance(entries, list) or not entries:
@@ -91,7 +99,8 @@ def read_dataset(folder: str | Path) -> MSDDataset:
         raise FileNotFoundError(f"{path}: names files that are missing: {names}{more}")
     title = content.get("name")
     ordered = tuple(cases[key] for key in sorted(cases))
-    return MSDDataset(title if isinstance(title, str) and title else root.resolve().name, root, labels, ordered)
+    name = title if isinstance(title, str) and title else Path(os.path.realpath(root)).name
+    return MSDDataset(name, root, labels, ordered, check_units)
 
 
 def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image]:
@@ -100,8 +109,11 @@ def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image
     A label map without foreground is no error: what measures make of it is theirs to say.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or damaged; grids that differ; values that aren't
-            finite; labels that dataset.json doesn't name.
+        OSError, ValueError: a file that is missing or damaged; grids that differ; values that aren't finite, or no
+            CT in HU (`medaccel.data.hounsfield.check_hu`); labels that dataset.json doesn't name.
+
+    Warns:
+        UserWarning: the image may be no CT in HU.
     """
     image, label = read_nifti(case.image), read_nifti(case.label)
     if image.shape != label.shape or not np.allclose(image.affine, label.affine, atol=_AFFINE_TOLERANCE):
@@ -111,6 +123,9 @@ def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image
         )
     if not np.isfinite(np.asarray(image.dataobj)).all():
         raise ValueError(f"{case.image}: holds values that are not finite; expected HU")
+    check_extent(image, case.image)
+    if dataset.check_units:
+        check_hu(np.asarray(image.dataobj), case.image)
     found = np.unique(np.asarray(label.dataobj))
     outside = [float(value) for value in found if float(value) not in dataset.labels]
     if outside:
@@ -126,7 +141,7 @@ def _labels(content: Any, path: Path) -> dict[int, str]:
         raise ValueError(f'{path}: labels is {content!r}; expected such as {{"0": "background", "1": "spleen"}}')
     try:
         labels = {int(value): str(name) for value, name in content.items()}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: labels is {content!r}; expected whole numbers as keys") from error
     if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
         raise ValueError(f"{path}: labels has the values {sorted(labels)}; expected 0, 1, … without a gap")
@@ -138,13 +153,12 @@ def _inside(root: Path, name: Any, path: Path) -> Path:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: names the file {name!r}; expected a path such as ./imagesTr/case.nii.gz")
     relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name or ":" in name:
+    if relative.is_absolute() or ".." in relative.parts or any(sign in name for sign in "\\:\0"):
         raise ValueError(f"{path}: names the file {name!r}; expected one within the task's folder")
     file = root / relative
-    if not file.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{path}: names the file {name!r}, a link to {file.resolve()}; expected one within the task's folder"
-        )
+    real = Path(os.path.realpath(file))  # `resolve` raises what it likes where links go round in a circle
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"{path}: names the file {name!r}, a link to {real}; expected one within the task's folder")
     return file
 
 

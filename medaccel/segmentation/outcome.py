@@ -187,7 +187,7 @@ def read_run(path: Path, cell: Cell) -> Run:
         run = Run(stored, content["rows"], [(int(p["step"]), float(p["dice"])) for p in content["curve"]], content)
         for measure in MEASURES:
             run.mean(measure)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a cell's result ({error}); delete it to run the cell anew") from error
     if stored != cell or not run.rows:
         raise ValueError(f"{path}: of the cell {stored} with {len(run.rows)} rows; expected {cell}'s")

@@ -338,7 +338,7 @@ class Study:
             given = task.get("data")
             path = folder.task(name) if given is None else Path(given)
             if given is not None or path.exists():
-                self.data[name] = read_dataset(path)
+                self.data[name] = read_dataset(path, check_units=task.get("check_units", True))
                 check_fractions([case.name for case in self.data[name].cases], config.fractions, f"task {name}")
         self.splits = {
             name: {seed: split_cases([case.name for case in dataset.cases], seed) for seed in config.seeds}

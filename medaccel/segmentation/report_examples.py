@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medaccel.data import read_nifti
+from medaccel.data.hounsfield import check_hu
 from medaccel.report.html import Block, Figure, Note, Text
 from medaccel.segmentation import report_figures as figures
 from medaccel.segmentation.metrics import dice
@@ -69,7 +71,13 @@ def illustration_blocks(study: Study) -> list[Block]:
     path = study.folder.cell(illustrated_cell(study).name) / _BEST
     if not path.is_file():
         return [Text(f"The cell that is to be shown, {path.parent.name}, has not ended yet.")]
-    scan = read_nifti(options["image"])
+    try:
+        scan = read_nifti(options["image"])
+        if study.config.tasks[options["task"]].get("check_units", True):
+            check_hu(np.asarray(scan.dataobj), Path(options["image"]))
+    except (ValueError, OSError) as error:  # no figure of the study's: the report is written without it
+        warnings.warn(f"illustration.image: {error}", stacklevel=2)
+        return [Text(f"The illustration is left out: {error}.")]
     predicted = _segmented(path, scan) > 0
     truth, stated = None, "Its truth is not known."
     if "organs" in options:

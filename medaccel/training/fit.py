@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
+from medaccel.data.tensors import load_tensors
 from medaccel.training import ranks
 from medaccel.training.digest import digest
 from medaccel.training.sampler import Numbered
@@ -237,12 +238,16 @@ def train(
 def _take_up(path: Path, module: NetworkFit, record: _Record, callbacks: Sequence[lightning.Callback]) -> int:
     """Checks a checkpoint, and returns its step; of a finished training, all get what they ended with."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path, what="a checkpoint")
         state, step = content["callbacks"][record.state_key], int(content["global_step"])
-    except Exception as error:  # an unpickler of damaged bytes can stumble in any way
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that can be read ({reason}); delete it to train anew") from error
-    if state["identity"] != record.identity:
+        identity = state["identity"]
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to train anew") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path}: not a checkpoint that can be read (it lacks {error}); delete it to train anew"
+        ) from error
+    if identity != record.identity:
         raise ValueError(f"{path}: a checkpoint of other settings or another seed; delete it to train anew")
     if step >= module.settings["steps"]:
         module.load_state_dict(content["state_dict"])

@@ -131,6 +131,20 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(tmp_path: Path, options: d
     assert calls == before  # nothing is computed twice
 
 
+@pytest.mark.parametrize("name", ["sample_1.pt", "running.pt"])
+def test_a_damaged_file_is_made_again_to_the_same_bits(tmp_path: Path, name: str):
+    edit = SDEdit(half, VPSDE(), 40, 9)
+    expected = quiet(edit, GUIDE, seeds=[1, 2], folder=tmp_path).samples
+    whole = (tmp_path / "sample_1.pt").read_bytes()
+    (tmp_path / "sample_1.pt").unlink()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x10
+    for content in (bytes(flipped), whole[:-50], b""):
+        (tmp_path / name).write_bytes(content)
+        assert torch.equal(quiet(edit, GUIDE, seeds=[1, 2], folder=tmp_path).samples, expected)
+        (tmp_path / "sample_1.pt").unlink()
+
+
 def test_a_progress_bar_names_the_sample(capsys: pytest.CaptureFixture[str]):
     SDEdit(half, VPSDE(), 4)(GUIDE, seeds=2)
     assert "sample 2 of 2" in capsys.readouterr().err

@@ -175,11 +175,11 @@ def test_a_study_folder_gives_the_exposure_and_its_ct(tmp_path: Path) -> None:
 
 
 def test_a_ct_is_brought_to_the_grid_with_air_beyond_it(tmp_path: Path) -> None:
-    # HU = 10·z in world mm, on a finer grid that ends before the PET does.
+    # HU = 10·z - 300 in world mm, on a finer grid that ends before the PET does.
     affine = np.diag([-2.0, 2, 2, 1])
     affine[:3, 3] = [60, -80, 0]
     z = affine[2, 3] + 2 * np.arange(25)
-    ct = np.broadcast_to(10 * z, (70, 80, 25)).astype(np.float32)
+    ct = np.broadcast_to(10 * z - 300, (70, 80, 25)).astype(np.float32)
     pet = nifti(tmp_path / "pet.nii.gz")
     path = nifti(tmp_path / "ct.nii.gz", ct, affine)
     with pytest.warns(UserWarning, match=r"ct\.nii\.gz: the CT has no tissue in \d+% of the PET's body"):
@@ -188,7 +188,7 @@ def test_a_ct_is_brought_to_the_grid_with_air_beyond_it(tmp_path: Path) -> None:
     assert found.shape == body().shape
     assert found.dtype == np.float32
     inside = 7 + 3 * np.arange(20) <= 48
-    np.testing.assert_allclose(found[12, 11, inside], 10 * (7 + 3 * np.arange(20)[inside]), rtol=1e-4)
+    np.testing.assert_allclose(found[12, 11, inside], 10 * (7 + 3 * np.arange(20)[inside]) - 300, rtol=1e-4)
     assert (found[12, 11, ~inside] == -1000).all()
 
 
@@ -226,10 +226,36 @@ def test_departures_from_the_training_images_are_warned_of(tmp_path: Path) -> No
         apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
 
 
-def test_bq_per_ml_are_suspected(tmp_path: Path) -> None:
-    source = nifti(tmp_path / "pet.nii", 5000 * body())
-    with pytest.warns(UserWarning, match=r"far above a SUV's \(is it in Bq/mL\?\)"):
+@pytest.mark.parametrize("margin", [0, 60])
+@pytest.mark.parametrize("factor", [5000, 100, 1 / 5000, 1 / 100])
+def test_other_units_are_refused_however_much_air_is_in_view(tmp_path: Path, factor: float, margin: int) -> None:
+    source = nifti(tmp_path / "pet.nii", np.pad(factor * body(), margin).astype(np.float32))
+    expected = r"pet\.nii: the body's median is .*; expected SUV, and these look like .* \(check_units: false"
+    with pytest.raises(ValueError, match=expected):
         apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+    assert not (tmp_path / "out.nii").exists()
+
+
+@pytest.mark.parametrize("margin", [0, 60])
+@pytest.mark.parametrize("factor", [5, 1 / 20])
+def test_rare_uptakes_are_warned_of_however_much_air_is_in_view(tmp_path: Path, factor: float, margin: int) -> None:
+    source = nifti(tmp_path / "pet.nii", np.pad(factor * body(), margin).astype(np.float32))
+    with pytest.warns(
+        UserWarning, match=r"pet\.nii: the body's median is .*, where SUV have 0\.15 to 2\.2 as a rule"
+    ):
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_unit_is_taken_where_that_is_asked_for(tmp_path: Path) -> None:
+    source, ct = (
+        nifti(tmp_path / "pet.nii", 5000 * body()),
+        nifti(tmp_path / "ct.nii", np.eye(4)[:, :, None].repeat(9, 2)),
+    )
+    with pytest.raises(ValueError, match=r"ct\.nii: looks like a label map: 2 integer values from 0 to 1"):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "suv.nii"), tmp_path / "out.nii", ct=ct, progress=False)
+    apply(checkpoint(tmp_path), source, tmp_path / "out.nii", ct=ct, check_units=False, progress=False)
+    assert Smoother.handed["volume"].max() > 5000
 
 
 @pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
@@ -390,6 +416,18 @@ def test_a_file_with_code_or_something_else_is_no_checkpoint(tmp_path: Path) -> 
         load_method(path)
     with pytest.raises(FileNotFoundError):
         load_method(tmp_path / "none.pt")
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_told(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    whole = path.read_bytes()
+    weight = whole.index(np.ones(2, np.float32).tobytes())
+    for position in range(weight, weight + 8):
+        content = bytearray(whole)
+        content[position] ^= 0x40
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"smoother\.pt: not a checkpoint that can be read"):
+            apply(path, nifti(tmp_path / f"pet{position}.nii"), tmp_path / "out.nii", progress=False)
 
 
 # --- The command ---

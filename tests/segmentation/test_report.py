@@ -167,6 +167,9 @@ def test_examples_have_contours_and_the_illustration_its_dice(
     assert "it is no part of the study" in text
     assert "Its truth is not known." in again(replace(finished, illustration=options))
     assert "has not ended yet" in again(replace(finished, illustration={**options, "task": "lung"}))
+    with pytest.warns(UserWarning, match=r"illustration\.image: .*organs\.nii\.gz: looks like a label map"):
+        text = again(replace(finished, illustration={**options, "image": str(tmp_path / "organs.nii.gz")}))
+    assert "The illustration is left out" in text
     save_nifti(tmp_path / "small.nii.gz", make_nifti(np.zeros((4, 4, 4), np.uint8), np.eye(4)))
     with pytest.raises(ValueError, match=r"illustration.organs has the shape \(4, 4, 4\); expected the image's"):
         again(replace(finished, illustration={**shown, "organs": str(tmp_path / "small.nii.gz")}))

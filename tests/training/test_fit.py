@@ -92,3 +92,19 @@ def test_without_a_running_average_the_last_weights_stay(tmp_path: Path):
     averaged, watched = _line(ema_decay=0.9), Watch()
     train(averaged, Points(), tmp_path / "averaged", progress=False, callbacks=[watched])
     assert averaged.network.weight.item() != watched.seen[-1]
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "another"])
+def test_a_damaged_checkpoint_is_told_and_not_gone_on_from(tmp_path: Path, kind: str):
+    with pytest.raises(ValueError, match="stopped here"):
+        train(Line(nn.Linear(1, 1), SETTINGS), Points(), tmp_path, progress=False, callbacks=[Watch(stop_after=2)])
+    path = tmp_path / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    damaged = {"flipped": bytes(content), "cut": path.read_bytes()[:-200], "empty": b""}
+    if kind == "another":
+        torch.save({"callbacks": {}}, path)
+    else:
+        path.write_bytes(damaged[kind])
+    with pytest.raises(ValueError, match=r"last\.ckpt: not a checkpoint that can be read.*; delete it to train anew"):
+        train(Line(nn.Linear(1, 1), SETTINGS), Points(), tmp_path, progress=False)

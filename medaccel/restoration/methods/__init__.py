@@ -64,6 +64,7 @@ def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Me
         ValueError: damaged, not a checkpoint, of another format or an unknown method; the message names the file,
             what it holds and what was expected.
     """
+    from medaccel.data.tensors import first_line
     from medaccel.restoration.methods.base import FORMAT, Fitted, Task
 
     content = _content(path)
@@ -81,22 +82,17 @@ def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Me
         method = method_class(content["method"])(task, content["settings"])
         method.fitted = Fitted(**content["fitted"])
         method.load_state(content["state"])
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # RuntimeError: torch's, of a state's shapes
-        raise ValueError(f"{path}: not a checkpoint of {content['method']!r} that can be used ({error})") from error
+    except Exception as error:  # whatever a state of another shape or kind leads to
+        raise ValueError(
+            f"{path}: not a checkpoint of {content['method']!r} that can be used ({first_line(error)})"
+        ) from error
     return method
 
 
 def _content(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    import torch
+    from medaccel.data.tensors import load_tensors
 
-    try:
-        # Weights only: a checkpoint from elsewhere may hold code.
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # an unpickler of damaged bytes can stumble in any way
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a checkpoint that can be read ({reason})") from error
+    content = load_tensors(path, what="a checkpoint")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a method's checkpoint")
     return content

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
+from medaccel.data.tensors import load_tensors
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
 from medaccel.restoration.metrics import body_mask
@@ -263,11 +264,9 @@ def fit(
 
 def _load(module: GaussianFit, name: str, checkpoint: Path) -> list[float]:
     try:
-        content = torch.load(checkpoint, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{checkpoint}: not a checkpoint that can be read ({error}); delete it to fit again"
-        ) from error
+        content = load_tensors(checkpoint, what="a checkpoint")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to fit again") from error
     found = content.get("method") if isinstance(content, dict) else None
     if found != name:
         raise ValueError(f"{checkpoint}: a checkpoint of {found!r}; expected {name!r}")

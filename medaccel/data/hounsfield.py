@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether voxels are a CT in Hounsfield units, judged by what they hold.
+
+In HU air is −1000, fat −100, soft tissue 0 to 100, bone some hundreds; noise is 5 HU or more. So a CT spans hundreds
+of HU, has values below −50 wherever air or fat is in view, and neighbouring voxels are seldom equal. What clearly
+isn't so is refused; what may be a CT after all, such as a small crop or one that was clipped to a window, is warned
+about.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_SAMPLE = 250_000  # voxels that a judgement rests on
+_ENOUGH = 1000  # voxels; fewer tell nothing by their distribution
+_CROP = 20_000  # voxels; fewer may lie within one organ
+_PADDING = -1500.0  # scanners fill the corners with −2000, −3024 or less
+_LEAST_SPREAD = 15.0  # HU, of all but a thousandth at either end: noise alone makes more
+_BELOW_WATER = -20.0
+_EQUAL = 0.5  # share of equal neighbours from which a map is piecewise constant
+_FEW, _MANY = 20, 2000  # levels of a label map whatever its neighbours, and at most
+_DENSE = 1300.0  # HU; half of a crop may be cortical bone
+_ENHANCED = 300.0  # HU; contrast agent in a vessel
+OVERRIDE = "check_units: false takes it all the same"
+# What dataset.json may call other modalities; "CT", "CTA", "LDCT" have none of these words.
+_NO_CT = re.compile(
+    r"\b(mri?|mra|t[12]\w*|flair|adc|dwi|dti|swi|pd|dixon|pet\w*|pt|suv|spect\w*|nm|us|ultrasound|x-?ray|cr|dx|oct|non-?ct)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What voxels look like, where that isn't a CT: for certain (`refusal`) or perhaps (`doubt`); else None."""
+
+    refusal: str | None = None
+    doubt: str | None = None
+
+
+def check_hu(values: np.ndarray, path: Path, *, stacklevel: int = 2) -> None:
+    """Refuses voxels that are no CT in HU.
+
+    Args:
+        values: (i, j, k), finite.
+        path: that they were read from.
+        stacklevel: of the warning, as `warnings.warn` counts.
+
+    Raises:
+        ValueError: they clearly aren't; the message says what they look like, and how they are read all the same.
+
+    Warns:
+        UserWarning: they may not be.
+    """
+    found = judge(values)
+    if found.refusal is not None:
+        raise ValueError(f"{path}: {found.refusal}; expected a CT in HU ({OVERRIDE})")
+    if found.doubt is not None:
+        warnings.warn(f"{path}: {found.doubt} (is it a CT in HU?)", stacklevel=stacklevel + 1)
+
+
+def check_modality(content: Mapping[str, Any], path: Path) -> None:
+    """Refuses a dataset.json that names another modality than CT.
+
+    The Decathlon's has "modality": {"0": "CT"}, nnU-Net's "channel_names". Names that tell nothing pass.
+
+    Raises:
+        ValueError: it names MRI, PET or the like.
+    """
+    for key in ("modality", "channel_names"):
+        given = content.get(key)
+        names = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list) else [given]
+        for name in names:
+            if isinstance(name, str) and _NO_CT.search(name.replace("_", " ")):
+                raise ValueError(f"{path}: {key} is {given!r}; expected CT ({OVERRIDE})")
+
+
+def judge(values: np.ndarray) -> Judgement:
+    """What voxels (i, j, k) look like, from a sample of them."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return Judgement(doubt=f"it is {low:g} everywhere")
+    sample = _sampled(values)
+    whole = bool((sample == np.round(sample)).all())
+    if whole and -1 <= low <= 1 and (found := _label_map(values, sample, low)) is not None:
+        return Judgement(refusal=found)
+    if low <= _PADDING and bool((sample != low).any()):
+        sample = sample[sample != low]
+    least, first, median, most = (float(q) for q in np.quantile(sample, (0.001, 0.05, 0.5, 0.999)))
+    if most - least < _LEAST_SPREAD:
+        return Judgement(refusal=_scaled(sample, low, least, most))
+    if values.size < _ENOUGH:
+        return Judgement()
+    if first < _PADDING:
+        return Judgement(refusal=f"its values go down to {least:.0f}, where air has −1000")
+    if median > _DENSE:
+        return Judgement(
+            refusal=f"its median is {median:.0f}, far above bone; its values go from {low:g} to {high:g}"
+        )
+    if least < _BELOW_WATER:
+        return Judgement(doubt=_clipped(sample, low, least))
+    return _without_air(sample, low, high, most, whole, values.size)
+
+
+def _sampled(values: np.ndarray) -> np.ndarray:
+    """Values on a coarser grid, float64, 1-D."""
+    step = max(int(np.ceil((values.size / _SAMPLE) ** (1 / values.ndim))), 1)
+    sample = values[(slice(None, None, step),) * values.ndim].astype(np.float64).ravel()
+    # A small structure may lie between the grid's points.
+    return sample if sample.min() < sample.max() else values.astype(np.float64).ravel()
+
+
+def _equal_neighbours(values: np.ndarray, low: float) -> float:
+    """The share of neighbours that are equal, of those that aren't both `low`, along the axis that has most."""
+    step = max(int(np.ceil((values.size / _SAMPLE) ** (1 / values.ndim))), 1)
+    grid = (slice(None, None, step),) * values.ndim
+    shares = []
+    for axis in range(values.ndim):
+        along = np.moveaxis(values, axis, 0)
+        here, there = along[:-1][grid], along[1:][grid]
+        structure = (here != low) | (there != low)
+        shares.append(float((here == there)[structure].mean()) if bool(structure.any()) else 1.0)
+    return max(shares)
+
+
+def _label_map(values: np.ndarray, sample: np.ndarray, low: float) -> str | None:
+    count = len(np.unique(sample))
+    few = count <= _FEW and count <= sample.size // 8
+    if not few and (count > _MANY or _equal_neighbours(values, low) < _EQUAL):
+        return None
+    levels = np.unique(values)
+    return f"looks like a label map: {len(levels)} integer values from {levels[0]:g} to {levels[-1]:g}"
+
+
+def _scaled(sample: np.ndarray, low: float, least: float, most: float) -> str:
+    """The sentence on values that span next to nothing."""
+    span = f"its values span {least:.3g} to {most:.3g}"
+    mean, deviation = float(sample.mean()), float(sample.std())
+    if abs(mean) < 0.1 and 0.8 < deviation < 1.25:
+        return f"looks like z-scores: {span}, mean {mean:.2g}, standard deviation {deviation:.2g}"
+    if low >= -0.01 and most <= 1.01:
+        return f"looks like intensities scaled to 0 … 1: {span}"
+    if low >= -1.001 and 0.999 < most <= 1.001:
+        return f"looks like intensities scaled to −1 … 1: {span}"
+    if low >= -0.5 and least >= -0.01:
+        return f"looks like a PET in SUV: {span}"
+    if least >= -1.3:
+        return f"looks like HU divided by 1000: {span}"
+    if -10.5 <= least <= -9:
+        return f"looks like HU divided by 100: {span}"
+    return f"looks scaled, as z-scores are: {span}, less than the noise of a CT"
+
+
+def _clipped(sample: np.ndarray, low: float, least: float) -> str | None:
+    if len(np.unique(sample)) <= 2:
+        return f"it holds two values alone, {sample.min():g} and {sample.max():g}"
+    if low > -900 and (share := float((sample == low).mean())) > 0.05:
+        return f"its values end at {low:g}, which {share:.0%} of the voxels have: clipped to a window"
+    if least >= -110 and float((sample < -85).mean()) > 0.1 and float(np.quantile(sample, 0.9)) < 40:
+        return "looks like HU divided by 10"
+    return None
+
+
+def _without_air(sample: np.ndarray, low: float, high: float, most: float, whole: bool, size: int) -> Judgement:
+    """Of voxels with next to nothing below water: a crop within the body, or no HU at all."""
+    soft, gap = (float(((sample >= a) & (sample < b)).mean()) for a, b in ((850, 1200), (450, 800)))
+    span = f"its values go from {low:g} to {high:g}"
+    if soft > 0.15 and soft > 3 * gap:
+        return Judgement(
+            refusal=f"looks like a CT with an offset of 1000 or 1024: {span}, and {soft:.0%} of the voxels are where "
+            "soft tissue would be then"
+        )
+    bottom = float(sample.min())
+    floor = float((sample <= bottom + 0.05 * (most - bottom)).mean())
+    if low >= 0 and 100 < high <= 255.5 and (high >= 254.5 or floor > 0.02):
+        return Judgement(refusal=f"looks like 8-bit grey values: {span}")
+    if floor > 0.05:
+        kinds = (
+            "HU divided by 100" if low <= -9 else "a PET in SUV, or grey values",
+            "MR, a PET's counts or grey values" if whole else "a PET in Bq/mL, or MR",
+        )
+        sentence = (
+            f"looks like {kinds[most > 300]}: {span}, and none is as low as air and fat but {floor:.0%} of the "
+            "voxels are at the low end"
+        )
+        # A crop within a bone has no other distribution, only no zeros.
+        clear = size >= _CROP or float((sample == low).mean()) > 0.05
+        return Judgement(refusal=sentence) if clear else Judgement(doubt=sentence)
+    median = float(np.median(sample))
+    if median > _ENHANCED:
+        return Judgement(doubt=f"nothing in it is as low as air and fat, and its median is {median:.0f}")
+    return Judgement()

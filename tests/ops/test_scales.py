@@ -270,7 +270,7 @@ def test_attention_of_large_scores(how: str, dtype: torch.dtype):
             assert_twice_as_good(grad, plain_grad, true_grad, floor, (1 + scale**2) * float(true_grad.abs().max()))
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-20, 1e-35, 0.0])
+@pytest.mark.parametrize("eps", [1e-5, 1e-20, 1e-35])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("how", HERE)
 def test_instance_norm_of_small_and_large_deviations(how: str, last: bool, eps: float):

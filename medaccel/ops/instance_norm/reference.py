@@ -30,9 +30,9 @@ def instance_norm_act(
     size = x.detach().abs().amax(axes, keepdim=True).clamp(min=math.sqrt(eps))
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
     variance, mean = torch.var_mean(x / unit, axes, correction=0, keepdim=True)
-    squared = variance + eps / unit / unit
     # An eps that vanishes beside the numbers still makes 0 of an instance without deviation.
-    y = (x / unit - mean) * torch.rsqrt(squared.clamp(min=torch.finfo(x.dtype).tiny) if eps > 0 else squared)
+    squared = (variance + eps / unit / unit).clamp(min=torch.finfo(x.dtype).tiny)
+    y = (x / unit - mean) * torch.rsqrt(squared)
     if weight is not None:
         y = y * weight.to(x.dtype).reshape(1, -1, *(1 for _ in axes))
     if bias is not None:

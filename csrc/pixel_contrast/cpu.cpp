@@ -92,8 +92,9 @@ void backward(const T* grad, const T* query, const T* key, const U* query_coords
     const auto queries = samples_of(query_coords, p.batch, p.queries, p.axes),
                keys = samples_of(key_coords, p.batch, p.keys, p.axes);
     const auto share = [&](int64_t i, int64_t j) {
-        const double score = dot(q.row(i), k.row(j), q.width) * (kLog2e / p.temperature);
-        return static_cast<T>(-weight[i] * std::exp2(score - positive_lse[i]));
+        // Rounded as positive_lse is: of a large score, at a small temperature, the rounding alone is more than 1.
+        const auto score = static_cast<T>(dot(q.row(i), k.row(j), q.width) * (kLog2e / p.temperature));
+        return static_cast<T>(-weight[i] * std::exp2(double{score} - positive_lse[i]));
     };
     if (grad_query) {
         each_pair(queries, keys, radius, p.threads, p.cull, [&](int64_t b, int64_t i, int64_t j) {

@@ -83,7 +83,7 @@ class _PixelLoss(nn.Module):
         return [(rows[0], others[1], at[0], at[1]), (rows[1], others[0], at[1], at[0])]
 
     def _radius(self, affine1: Tensor, affine2: Tensor) -> float | Tensor:
-        return default_radius(affine1, affine2) if self.radius is None else self.radius
+        return default_radius(affine1, affine2).detach() if self.radius is None else self.radius
 
 
 class PixelContrastiveLoss(_PixelLoss):

@@ -109,11 +109,14 @@ def number(name: str, argument: str, value: Any, expected: str = "a number") -> 
     raise TypeError(f"{name}: {argument} is {describe(value)}; expected {expected}")
 
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
 def finite(name: str, argument: str, value: Any) -> float:
-    """A finite number."""
+    """A number that is finite in float32 too, which most kernels compute in."""
     result = number(name, argument, value, "a finite number")
-    if not -math.inf < result < math.inf:  # not math.isfinite: torch.compile may have made the number a symbol
-        raise ValueError(f"{name}: {argument} is {value}; expected a finite number")
+    if not -_FLOAT32_MAX <= result <= _FLOAT32_MAX:
+        raise ValueError(f"{name}: {argument} is {value}; expected a finite number (of float32)")
     return result
 
 

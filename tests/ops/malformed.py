@@ -292,13 +292,60 @@ def run(op: str) -> None:
         try:
             outputs = _outputs(_call(op, arguments))
             same = len(outputs) == len(expected) and all(
-                a.device.type == "cpu" and a.shape == b.shape and torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True)
+                a.device.type == "cpu"
+                and (a.shape, a.dtype) == (b.shape, b.dtype)
+                and torch.allclose(a, b, 1e-5, 1e-6, equal_nan=True)
                 for a, b in zip(outputs, expected, strict=True)
             )
             result, text = "equal" if same else "a result", ""
         except Exception as error:
             result, text = type(error).__name__, str(error)
         print(json.dumps({"op": op, "what": what, "outcome": outcome, "result": result, "text": text}), flush=True)
+
+
+class Wrapped(Tensor):
+    """A subclass without a behaviour of its own."""
+
+
+def disguises(t: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, tensor, the same values as an ordinary one): the memory doesn't say what the tensor does."""
+    if t.dtype.is_floating_point:
+        yield "negated view", torch._neg_view(-t), t
+        yield "imaginary part of a conjugate", torch.complex(torch.zeros_like(t), -t).conj().imag, t
+        yield "zero tensor", torch._efficientzerotensor(t.shape, dtype=t.dtype), torch.zeros_like(t)
+    yield "functional tensor", torch._to_functional_tensor(t), t
+    yield "subclass", t.as_subclass(Wrapped), t
+    with torch.inference_mode():
+        yield "inference tensor", t.clone(), t
+    yield "steps of two", torch.stack([t, t], dim=-1)[..., 0], t
+
+
+def run_public() -> None:
+    """Every public function with each of its tensors in disguise; what it gives must be the ordinary one's."""
+    from tests.ops.test_arguments import OPS as PUBLIC
+    from tests.ops.test_arguments import call
+
+    for op, (tensors, _) in PUBLIC.items():
+        for argument, t in tensors.items():
+            for what, disguised, plain in disguises(t):
+                head = {"op": "public", "what": f"{op}, {argument}: {what}"}
+                print(json.dumps(head), flush=True)
+                try:
+                    pairs = [_outputs(call(op, **{argument: v})) for v in (disguised, plain)]
+                    functional = [[_ordinary(y) for y in outputs] for outputs in pairs]
+                    same = all(torch.allclose(a, b, 1e-5, 1e-6) for a, b in zip(*functional, strict=True))
+                    result, text = "equal" if same else "a result", ""
+                except Exception as error:
+                    result, text = type(error).__name__, str(error)
+                outcome = "any" if what == "functional tensor" and result == "RuntimeError" else "equal"
+                print(json.dumps({**head, "outcome": outcome, "result": result, "text": text}), flush=True)
+
+
+def _ordinary(t: Tensor) -> Tensor:
+    if torch._is_functional_tensor(t):
+        torch._sync(t)
+        t = torch._from_functional_tensor(t)
+    return t.as_subclass(Tensor)
 
 
 def _outputs(result: Any) -> list[Tensor]:
@@ -309,4 +356,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in OPS:
         run(name)
+    run_public()
     print(json.dumps({"op": None}))

@@ -246,3 +246,13 @@ def test_neighbouring_memory_is_no_overlap(path: None):
     x = fresh()
     diffusion_step(x, x, out=(from_shared_memory(0), from_shared_memory(48)), **STEP)
     assert torch.equal(from_shared_memory(0), diffusion_step(x, x, **STEP)[0])
+
+
+def test_writing_in_place_compiles_as_one_graph():
+    def step(x: Tensor, m: Tensor) -> Tensor:
+        return diffusion_step(x, m, out=x, **STEP)[0]
+
+    x, m = fresh(0), fresh(1)
+    expected = diffusion_step(x, m, **STEP)[0]
+    torch.compile(step, backend="aot_eager", fullgraph=True)(x, m)
+    torch.testing.assert_close(x, expected)

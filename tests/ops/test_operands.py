@@ -52,6 +52,13 @@ def test_malformed_operands_end_in_a_sentence(op: str, records: list[dict[str, A
     assert not wrong, "\n".join(wrong)
 
 
+def test_tensors_whose_memory_does_not_say_what_they_hold_are_served(records: list[dict[str, Any]]):
+    mine = [record for record in records if record["op"] == "public"]
+    assert len(mine) > 100
+    wrong = [record for record in mine if record["outcome"] == "equal" and record["result"] != "equal"]
+    assert not wrong, "\n".join(f"{record['what']}: {record['result']} {record['text'][:200]}" for record in wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_an_index_changed_behind_autograds_back_is_refused_in_the_backward_pass(dtype: torch.dtype):
     index = torch.randint(0, 27, (8, 8)).to(dtype)

@@ -436,3 +436,18 @@ def test_memory_stays_linear_in_the_pixels():
     # Both gradients, both maps normalised and their gradients are 6 of query's size; the scores would be 64 MiB.
     assert query == 1.0
     assert extra <= 6 * query + 10
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 1e-7, 1e-10, 1e-15])
+def test_gradients_at_small_temperatures_are_those_of_plain_pytorch(temperature: float):
+    """There a score's rounding is more than 1, and an exponential's argument must be rounded as its sum was."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 40, 8, generator=generator, requires_grad=True) for _ in range(2)]
+    at = torch.rand(2, 40, 3, generator=generator)
+    results = []
+    for forced in (True, False):
+        with use_reference() if forced else contextlib.nullcontext():
+            loss = pixel_contrastive_loss(*features, at, at, radius=0.4, temperature=temperature)
+        results.append([loss.detach(), *torch.autograd.grad(loss, features)])
+    for plain, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))

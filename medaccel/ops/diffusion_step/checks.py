@@ -84,15 +84,17 @@ def _check_broadcast(argument: str, tensor: Tensor, sample: Tensor) -> None:
 
 
 def check_coefficients(names: tuple[str, ...], values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The coefficients as Python floats or as tensors of real numbers; None stays."""
+    """The coefficients as Python floats or as tensors of real numbers; the guide's may be None."""
     checked = [
-        value if type(value) is float or value is None else _coefficient(name, value)
+        value if type(value) is float else _coefficient(name, value)
         for name, value in zip(names, values, strict=True)
     ]
     return tuple(checked)
 
 
-def _coefficient(argument: str, value: Any) -> Coefficient:
+def _coefficient(argument: str, value: Any) -> Coefficient | None:
+    if value is None and argument in NAMES[-2:]:
+        return None
     expected = "a number, or a tensor of one per sample"
     if isinstance(value, Tensor):
         if value.dtype not in (*FLOATING, *INTEGERS) or value.layout is not torch.strided or value.is_nested:

@@ -57,16 +57,14 @@ def _check_gradients(targets: dict[str, Tensor], inputs: dict[str, Tensor], coef
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 what = f"{name} requires a gradient" if name in targets else f"an input requires a gradient ({name})"
                 raise ValueError(f"{_NAME}: out is given and {what}; expected torch.no_grad() around it")
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        for name, target in targets.items():
-            if target.is_inference():
-                raise ValueError(
-                    f"{_NAME}: {name} was made in torch.inference_mode(), out of which torch forbids to write to it; "
-                    "expected a clone"
-                )
 
 
 def _check_memory(name: str, target: Tensor, inputs: dict[str, Tensor]) -> None:
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{_NAME}: {name} was made in torch.inference_mode(), outside of which it is not to be written; expected "
+            "a clone"
+        )
     if target._is_zerotensor():
         raise ValueError(f"{_NAME}: {name} is one of torch's zero tensors, which have no memory; expected a clone")
     if _overlaps_itself(target):

@@ -88,11 +88,11 @@ def gaussian_filter(
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
     normalize = flag("gaussian_filter", "normalize", normalize)
-    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
         sigma = _stacked(sigma, input.device)
+    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if not isinstance(sigma, Tensor):
-        values = _sigma_values(sigma, spatial, truncated)
+        values = check_sigma_values(_sigma_values(sigma, spatial), truncated, approx, normalize)
         direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
         if direct and _dispatch.plain_eager(input):
             return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
@@ -100,24 +100,25 @@ def gaussian_filter(
         largest: list[float] | None = values
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
-        largest = None if native else _largest(sigmas, truncated)
+        largest = None if native else _largest(sigmas, truncated, approx, normalize)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
     return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize, largest)
 
 
-def _sigma_values(sigma: float | Sequence[float], spatial: int, truncated: float) -> list[float]:
+def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:
     expected = "a number, or one per spatial axis"
     if is_sequence(sigma):
         values = [number("gaussian_filter", f"sigma[{i}]", s) for i, s in enumerate(sigma)]  # type: ignore[arg-type]
+        values = values * spatial if len(values) == 1 else values
     else:
         values = [number("gaussian_filter", "sigma", sigma, expected)] * spatial
     if len(values) != spatial:
         raise ValueError(f"gaussian_filter: sigma has {len(values)} values; expected 1 or {spatial}")
-    return check_sigma_values(values, truncated)
+    return values
 
 
-def _largest(sigma: Tensor, truncated: float) -> list[float] | None:
+def _largest(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> list[float] | None:
     """The checked values of σ; under vmap the largest of all samples', for each axis. None: read where needed."""
     if sigma.device.type != "cpu":
         return None
@@ -127,7 +128,7 @@ def _largest(sigma: Tensor, truncated: float) -> list[float] | None:
             "gaussian_filter: sigma is a tensor, whose values torch.compile, torch.func.linearize and other tracers "
             "hide; expected numbers where the reference runs in them (under medaccel.use_reference() or a transform)"
         )
-    values = check_sigma_values(known.flatten().tolist(), truncated)
+    values = check_sigma_values(known.flatten().tolist(), truncated, approx, normalize)
     return values if known.shape == sigma.shape else [max(values, default=0.0)] * len(sigma)
 
 

@@ -25,15 +25,28 @@ _lib.define(
 MAX_RADIUS = 1 << 20
 
 
-def check_sigma_values(sigma: list[float], truncated: float) -> list[float]:
+# Where taps or their gradient overflow, by approx: 1/σ in float64; for "sampled", whose gradient has 1/σ², its square
+# too; and for "sampled" taps left as they are, which grow like 1/σ, float32's range over three axes.
+MIN_SIGMA, MIN_NORMALIZED_SAMPLED, MIN_SAMPLED = 1e-300, 1e-150, 1e-6
+
+
+def check_sigma_values(sigma: list[float], truncated: float, approx: str, normalize: bool) -> list[float]:
     """The standard deviations, or a ValueError where one makes no sense."""
+    least = MIN_SIGMA
+    if approx == "sampled":
+        least = MIN_NORMALIZED_SAMPLED if normalize else MIN_SAMPLED
     for axis, value in enumerate(sigma):
+        if 0 < value < least:
+            raise ValueError(
+                f"gaussian_filter: sigma[{axis}] is {value}; expected 0, or at least {least:g} voxels: the taps of "
+                f"approx {approx!r} or their gradient overflow"
+            )
         if not 0 <= value < math.inf:  # not math.isfinite: torch.compile may have made the number a symbol
             raise ValueError(f"gaussian_filter: sigma[{axis}] is {value}; expected a finite number of voxels >= 0")
         if value * truncated > MAX_RADIUS:
             raise ValueError(
                 f"gaussian_filter: sigma[{axis}] is {value}; with truncated {truncated} it reaches more than "
-                f"{MAX_RADIUS} voxels"
+                f"{MAX_RADIUS} voxels; expected less"
             )
     return sigma
 
@@ -69,7 +82,7 @@ def _check(
 def _forward(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool) -> Tensor:
     _check("gaussian_filter", "input", input, sigma, truncated, approx, mode)
     if sigma.device.type == "cpu":  # a GPU's σ is not read by the host
-        values = check_sigma_values(sigma.tolist(), truncated)
+        values = check_sigma_values(sigma.tolist(), truncated, approx, normalize)
     if _native.on_gpu_path(input):
         return _native.gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, adjoint=False)
     x = input.to(_compute_dtype(input))
@@ -100,7 +113,7 @@ def _backward_op(
             assert input is not None
             grad_sigma = _native.gaussian_sigma_gradient_gpu(input, grad, sigma, *settings).to(sigma)
         return grad_input, grad_sigma
-    values = check_sigma_values(sigma.tolist(), truncated)
+    values = check_sigma_values(sigma.tolist(), truncated, approx, normalize)
     g = grad.to(_compute_dtype(grad))
     if need_input:
         grad_input = _native.gaussian_filter(g, values, *settings, adjoint=True)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PixPro's pixel propagation: every pixel takes over from the pixels that look like it."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -71,6 +69,6 @@ def _check_power(power: object) -> float | Tensor:
         exponent = number(_NAME, "power", power)
         values = [exponent]
     for value in values:
-        if not 1 <= value < math.inf:
+        if not 1 <= value <= torch.finfo(torch.float32).max:
             raise ValueError(f"{_NAME}: power is {value}; expected a finite number of at least 1")
     return exponent

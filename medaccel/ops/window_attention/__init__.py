@@ -171,9 +171,12 @@ def _check_dropout(qkv: Tensor, dropout_p: float, dropout_seed: Tensor | None) -
         raise TypeError(
             f"{name}: dropout_seed is {describe(dropout_seed)}; expected one int64 element on {qkv.device}"
         )
-    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1 or dropout_seed.device != qkv.device:
+    dense = dropout_seed.layout is torch.strided and not dropout_seed.is_nested
+    one = dense and dropout_seed.dtype == torch.int64 and dropout_seed.numel() == 1
+    if not one or dropout_seed.device != qkv.device:
+        shape = f" of shape {tuple(dropout_seed.shape)}" if dense else ""
         raise ValueError(
-            f"{name}: dropout_seed is {dropout_seed.dtype} of shape {tuple(dropout_seed.shape)} on "
-            f"{dropout_seed.device}; expected one int64 element on {qkv.device}"
+            f"{name}: dropout_seed is {describe(dropout_seed)}{shape} on {dropout_seed.device}; expected one int64 "
+            f"element on {qkv.device}"
         )
     return p

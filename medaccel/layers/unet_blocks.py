@@ -29,7 +29,8 @@ def _norm_values(norm: Any) -> str | None:
     """None where the op computes this norm; else what it does besides, in words."""
     if norm.track_running_stats or norm.running_mean is not None or norm.running_var is not None:
         return "keeps running statistics"
-    return None if number(norm.eps) else f"has eps={norm.eps!r}; expected a number"
+    # Below, a constant channel would be 0 · ∞.
+    return None if number(norm.eps) and norm.eps >= 1e-37 else f"has eps={norm.eps!r}; expected a number above 0"
 
 
 def _slope_values(activation: Any) -> str | None:

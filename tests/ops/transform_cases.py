@@ -80,6 +80,9 @@ CASES = {
         lambda x, s, t: ops.gaussian_filter(x, s, truncated=t), ((1, 2, 5, 6),), (1.3, 3.0), (2, 4)
     ),
     "gaussian_filter, learnt sigma": Case(ops.gaussian_filter, ((1, 2, 5, 6), (2,)), positive=(1,)),
+    "gaussian_filter, learnt sigma of one axis": Case(
+        lambda x, s: ops.gaussian_filter(x, [s, 0.8]), ((1, 2, 5, 6), ()), positive=(1,)
+    ),
     "shifted_window_attention": Case(_attention, ((2, 3, 4, 3, 12), (27, 2), (12,)), (0.4,), (1,)),
     "shifted_window_attention, dropout, learnt scale": Case(
         _attention_with_dropout, ((2, 3, 4, 3, 12), (27, 2), (12,), ()), (0.3,), (0,)

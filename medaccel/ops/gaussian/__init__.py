@@ -88,9 +88,9 @@ def gaussian_filter(
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
     normalize = flag("gaussian_filter", "normalize", normalize)
-    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
         sigma = _stacked(sigma, input.device)
+    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if not isinstance(sigma, Tensor):
         values = check_sigma_values(_sigma_values(sigma, spatial), truncated, approx, normalize)
         direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)

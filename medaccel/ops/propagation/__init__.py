@@ -70,5 +70,5 @@ def _check_power(power: object) -> float | Tensor:
         values = [exponent]
     for value in values:
         if not 1 <= value <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{_NAME}: power is {power}; expected a finite number of at least 1")
+            raise ValueError(f"{_NAME}: power is {value}; expected a finite number of at least 1")
     return exponent

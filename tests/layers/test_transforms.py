@@ -16,7 +16,6 @@ from torch.autograd import forward_ad
 
 import medaccel
 
-
 # Of the blocks, maps so large and channels so many that they are brought to channels last.
 LAYERS: dict[str, tuple[Any, tuple[int, ...], torch.dtype]] = {
     "UnetResBlock": (lambda: UnetResBlock(3, 12, 16, 3, 1, "instance"), (1, 12, 14, 12, 130), torch.float32),

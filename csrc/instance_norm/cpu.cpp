@@ -26,6 +26,8 @@ constexpr int64_t kChunk = 4096;                 // elements: 16 KiB of floats
 constexpr int64_t kLanes = 32;                   // at least so many
 constexpr int64_t kStreamed = int64_t(1) << 25;  // bytes: an output beyond the caches is written past them
 
+constexpr double kSmallSquare = 1e-30;  // squares of floats from here down lose digits
+
 // One chunk: `rows` rows of `lanes` elements from `begin`, then `tail` elements.
 struct Chunk {
     int64_t begin, rows, lanes, tail;
@@ -114,9 +116,23 @@ double count_in(const Chunk& c, const Layout<T>& layout) {
     return static_cast<double>(c.rows * c.lanes + c.tail) / layout.plane_channels();
 }
 
+// As `chunk_statistics`, in double and one by one.
+template <class T>
+void exact_statistics(const T* in, const Layout<T>& layout, const Chunk& c, double* mean, double* squares) {
+    const int64_t channels = layout.plane_channels(), n = c.rows * c.lanes + c.tail;
+    std::fill_n(mean, channels, 0.0);
+    std::fill_n(squares, channels, 0.0);
+    for (int64_t i = 0; i < n; ++i) mean[i % channels] += in[c.begin + i];
+    for (int64_t k = 0; k < channels; ++k) mean[k] /= count_in(c, layout);
+    for (int64_t i = 0; i < n; ++i) {
+        const double d = in[c.begin + i] - mean[i % channels];
+        squares[i % channels] += d * d;
+    }
+}
+
 // stats: [chunk][2][plane's channels], the mean and Σ (x − mean)².
 template <class T>
-void chunk_statistics(const T* in, const Layout<T>& layout, int64_t chunk, double* stats, Lanes<T>& s) {
+void chunk_statistics(const T* in, const Layout<T>& layout, int64_t chunk, double eps, double* stats, Lanes<T>& s) {
     const Chunk c = layout[chunk];
     const int64_t channels = layout.plane_channels();
     double *mean = stats + chunk * 2 * channels, *squares = mean + channels;
@@ -146,6 +162,13 @@ void chunk_statistics(const T* in, const Layout<T>& layout, int64_t chunk, doubl
         const double shift = s.rest[k] / count;
         mean[k] += shift;
         squares[k] -= count * shift * shift;
+    }
+    if constexpr (std::is_same_v<T, float>) {
+        // From 1e19 on the squares of floats overflow; those below 1e-38 vanish, which only a smaller eps can tell.
+        const double least = eps < kSmallSquare ? kSmallSquare * count : 0;
+        for (int64_t k = 0; k < channels; ++k)
+            if (!std::isfinite(squares[k]) || squares[k] < least)
+                return exact_statistics(in, layout, c, mean, squares);
     }
 }
 
@@ -236,7 +259,7 @@ void forward(const T* in, const T* weight, const T* bias, const T* residual, T* 
     const auto scratch = [&] { return Lanes<T>(layout); };
     std::vector<double> stats(layout.count() * 2 * layout.plane_channels());
     parallel_for(layout.count(), threads, scratch,
-                 [&](int64_t i, Lanes<T>& s) { chunk_statistics(in, layout, i, stats.data(), s); });
+                 [&](int64_t i, Lanes<T>& s) { chunk_statistics(in, layout, i, p.eps, stats.data(), s); });
     parallel_for(
         layout.count() / layout.per_plane(), threads, [] { return 0; },
         [&](int64_t plane, int) { merge_statistics(layout, plane, stats.data(), p.eps, mean, rstd); });

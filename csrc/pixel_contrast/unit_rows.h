@@ -12,6 +12,9 @@
 namespace medaccel::pixel_contrast {
 
 constexpr int64_t kRowsPerJob = 256;
+// Squares beyond these lose digits or overflow, even in double; the row is then scaled by a power of two first. No
+// row of floats comes here, but one of zeros.
+constexpr double kLeastSquares = 0x1p-900, kMostSquares = 0x1p+900, kRescaling = 0x1p+600;
 
 // body(i) for i = 0 … n-1, in parallel.
 template <class Body>
@@ -33,14 +36,19 @@ class UnitRows {
           channels_(channels),
           threads_(threads),
           rows_(n * width),
-          inverse_(n) {
+          inverse_(n),
+          scale_(n, 1) {
         each_row(n, threads, [&](int64_t i) {
-            double squares = 0;
-            for (int64_t c = 0; c < channels; ++c) squares += double(x[i * channels + c]) * x[i * channels + c];
+            const T* from = x + i * channels;
+            double squares = sum_of_squares(from, 1);
+            if (squares < kLeastSquares || squares > kMostSquares) {
+                scale_[i] = squares < kLeastSquares ? kRescaling : 1 / kRescaling;
+                squares = sum_of_squares(from, scale_[i]);
+            }
             // A vector without direction is at right angles to all: its cosines and its gradient are 0.
             inverse_[i] = squares == 0 ? 0 : 1 / std::sqrt(squares);
             for (int64_t c = 0; c < channels; ++c)
-                rows_[i * width + c] = static_cast<T>(x[i * channels + c] * inverse_[i]);
+                rows_[i * width + c] = static_cast<T>(from[c] * scale_[i] * inverse_[i]);
         });
     }
 
@@ -54,17 +62,23 @@ class UnitRows {
             double along = 0;
             for (int64_t c = 0; c < channels_; ++c) along += double(g[c]) * unit[c];
             for (int64_t c = 0; c < channels_; ++c)
-                out[i * channels_ + c] = static_cast<T>((g[c] - along * unit[c]) * inverse_[i]);
+                out[i * channels_ + c] = static_cast<T>((g[c] - along * unit[c]) * inverse_[i] * scale_[i]);
         });
     }
 
     const int64_t width;
 
   private:
+    double sum_of_squares(const T* row, double scale) const {
+        double squares = 0;
+        for (int64_t c = 0; c < channels_; ++c) squares += (row[c] * scale) * (row[c] * scale);
+        return squares;
+    }
+
     int64_t n_, channels_;
     int threads_;
-    std::vector<T> rows_;  // [n][width]
-    std::vector<double> inverse_;
+    std::vector<T> rows_;                  // [n][width]
+    std::vector<double> inverse_, scale_;  // 1 / length of the row times its scale, which is nearly always 1
 };
 
 }  // namespace medaccel::pixel_contrast

@@ -45,6 +45,12 @@ def predictions(prediction: str, level: Level) -> Predictions:
     "score": m = ∇ log p(x) = −ε / sigma.
     """
     alpha, sigma = level
+    if (alpha == 0 and prediction in ("epsilon", "score")) or (sigma == 0 and prediction == "sample"):
+        missing = "signal" if alpha == 0 else "noise"
+        raise ValueError(
+            f"diffusion: the level has no {missing}, so a prediction of {prediction!r} says nothing of x0 and noise; "
+            "expected another prediction, as 'v_prediction'"
+        )
     if prediction == "epsilon":
         return Predictions(1 / alpha, -sigma / alpha, 0.0, 1.0)
     if prediction == "sample":

@@ -112,11 +112,16 @@ class VPSDE(_Sde):
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float]) -> "VPSDE":
-        """Any schedule, such as a MONAI scheduler's `alphas_cumprod`."""
+        """Any schedule, as a MONAI scheduler's `alphas_cumprod`, as it is now: later edits of it are not seen."""
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").flatten()
         values = table.tolist()
-        if not values or not all(0 < a < 1 for a in values) or any(b >= a for a, b in pairwise(values)):
+        if not values or any(not b < a for a, b in pairwise(values)):
             raise ValueError("VPSDE: alphas_cumprod is not sorted; expected values in (0, 1), strictly decreasing")
+        if not (values[0] < 1 and values[-1] > 0):
+            raise ValueError(
+                f"VPSDE: alphas_cumprod reaches from {values[0]:g} to {values[-1]:g}; expected values in (0, 1): "
+                "a level without noise or without signal (zero terminal SNR) is none that a sampler can start from"
+            )
         sde = cls.__new__(cls)
         sde._set(table)
         return sde

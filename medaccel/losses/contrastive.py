@@ -1,25 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """MONAI's contrastive loss on medaccel's kernel."""
 
+import math
+import warnings
+import weakref
+from typing import Any
+
+import torch
 from monai.losses import ContrastiveLoss as MonaiContrastiveLoss
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from medaccel.ops import nt_xent_loss
+from medaccel.ops._arguments import learnt
+
+_warned: weakref.WeakSet[MonaiContrastiveLoss] = weakref.WeakSet()
 
 
 class ContrastiveLoss(MonaiContrastiveLoss):
     """A drop-in for `monai.losses.ContrastiveLoss`: the same arguments, values and errors, as a log-sum-exp.
 
     So it stays finite where MONAI's overflows (small temperatures, fp16), and makes no 2B × 2B × F tensor. `forward`
-    takes two tensors (B, F), row i of both from the same image, and returns a scalar of their dtype.
+    takes two tensors (B, F), row i of both from the same image, and returns a scalar, in fp32 (fp64 for fp64): half
+    precision is computed in fp32, under autocast too. Rows have a direction however short they are; MONAI takes one
+    shorter than 1e-8 for less than a unit vector.
 
     Args:
-        temperature: above 0.
+        temperature: above 0. A parameter gets its gradient (a learnt temperature). What the kernel does not take (a
+            number below 0, a tensor of several, one that a transform differentiates) runs MONAI's own code, and the
+            first such call says so.
         batch_size: no longer needed, as in MONAI.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, F) twice, to a scalar; ValueError where the shapes differ or have more than two axes."""
+        temperature = self.temperature
+        if type(temperature) is not float or not 0 < temperature < math.inf:
+            reason = contrastive_unsupported(self)
+            if reason is not None:
+                self._warn_once(reason)
+                return super().forward(input, target)
+            if not learnt(temperature):
+                temperature = float(temperature)
         if target.dim() > 2 or input.dim() > 2:
             raise ValueError(
                 f"Either target or input has dimensions greater than 2 where target "
@@ -27,10 +49,40 @@ class ContrastiveLoss(MonaiContrastiveLoss):
             )
         if target.shape != input.shape:
             raise ValueError(f"ground truth has differing shape ({target.shape}) from input ({input.shape})")
-        return nt_xent_loss(input, target, temperature=float(self.temperature)).to(input.dtype)
+        return nt_xent_loss(input, target, temperature=temperature)
+
+    def _warn_once(self, reason: str) -> None:
+        if not torch.compiler.is_compiling() and self not in _warned:
+            _warned.add(self)
+            warnings.warn(f"{type(self).__name__}: runs MONAI's own code, because {reason}", stacklevel=3)
 
 
 def contrastive_unsupported(module: MonaiContrastiveLoss) -> str | None:
-    """None where `accelerate` can serve the loss; else why not."""
-    temperature = float(module.temperature)
-    return None if temperature > 0 else f"its temperature is {temperature}; expected a number above 0"
+    """None where the kernel can serve the loss; else why not."""
+    return _tensor_problem(module.temperature) or _value_problem(module.temperature)
+
+
+def _tensor_problem(temperature: object) -> str | None:
+    """None where a temperature's value may be read and taken for a constant, or is learnt; else why not."""
+    if torch.compiler.is_compiling() and not isinstance(temperature, float | int) and not learnt(temperature):
+        return "its temperature is no plain number, so that torch.compile does not know its value"
+    if not isinstance(temperature, Tensor):
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "its temperature is a tensor that a transform may differentiate"
+    if temperature.numel() != 1:
+        return f"its temperature has shape {tuple(temperature.shape)}; expected a number above 0"
+    return None
+
+
+def _value_problem(temperature: Any) -> str | None:
+    """None where the temperature is above 0, or a learnt one whose value can't be read without waiting for it."""
+    if learnt(temperature):
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        temperature = temperature.detach()
+    try:
+        value = float(temperature)
+    except (TypeError, ValueError):
+        return f"its temperature is {temperature!r}; expected a number above 0"
+    return None if 0 < value < math.inf else f"its temperature is {value}; expected a finite number above 0"

@@ -5,10 +5,16 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.ops import pixel_consistency_loss, pixel_contrastive_loss
-from medaccel.ops._views import check_floating, check_positive
+from medaccel.ops._arguments import check_floating, check_temperature
+from medaccel.ops._views import check_positive
 
 # Of the larger bin diagonal: about one bin, whatever the number of axes. 2-D is PixPro's.
 RADIUS_FACTORS = {1: 1.0, 2: 0.7, 3: 0.57}
+
+
+def _wide(affine: Tensor) -> Tensor:
+    """Half precision as fp32: bf16 has no whole numbers between 256 and 258."""
+    return affine.to(torch.promote_types(affine.dtype, torch.float32))
 
 
 def pixel_centres(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
@@ -19,8 +25,9 @@ def pixel_centres(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
         affine: (B, S + 1, S + 1), from a pixel's index (its centre at whole numbers) to mm in the original volume.
 
     Returns:
-        (B, pixels, S) in the affine's dtype, pixels in row-major order.
+        (B, pixels, S) in the affine's dtype, fp32 for half precision; pixels in row-major order.
     """
+    affine = _wide(affine)
     axes = [torch.arange(n, dtype=affine.dtype, device=affine.device) for n in sizes]
     index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(sizes))
     with torch.autocast(affine.device.type, enabled=False):
@@ -33,7 +40,7 @@ def default_radius(affine1: Tensor, affine2: Tensor) -> Tensor:
     Args:
         affine1, affine2: (B, S + 1, S + 1), from the pixels' indices of both feature maps to mm.
     """
-    diagonals = [a[:, :-1, :-1].square().sum(dim=(1, 2)).sqrt() for a in (affine1, affine2)]
+    diagonals = [_wide(a)[:, :-1, :-1].square().sum(dim=(1, 2)).sqrt() for a in (affine1, affine2)]
     return torch.maximum(*diagonals) * RADIUS_FACTORS[affine1.shape[1] - 1]
 
 
@@ -90,7 +97,7 @@ class PixelContrastiveLoss(_PixelLoss):
     """Pixel-level contrast, averaged over both directions: `medaccel.ops.pixel_contrastive_loss` on feature maps.
 
     Args:
-        temperature: above 0.
+        temperature: above 0. A parameter is the module's, and gets its gradient (a learnt temperature).
         radius: below which two pixels are a positive pair, in mm. Default: `default_radius`.
 
     >>> import torch, medaccel
@@ -100,9 +107,11 @@ class PixelContrastiveLoss(_PixelLoss):
     torch.Size([])
     """
 
-    def __init__(self, temperature: float = 0.3, radius: float | None = None):
+    def __init__(self, temperature: float | Tensor = 0.3, radius: float | None = None):
         super().__init__(radius)
-        self.temperature = check_positive(type(self).__name__, "temperature", temperature)
+        number = check_temperature(type(self).__name__, temperature)
+        kept = isinstance(temperature, Tensor) and temperature.requires_grad
+        self.temperature = temperature if kept else number
 
     def forward(
         self,

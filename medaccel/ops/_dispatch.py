@@ -58,6 +58,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype:
+    """What autocast makes of `input`: its dtype where it casts nothing."""
+    device = input.device.type
+    if input.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
 def _cpu_keys(inference: bool) -> int:
     with torch.inference_mode(inference):
         return torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()

@@ -12,6 +12,11 @@ from medaccel.restoration.metrics import SSIM_RANGE, SSIM_SIGMA
 LOSSES = ("mse", "mse_ssim", "ssim")
 
 
+def _wide(*volumes: Tensor) -> list[Tensor]:
+    """Half precision as fp32: sums over a volume lose everything in bf16 and overflow in fp16."""
+    return [v.to(torch.promote_types(v.dtype, torch.float32)) for v in volumes]
+
+
 def squared_error(restored: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """The body's mean squared error, a value a sample.
 
@@ -20,8 +25,9 @@ def squared_error(restored: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
         mask: (B, 1, i, j, k), 1 in the body.
 
     Returns:
-        (B,), SUV²; 0 where a patch holds no body.
+        (B,), SUV², in fp32 (fp64 for fp64); 0 where a patch holds no body.
     """
+    restored, reference, mask = _wide(restored, reference, mask)
     inside = mask.flatten(1).sum(1)
     return ((restored - reference).square() * mask).flatten(1).sum(1) / inside.clamp_min(1)
 
@@ -37,8 +43,9 @@ def ssim_distance(restored: Tensor, reference: Tensor, mask: Tensor, *, data_ran
         data_range: L of the constants (0.01·L)² and (0.03·L)², SUV.
 
     Returns:
-        (B,)
+        (B,), in fp32 (fp64 for fp64).
     """
+    restored, reference, mask = _wide(restored, reference, mask)
 
     def blur(volume: Tensor) -> Tensor:
         return gaussian_filter(volume, SSIM_SIGMA, truncated=3.5, approx="sampled", mode="reflect", normalize=True)

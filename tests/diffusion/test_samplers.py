@@ -170,6 +170,18 @@ BAD = {
     "sigmas": (lambda: VESDE(sigma_min=0.0), "VESDE: sigma_min is 0.0, sigma_max 50.0 and steps 1000; expected"),
     "time": (lambda: VESDE(time="t"), "VESDE: time is 't'; expected 'index' or 'sigma'"),
     "table": (lambda: VPSDE.from_alphas_cumprod([0.5, 0.9]), "alphas_cumprod is not sorted; expected values in"),
+    "no signal": (
+        lambda: VPSDE.from_alphas_cumprod([0.9, 0.5, 0.0]),
+        r"alphas_cumprod reaches from 0.9 to 0; expected values in \(0, 1\)",
+    ),
+    "no signal to predict": (
+        lambda: c.ddim("epsilon", Level(0.0, 1.0), Level(0.5, 0.8)),
+        "the level has no signal, so a prediction of 'epsilon' says nothing",
+    ),
+    "no noise to predict": (
+        lambda: c.predictions("sample", Level(1.0, 0.0)),
+        "the level has no noise, so a prediction of 'sample' says nothing",
+    ),
     "noise level": (lambda: VESDE().suggest_t0(0), "VESDE: noise_level is 0; expected a standard deviation > 0"),
     "high noise level": (
         lambda: VESDE().suggest_t0(60.0),

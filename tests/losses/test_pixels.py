@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medaccel import ops
 from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss, default_radius, pixel_centres
@@ -103,3 +103,60 @@ def test_bad_input_is_refused_in_a_sentence(kind: type):
         kind()(one, two, a.long(), a)
     with pytest.raises(ValueError, match=rf"{name}: radius is 0; expected a finite number above 0"):
         kind(radius=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_affines_give_fp32_geometry(dtype: torch.dtype):
+    """Numbers that the affine holds exactly, whose products with an index it does not."""
+    geometry = affine((0.75, 1.5, 3.0), (-301.0 if dtype == torch.float16 else -300.0, 17.0, 5.0))
+    sizes = (301, 2, 2)
+    at = pixel_centres(sizes, geometry.to(dtype))
+    assert at.dtype == torch.float32
+    assert torch.equal(at.double(), pixel_centres(sizes, geometry))
+    radius = default_radius(geometry.to(dtype), geometry.to(dtype))
+    assert radius.dtype == torch.float32
+    torch.testing.assert_close(radius.double(), default_radius(geometry, geometry), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_of_half_precision_maps_are_fp32(kind: type, dtype: torch.dtype, cast: torch.dtype | None):
+    one, two = (m.to(dtype).requires_grad_() for m in maps((4, 5, 3), (5, 3, 4)))
+    geometry = affine((2.0, 2.0, 3.0), (0.0, 1.0, 0.0)), affine((1.5, 3.0, 2.0), (1.0, 0.0, 0.5))
+    with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+        loss = kind()(one, two, *geometry)
+    assert loss.dtype == torch.float32
+    exact = [m.detach().double().requires_grad_() for m in (one, two)]
+    truth = kind()(*exact, *geometry)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
+    grads = torch.autograd.grad(loss * 65536, (one, two))  # GradScaler's first scale
+    for grad, expected in zip(grads, torch.autograd.grad(truth * 65536, exact), strict=True):
+        assert grad.dtype == dtype
+        # A map's gradient is the sum of two directions', each rounded.
+        eps = torch.finfo(dtype).eps + 1e-6
+        torch.testing.assert_close(grad.double(), expected, rtol=eps, atol=eps * float(expected.abs().max()))
+
+
+def test_a_temperature_that_is_learnt_gets_its_gradient():
+    one, two = maps((4, 5, 3), (5, 3, 4))
+    geometry = affine((2.0, 2.0, 3.0), (0.0, 1.0, 0.0)), affine((1.5, 3.0, 2.0), (1.0, 0.0, 0.5))
+
+    def at(temperature: float) -> float:
+        return float(PixelContrastiveLoss(temperature)(one, two, *geometry))
+
+    expected = (at(0.4 + 1e-5) - at(0.4 - 1e-5)) / 2e-5
+    with torch.no_grad():
+        made_without_gradients = PixelContrastiveLoss(nn.Parameter(torch.tensor(0.4, dtype=torch.float64)))
+    replaced = PixelContrastiveLoss()
+    replaced.temperature = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    for loss in (
+        PixelContrastiveLoss(nn.Parameter(torch.tensor(0.4, dtype=torch.float64))),
+        made_without_gradients,
+        replaced,
+    ):
+        assert [name for name, _ in loss.named_parameters()] == ["temperature"]
+        loss(one, two, *geometry).backward()
+        assert float(loss.temperature.grad) == pytest.approx(expected, rel=1e-7)
+    for plain in (0.4, torch.tensor(0.4)):
+        assert isinstance(PixelContrastiveLoss(plain).temperature, float)

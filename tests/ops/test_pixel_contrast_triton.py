@@ -89,6 +89,24 @@ def test_loss_and_gradients_match_the_fp64_reference(interpreter: Interpreter, c
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-30), (torch.float32, 1e30), (torch.bfloat16, 1e25)])
+def test_the_scale_of_the_features_changes_nothing(interpreter: Interpreter, dtype: torch.dtype, scale: float):
+    case = CASES[2]
+    query, key, *geometry = case.tensors(torch.float64)
+    query[0, 1] = 0
+    grad = torch.ones(query.shape[:2])
+    loss, by_query, by_key, _ = with_kernels(case, (query.to(dtype), key.to(dtype), *geometry), grad)
+    scaled = ((query * scale).to(dtype), (key * scale).to(dtype), *geometry)
+    loss_of_scaled, *by_scaled, _ = with_kernels(case, scaled, grad)
+    eps = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(loss_of_scaled, loss, rtol=eps, atol=eps)
+    for found, plain in zip(by_scaled, (by_query, by_key), strict=True):
+        largest = float(plain.abs().max())
+        torch.testing.assert_close(found.double() * scale, plain.double(), rtol=eps, atol=eps * largest)
+    assert not by_scaled[0][0, 1].any()
+
+
+@pytest.mark.interpreted
 def test_repeated_gradients_have_the_same_bits_and_only_wanted_ones_are_made(interpreter: Interpreter):
     case = CASES[2]
     tensors = case.tensors()

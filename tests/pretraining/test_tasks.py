@@ -212,3 +212,20 @@ def test_presets_are_made_of_tasks_that_there_are():
     assert [type(task) for task in make_tasks(list(PRESETS["all"]), {}, (64, 64, 32))] == kinds
     with pytest.raises(ValueError, match=r"tasks names \['jigsaw'\]; expected some of inpainting"):
         make_tasks(["jigsaw"], {}, ROI)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", TASKS)
+def test_losses_under_autocast_are_fp32(name: str, cast: torch.dtype):
+    task, batch = make(name, (64, 64, 32) if name == "rotation" else ROI), views()
+    rng = np.random.default_rng(1)
+    items = [{key: value[i] for key, value in batch.items()} for i in range(2)]
+    for item in items:
+        task.prepare(item, torch.from_numpy(rng.random((1, 64, 64, 64), dtype=np.float32)), rng)
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    plain = task.losses(step_of(task, batch))
+    with torch.autocast("cpu", dtype=cast):
+        half = task.losses(step_of(task, batch))
+    for key, value in half.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(plain[key].item(), rel=0.1, abs=0.1), key

@@ -66,6 +66,23 @@ def test_a_patch_without_body_has_no_loss_and_a_finite_gradient():
     assert bool((image.grad == 0).all())
 
 
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_losses_of_half_precision_volumes_are_fp32(dtype: torch.dtype, cast: torch.dtype | None):
+    """An fp16 sum of a body of 48³ voxels would be infinite, a bf16 one would stop growing at 256."""
+    generator = torch.Generator().manual_seed(2)
+    image, target = (4 * torch.rand(2, 2, 1, 48, 48, 48, generator=generator)).to(dtype)
+    mask = torch.ones_like(image)
+    for loss in (losses.squared_error, losses.ssim_distance):
+        with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+            found = loss(image, target, mask)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(
+            found.double(), loss(image.double(), target.double(), mask.double()), rtol=1e-4, atol=1e-6
+        )
+        assert torch.equal(loss(image, target, mask.bool()), loss(image, target, mask))
+
+
 def test_the_blend_is_the_oracle(studies: list[Path]):
     study = load_study(studies[0])
     image, truth = study.exposures[60], study.noise_free

@@ -103,7 +103,8 @@ def gaussian_filter(
         largest = None if native else _largest(sigmas, truncated, approx, normalize)
     if native:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
-    return reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize, largest)
+    filtered = reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize, largest)
+    return filtered.to(_dispatch.autocast_dtype(input))
 
 
 def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:

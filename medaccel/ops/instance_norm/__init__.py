@@ -36,7 +36,8 @@ def instance_norm_act(
 
     Args:
         input: (B, C, *spatial) with 1-3 spatial axes, floating point. fp32 and fp64 are computed in their own
-            precision, bf16 and fp16 in fp32. Contiguous and channels-last tensors are worked on as they lie.
+            precision, bf16 and fp16 in fp32. Contiguous and channels-last tensors are worked on as they lie. fp32
+            deviations may be as large as 1e35 (in torch's own layer, variances overflow from 1e19 on).
         weight, bias: (C,), the affine part; None: 1 and 0.
         residual: like `input`, added before the activation; None: nothing.
         eps: added to the variance.

@@ -5,6 +5,8 @@ Not through torch's own instance norm: on the CPU, at batch 1 and with a channel
 returns wrong gradients without a word (see tests/ops/test_instance_norm.py).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,11 +26,15 @@ def instance_norm_act(
     if x.numel() == 0:
         return input.clone()
     axes = tuple(range(2, x.dim()))
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + eps)
+    # In units of a power of two near the largest number, which rounds nothing: squares neither overflow nor vanish.
+    size = x.detach().abs().amax(axes, keepdim=True).clamp(min=math.sqrt(eps))
+    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+    variance, mean = torch.var_mean(x / unit, axes, correction=0, keepdim=True)
+    # An eps that vanishes beside the numbers still makes 0 of an instance without deviation.
+    squared = (variance + eps / unit / unit).clamp(min=torch.finfo(x.dtype).tiny)
+    y = (x / unit - mean) * torch.rsqrt(squared)
     if weight is not None:
-        scale = scale * weight.to(x.dtype).reshape(1, -1, *(1 for _ in axes))
-    y = (x - mean) * scale
+        y = y * weight.to(x.dtype).reshape(1, -1, *(1 for _ in axes))
     if bias is not None:
         y = y + bias.to(x.dtype).reshape(1, -1, *(1 for _ in axes))
     if residual is not None:

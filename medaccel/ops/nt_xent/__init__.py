@@ -35,8 +35,8 @@ def nt_xent_loss(
     tensor is made.
 
     Args:
-        z1, z2: (N, C) each: row i of both comes from the same image. Normalised inside; a zero vector has cosine 0
-            with everything and gets no gradient.
+        z1, z2: (N, C) each: row i of both comes from the same image. Normalised inside, at any scale (the gradient by
+            a row of scale 1e-38 may be infinite); a zero vector has cosine 0 with everything and gets no gradient.
         temperature: above 0. (0.5 is MONAI's and lightly's, the official code has 0.1.) A tensor of one element may
             require grad and gets one (a learnt temperature); its memory stays linear.
         group: contrast with the embeddings of all its processes, which must have N rows each. The result is the mean
@@ -58,14 +58,14 @@ def nt_xent_loss(
     torch.Size([])
     """
     tau = _check("nt_xent_loss", temperature, group, z1=z1, z2=z2)
-    both = torch.cat([z1, z2])
+    both = unit(torch.cat(_widened(z1, z2)))
     keys, first = both, 0
     if group is not None:
         keys = gather("nt_xent_loss", both, group)
         first = len(both) * dist.get_rank(group)
     lse = _similarity_lse(both, keys, tau, first)
     # A pair's two anchors have the same positive.
-    return (lse.sum() - 2 * _paired(z1, z2, tau).sum()) / max(1, len(both))
+    return (lse.sum() - 2 * _paired(both[: len(z1)], both[len(z1) :], tau).sum()) / max(1, len(both))
 
 
 @overload
@@ -125,9 +125,16 @@ def info_nce_loss(
     """
     return_bound = flag("info_nce_loss", "return_bound", return_bound)
     tau = _check("info_nce_loss", temperature, group, query=query, key=key)
+    query, key = map(unit, _widened(query, key))
     keys = key if group is None else gather("info_nce_loss", key, group)
     loss = (_similarity_lse(query, keys, tau, -1) - _paired(query, key, tau)).sum() / max(1, len(query))
     return (loss, math.log(max(1, len(keys))) - loss.detach()) if return_bound else loss
+
+
+def _widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the arithmetic, so that the parts of their gradients are added up in it, too."""
+    dtype = op.compute_dtype(a, b)
+    return a.to(dtype), b.to(dtype)
 
 
 def _similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, self_offset: int) -> Tensor:
@@ -143,9 +150,8 @@ def _similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, sel
 
 
 def _paired(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
-    """The cosines of the rows of a with those of b, over temperature, (N,)."""
-    dtype = op.compute_dtype(a, b)
-    return (unit(a.to(dtype)) * unit(b.to(dtype))).sum(dim=-1) / temperature
+    """The cosines of the unit vectors a with those of b, over temperature, (N,)."""
+    return (a * b).sum(dim=-1) / temperature
 
 
 def _check(

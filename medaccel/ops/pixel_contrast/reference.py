@@ -8,9 +8,12 @@ from medaccel.ops._dispatch import without_autocast
 
 
 def unit(x: Tensor) -> Tensor:
-    """x (..., C) over its length; a zero vector stays zero, and so does its gradient."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(length == 0, torch.inf, length)
+    """x (..., C) over its length, at any scale; a zero vector stays zero, and so does its gradient."""
+    # Over its largest element first, which changes no direction: squares would overflow or vanish. The length is then
+    # at least 1, or that of a zero vector.
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = x / torch.where(largest == 0, torch.inf, largest)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1)
 
 
 def near(query_coords: Tensor, key_coords: Tensor, radius: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ def shifted_window_attention(
         TypeError: a dtype that makes no sense.
         ValueError: a shape, value or device that makes no sense.
 
+    Scores are computed in fp32 (fp64 for fp64): beyond its range, 1e38, the result is not defined, as in PyTorch. A
+    gradient loses the digits that the scores have before the point, all of them at about 1e6.
+
     Differentiable by `qkv`, `bias_table` and `pad_qkv`. Source: Liu et al., "Swin Transformer", ICCV 2021, as MONAI
     1.6 (``monai.networks.nets.swin_unetr``) computes it; the online softmax and its recomputing backward pass are
     those of Dao et al., "FlashAttention", NeurIPS 2022.
@@ -92,7 +95,9 @@ def shifted_window_attention(
     if _dispatch.kernel_serves(qkv, bias_table, pad_qkv) and unsupported(qkv, head_dim) is None:
         return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, dropout_p)[0]
     op.check_index(bias_index, bias_table.shape[0])
-    return reference.shifted_window_attention(*tensors, window, shift, factor, dropout_p)
+    cast = qkv.to(_dispatch.autocast_dtype(qkv))  # autocast's rule is the kernel's: qkv alone is cast
+    with _dispatch.without_autocast(qkv.device):
+        return reference.shifted_window_attention(cast, *tensors[1:], window, shift, factor, dropout_p)
 
 
 def _check(

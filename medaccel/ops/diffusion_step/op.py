@@ -195,7 +195,7 @@ def _(
 
 # --- gradients -----------------------------------------------------------------------------------------------
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    sample, model_output, previous, noise, guide, mask, coefficients, _, ctx.low, ctx.high, _ = inputs
+    sample, model_output, previous, noise, guide, mask, coefficients, _, ctx.low, ctx.high, ctx.need_x0 = inputs
     clipped = ctx.low is not None and any(ctx.needs_input_grad[:2])
     ctx.dtypes = [None if t is None else t.dtype for t in (sample, model_output, previous, noise, guide)]
     ctx.save_for_backward(sample if clipped else None, model_output if clipped else None, mask, coefficients)
@@ -204,6 +204,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tuple[Tensor | None, ...]:
     sample, model_output, mask, coefficients = ctx.saved_tensors
+    if not ctx.need_x0:
+        grad_x0 = None  # of the empty output, which a compiler makes zeros for
     wanted = ctx.needs_input_grad[:5]
     grads: list[Tensor | None] = [None] * 5
     if grad_next is None and grad_x0 is None:

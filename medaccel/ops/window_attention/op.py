@@ -78,7 +78,7 @@ triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # --- checks --------------------------------------------------------------------------------------------------
 def _check(name: str, *arguments: Any) -> Operands:
-    """What the kernels' memory accesses rest on; the index itself is read on the CPU, by the kernel on a GPU."""
+    """What the kernels' memory accesses rest on, but for the index' values: a GPU's kernel clamps them itself."""
     qkv, bias_table, bias_index, pad_qkv, dropout_seed, window_size, shift_size, scale, dropout_p = arguments
     operands = Operands(name, "qkv", qkv)
     operands.rank("qkv", qkv, (3, 4, 5), "(B, *spatial, 3·C) with 1-3 spatial axes")
@@ -96,7 +96,6 @@ def _check(name: str, *arguments: Any) -> Operands:
         operands.refuse("qkv", f"has {channels} channels for {heads} heads", "3 · heads · head_dim channels")
     tokens = math.prod(window_size)
     operands.tensor("bias_index", bias_index, (tokens, tokens), INTEGERS)
-    check_index(bias_index, bias_table.shape[0])
     operands.optional("pad_qkv", pad_qkv, (channels,))
     operands.number("scale", scale, -math.inf)
     operands.number("dropout_p", dropout_p, 0.0, 1 - 2.0**-53)
@@ -134,6 +133,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     settings = (window_size, shift_size, scale, dropout_p)
     _check("shifted_window_attention", qkv, bias_table, bias_index, pad_qkv, dropout_seed, *settings)
+    check_index(bias_index, bias_table.shape[0])
     dtype = compute_dtype(qkv)
     output, lse = _native.window_attention_forward(
         qkv.to(dtype),
@@ -171,6 +171,7 @@ def _backward_cpu(
         (window_size, shift_size, scale, dropout_p),
     )
     _check_backward(grad, *tensors, output, lse, *settings, need_qkv, need_table, need_pad)
+    check_index(bias_index, bias_table.shape[0])  # again: it may have been changed since
     dtype = compute_dtype(qkv)
     grad_qkv, grad_table, grad_pad = _native.window_attention_backward(
         grad.to(dtype),

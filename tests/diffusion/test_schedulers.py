@@ -248,3 +248,17 @@ def test_bad_input_is_refused_in_a_sentence(cls: Any):
         cls(skipped_steps="all")
     with pytest.raises(ValueError, match=r"model_output has shape \(1, 1, 4, 2\); expected the sample's"):
         cls().step(X[..., :2], 999, X)
+
+
+def test_noising_is_mapped_over_time_steps_and_their_range_still_checked():
+    scheduler = DDPMScheduler(num_train_timesteps=10)
+    x, noise, steps = torch.randn(3, 1, 1, 4, 4), torch.randn(3, 1, 1, 4, 4), torch.tensor([[0], [4], [9]])
+    for f in (scheduler.add_noise, scheduler.get_velocity):
+        expected = torch.stack([f(*one) for one in zip(x, noise, steps, strict=True)])
+        torch.testing.assert_close(torch.vmap(f)(x, noise, steps), expected)
+        gradient = torch.vmap(torch.func.grad(lambda x, z, t: f(x, z, t).square().sum()))(x, noise, steps)  # noqa: B023
+        leaf = x.clone().requires_grad_()
+        total = sum(f(*one).square().sum() for one in zip(leaf, noise, steps, strict=True))
+        torch.testing.assert_close(gradient, torch.autograd.grad(total, leaf)[0])
+        with pytest.raises(ValueError, match="timesteps reach from 1 to 10"):
+            torch.vmap(f)(x, noise, steps + 1)

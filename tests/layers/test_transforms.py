@@ -38,6 +38,8 @@ def test_transforms_of_a_layer_are_those_of_monais(name: str):
     assert medaccel.accelerate(ours).changed
     x, d = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    if name == "GaussianFilter":
+        tolerance = 1e-6  # MONAI makes its taps in float32
 
     def outcome(layer: nn.Module) -> tuple[Any, ...]:
         parameters = {k: p.detach() for k, p in layer.named_parameters()}
@@ -61,10 +63,10 @@ def test_transforms_of_a_layer_are_those_of_monais(name: str):
 
 def test_transforms_of_a_network():
     torch.manual_seed(0)
-    monais = SwinUNETR(in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1)).eval()
+    monais = SwinUNETR(in_channels=1, out_channels=2, feature_size=12, depths=(1, 1, 1, 1), spatial_dims=2).eval()
     ours = copy.deepcopy(monais)
     assert medaccel.accelerate(ours).changed
-    x, d = torch.randn(1, 1, 32, 32, 32), torch.randn(1, 1, 32, 32, 32)
+    x, d = torch.randn(1, 1, 64, 64), torch.randn(1, 1, 64, 64)
     close = {"rtol": 1e-3, "atol": 1e-4}
     with torch.no_grad():
         theirs = torch.func.jvp(monais, (x,), (d,))

@@ -138,8 +138,8 @@ def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:
     for i, value in enumerate(sigma):
         if not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype in FLOATING):
             number("gaussian_filter", f"sigma[{i}]", value)
-    rows = [torch.as_tensor(value, device=device).reshape(()) for value in sigma]
-    return torch.stack([row.double() for row in rows])
+    rows = [torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in sigma]
+    return torch.stack(rows)
 
 
 def _sigma_tensor(sigma: Tensor, spatial: int, device: torch.device) -> Tensor:

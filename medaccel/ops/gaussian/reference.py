@@ -24,11 +24,9 @@ def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool, largest:
     r = radius(value, truncated)
     if r == 0:
         return torch.ones(1, dtype=torch.float64, device=sigma.device)
-    if float(sigma.detach()) < 1e-150:  # the middle tap has all, whatever σ is; the gradient would be 0 · ∞
-        return taps(torch.full_like(s.detach(), 1e-150), truncated, approx, normalize) + 0 * s
     k = torch.arange(-r, r + 1, dtype=torch.float64, device=sigma.device)
     smooths = s > 0  # False only for a σ of 0 among others
-    s = torch.where(smooths, s, 1.0)
+    s = torch.where(s < 1e-100, 1e-100, s)  # the middle tap has all, whatever σ is; derivatives would be 0 · ∞
     if approx == "erf":
         t = 0.5 * (torch.erf((k + 0.5) / (s * math.sqrt(2))) - torch.erf((k - 0.5) / (s * math.sqrt(2))))
     elif approx == "sampled":

@@ -178,9 +178,10 @@ def _without_air(sample: np.ndarray, low: float, high: float, most: float, whole
         )
     bottom = float(sample.min())
     floor = float((sample <= bottom + 0.05 * (most - bottom)).mean())
-    if low >= 0 and 100 < high <= 255.5 and (high >= 254.5 or floor > 0.02):
+    if 0 <= low <= 1 and 100 < high <= 255.5 and (high >= 254.5 or floor > 0.02):
         return Judgement(refusal=f"looks like 8-bit grey values: {span}")
-    if floor > 0.05:
+    # Air is black in them: a large part near 0, where a ramp or a crop of one tissue has little.
+    if bottom <= 0.05 * most and floor > 0.1:
         kinds = (
             "HU divided by 100" if low <= -9 else "a PET in SUV, or grey values",
             "MR, a PET's counts or grey values" if whole else "a PET in Bq/mL, or MR",
@@ -190,7 +191,7 @@ def _without_air(sample: np.ndarray, low: float, high: float, most: float, whole
             "voxels are at the low end"
         )
         # A crop within a bone has no other distribution, only no zeros.
-        clear = size >= _CROP or float((sample == low).mean()) > 0.05
+        clear = floor > 0.2 and (size >= _CROP or float((sample == low).mean()) > 0.05)
         return Judgement(refusal=sentence) if clear else Judgement(doubt=sentence)
     median = float(np.median(sample))
     if median > _ENHANCED:

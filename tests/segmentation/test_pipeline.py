@@ -291,7 +291,7 @@ def test_a_grid_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path, task:
         ({"tasks": {"spleen": {"by_fraction": {1.0: {"stepz": 5}}}}}, "task spleen: settings names stepz"),
         (
             {"tasks": {"spleen": {"folder": "x"}}},
-            r"tasks.spleen names \['folder'\]; expected some of by_fraction, data",
+            r"tasks.spleen names \['folder'\]; expected some of by_fraction, check_units, data",
         ),
         ({"phantoms": {"persons": 3}}, r"phantoms names \['persons'\]; expected some of cases"),
         ({"phantoms": {"cases": 0}}, "phantoms.cases is 0; expected a whole number from 1 to 1000"),

@@ -54,12 +54,12 @@ _REGISTRY = (
     _Entry(
         "monai.networks.blocks.dynunet_block:UnetResBlock",
         "medaccel.layers.unet_blocks:UnetResBlock",
-        "medaccel.layers.unet_blocks:block_unsupported",
+        "medaccel.layers.unet_blocks:residual_block_unsupported",
     ),
     _Entry(
         "monai.networks.blocks.dynunet_block:UnetBasicBlock",
         "medaccel.layers.unet_blocks:UnetBasicBlock",
-        "medaccel.layers.unet_blocks:block_unsupported",
+        "medaccel.layers.unet_blocks:basic_block_unsupported",
     ),
     _Entry(
         "monai.networks.schedulers:DDPMScheduler",
@@ -119,6 +119,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     Only this instance is touched. It may be wrapped (DataParallel, DDP), on any device, in training or not; calling
     again changes nothing more. `revert` undoes it.
 
+    The model may be edited afterwards: every forward checks that the children whose work it takes over are still
+    MONAI's and torch's own, without hooks, adapters, parametrizations or patches (a few microseconds a layer). Where
+    one is not, it runs MONAI's forward, with one warning that names it; calling `accelerate` again lists such layers.
+
     Args:
         model: any module that contains MONAI layers: a network, a loss, a LightningModule.
         strict: raise instead of leaving a known MONAI layer as it is.
@@ -137,6 +141,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     for name, module, entry, monai_class in _known(model):
         ours = _resolve(entry.ours)
         if isinstance(module, ours):
+            # A layer that was edited since: each forward notices, and the report says it.
+            if type(module) is ours and (edited := _resolve(entry.unsupported)(module)) is not None:
+                report.kept.append((name, f"it runs MONAI's own forward, since it was edited: {edited}"))
             continue
         if type(module) is not monai_class:
             reason: str | None = f"{type(module).__qualname__} is a subclass of MONAI's {monai_class.__name__}"
@@ -164,7 +171,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
 
 
 def revert(model: nn.Module) -> AccelerationReport:
-    """Gives the modules that `accelerate` changed their MONAI classes back; returns what it changed.
+    """Gives the modules that `accelerate` changed their MONAI classes back; returns what it changed and could not.
 
     medaccel layers that were built as such (``medaccel.layers.GaussianFilter(...)``) become MONAI's too: the two
     differ by nothing but the class.
@@ -176,4 +183,9 @@ def revert(model: nn.Module) -> AccelerationReport:
         if type(module) is _resolve(entry.ours):
             module.__class__ = monai_class
             report.changed.append((name, f"{monai_class.__module__}.{monai_class.__qualname__}"))
+        elif isinstance(module, _resolve(entry.ours)):
+            made = type(module).__qualname__
+            report.kept.append(
+                (name, f"its class {made} was made from medaccel's (a subclass, a parametrization, FSDP)")
+            )
     return report

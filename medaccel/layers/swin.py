@@ -2,37 +2,85 @@
 """MONAI's Swin transformer layers on medaccel's attention: no rolled, padded, partitioned or masked copies."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from monai.networks.nets import swin_unetr as monai_swin
 from monai.networks.nets.swin_unetr import BasicLayer as MonaiBasicLayer
 from monai.networks.nets.swin_unetr import SwinTransformerBlock as MonaiSwinTransformerBlock
 from monai.networks.nets.swin_unetr import WindowAttention as MonaiWindowAttention
 from monai.networks.nets.swin_unetr import get_window_size
 from torch import Tensor, nn
 
-from medaccel.layers._hooks import bypass_problem
+from medaccel.layers._bypass import Child, global_hooks, number, problem, warn_once
 from medaccel.ops import shifted_window_attention
+
+_MONAI_BLOCK_FORWARD = MonaiSwinTransformerBlock.forward
+
+
+class _Mask(Enum):
+    """Stands for the mask that MONAI's `BasicLayer` passes to its blocks, where only the kernel would read it."""
+
+    SHIFT = "shift"
+
+
+def _softmax_values(softmax: nn.Softmax) -> str | None:
+    return None if softmax.dim in (-1, 3) else f"is over dim {softmax.dim}; expected -1, the keys"
+
+
+def _dropout_values(dropout: nn.Dropout) -> str | None:
+    return None if number(dropout.p) and 0 <= dropout.p < 1 else f"has p={dropout.p}; expected a number in [0, 1)"
+
+
+_SOFTMAX = ((nn.Softmax,), "torch's Softmax", _softmax_values)
+_DROPOUT = ((nn.Dropout,), "torch's Dropout", _dropout_values)
+_LINEAR = ((nn.Linear,), "torch's Linear")
 
 
 def _dropout(attention: Any, device: torch.device) -> tuple[float, Tensor | None]:
     """The attention's dropout as the op takes it: probability and a seed that torch's generator draws on `device`."""
     p = float(attention.attn_drop.p) if attention.attn_drop.training else 0.0
+    if p > 0 and getattr(attention, "use_flash_attention", False) and not torch.is_grad_enabled():
+        p = 0.0  # MONAI's flash path drops nothing
     return p, torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) if p > 0 else None
+
+
+def _attention_values(attention: Any) -> str | None:
+    """None where the attention's own settings can be served; else what they are, in words."""
+    if not number(attention.scale):
+        return f"its scale is a {type(attention.scale).__name__}; expected a number, since a kernel has no gradient"
+    if attention.dim % attention.num_heads:
+        return f"its {attention.num_heads} heads do not divide its {attention.dim} channels"
+    return None
 
 
 class WindowAttention(MonaiWindowAttention):
     """Drop-in for `monai.networks.nets.swin_unetr.WindowAttention`, same constructor, attributes and state_dict.
 
     On its own it works on windows that are cut already; within `SwinTransformerBlock` the block works on the map.
+    Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
     """
+
+    BYPASSED: ClassVar = (Child("softmax", *_SOFTMAX), Child("attn_drop", *_DROPOUT))
+    _MONAI_FORWARD: ClassVar = MonaiWindowAttention.forward
+
+    def unserved(self) -> str | None:
+        """Gives None where the kernel stands in for this layer as it is now; else why not, in words."""
+        if MonaiWindowAttention.forward is not WindowAttention._MONAI_FORWARD:
+            return "MONAI's WindowAttention.forward has been replaced"
+        return _attention_values(self) or problem(self, WindowAttention.BYPASSED)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(windows, tokens, C) to the same; mask (n, tokens, tokens) is added to the scores, n dividing `windows`.
 
         A mask may be anything, so with one this is torch's scaled_dot_product_attention.
         """
+        if (reason := self.unserved()) is not None:
+            warn_once(self, reason)
+            return super().forward(x, mask)
         b, n, c = x.shape
         qkv = self.qkv(x)
         index = self.relative_position_index[:n, :n]
@@ -52,7 +100,7 @@ class WindowAttention(MonaiWindowAttention):
             q, k, v = qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
             bias = self.relative_position_bias_table[index.reshape(-1)].reshape(n, n, -1).permute(2, 0, 1)
             bias = (bias + mask[:, None]).repeat(b // len(mask), 1, 1, 1)  # (windows, heads, tokens, tokens)
-            p = self.attn_drop.p if self.attn_drop.training else 0.0
+            p, _ = _dropout(self, x.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=p, scale=self.scale)
             y = y.transpose(1, 2).reshape(b, n, c)
         return self.proj_drop(self.proj(y))
@@ -61,23 +109,46 @@ class WindowAttention(MonaiWindowAttention):
 class SwinTransformerBlock(MonaiSwinTransformerBlock):
     """Drop-in for `monai.networks.nets.swin_unetr.SwinTransformerBlock`, same constructor and state_dict.
 
-    The map goes into the attention as it is: shift, padding, windows and mask are index arithmetic there. The mask
-    that MONAI's `BasicLayer` passes is that same mask, and is not looked at.
+    The map goes into the attention as it is: shift, padding, windows and mask are index arithmetic there. Called with
+    a mask of the caller's own, or with None where windows are shifted, it computes what MONAI does with that mask.
+    Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
     """
 
-    def forward_part1(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
+    # The projections are called, but on the map instead of on padded windows: a hook or another class would notice.
+    BYPASSED: ClassVar = (
+        Child("attn", (WindowAttention, MonaiWindowAttention), "MONAI's WindowAttention"),
+        Child("attn.softmax", *_SOFTMAX),
+        Child("attn.attn_drop", *_DROPOUT),
+        Child("attn.qkv", *_LINEAR),
+        Child("attn.proj", *_LINEAR),
+        Child("attn.proj_drop", *_DROPOUT),
+    )
+    _MONAI_PART1: ClassVar = MonaiSwinTransformerBlock.forward_part1
+
+    def unserved(self) -> str | None:
+        """Gives None where the kernel stands in for this block as it is now; else why not, in words."""
+        if MonaiSwinTransformerBlock.forward_part1 is not SwinTransformerBlock._MONAI_PART1:
+            return "MONAI's SwinTransformerBlock.forward_part1 has been replaced"
+        if MonaiWindowAttention.forward is not WindowAttention._MONAI_FORWARD:
+            return "MONAI's WindowAttention.forward has been replaced"
+        return problem(self, SwinTransformerBlock.BYPASSED) or _attention_values(self.attn)
+
+    def forward_part1(self, x: Tensor, mask_matrix: Tensor | _Mask | None) -> Tensor:
         """(B, *spatial, C) to the same: norm1, attention, projection."""
-        attention: Any = self.attn
-        x = self.norm1(x)
         sizes = x.shape[1:-1]
         window, shift = get_window_size(sizes, self.window_size, self.shift_size)
+        reason = self.unserved()
+        if reason is not None:
+            warn_once(self, reason)
+        if reason is not None or (any(shift) and not _is_shift_mask(mask_matrix, sizes, window, shift)):
+            if mask_matrix is _Mask.SHIFT:
+                mask_matrix = _shift_mask(sizes, window, shift, x.device) if any(shift) else None
+            return super().forward_part1(x, mask_matrix)
+        attention: Any = self.attn
+        x = self.norm1(x)
         tokens = math.prod(window)
-        # A padded token is zero before the projection, so its q, k and v are the projection's bias. Where the
-        # projection is not torch's own (an adapter, a quantised layer), it is asked.
-        pad = None
-        if any(size % w for size, w in zip(sizes, window, strict=True)):
-            plain = type(attention.qkv) is nn.Linear
-            pad = attention.qkv.bias if plain else attention.qkv(x.new_zeros(x.shape[-1]))
+        # A padded token is zero before the projection, so its q, k and v are the projection's bias.
+        padded = any(size % w for size, w in zip(sizes, window, strict=True))
         p, seed = _dropout(attention, x.device)
         y = shifted_window_attention(
             attention.qkv(x),
@@ -85,7 +156,7 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
             attention.relative_position_index[:tokens, :tokens],
             window_size=window,
             shift_size=shift,
-            pad_qkv=pad,
+            pad_qkv=attention.qkv.bias if padded else None,
             scale=attention.scale,
             dropout_p=p,
             dropout_seed=seed,
@@ -93,38 +164,80 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
         return attention.proj_drop(attention.proj(y))
 
 
+def _shift_mask(sizes: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
+    """MONAI's mask of a map with these sizes, marked as such for `_is_shift_mask`."""
+    padded = [math.ceil(size / w) * w for size, w in zip(sizes, window, strict=True)]
+    mask: Tensor = monai_swin.compute_mask(padded, window, shift, device)
+    if not torch.compiler.is_compiling():
+        mask._medaccel_shift = (tuple(sizes), tuple(window), tuple(shift), mask._version)  # type: ignore[attr-defined]
+    return mask
+
+
+def _is_shift_mask(mask: Any, sizes: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
+    """Whether `mask` is known to be MONAI's of this map, unchanged: the kernel's index arithmetic is the same."""
+    if mask is _Mask.SHIFT:
+        return True
+    made = getattr(mask, "_medaccel_shift", None)
+    return made is not None and made == (tuple(sizes), tuple(window), tuple(shift), mask._version)
+
+
+def _observed(block: nn.Module) -> bool:
+    """Whether a hook would see the arguments of `block`; those that shard a model (FSDP) do not look at a mask."""
+    return global_hooks() or any(
+        not getattr(hook, "__module__", "").startswith("torch.distributed.")
+        for hooks in (block._forward_pre_hooks, block._forward_hooks)
+        for hook in hooks.values()
+    )
+
+
 class BasicLayer(MonaiBasicLayer):
     """Drop-in for `monai.networks.nets.swin_unetr.BasicLayer`: a stage that builds no mask that nobody reads."""
 
+    _MONAI_FORWARD: ClassVar = MonaiBasicLayer.forward
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to the next stage's map."""
-        if not all(type(block) is SwinTransformerBlock for block in self.blocks):
+        if self.use_hyena or x.dim() not in (4, 5) or MonaiBasicLayer.forward is not BasicLayer._MONAI_FORWARD:
             return super().forward(x)
+        sizes = x.shape[2:]
         x = x.movedim(1, -1).contiguous()
+        mask: Tensor | None = None
         for block in self.blocks:
-            x = block(x, None)
+            if self._reads_no_mask(block):
+                x = block(x, _Mask.SHIFT)
+                continue
+            if mask is None:
+                window, shift = get_window_size(sizes, self.window_size, self.shift_size)
+                mask = _shift_mask(sizes, window, shift, x.device)
+            x = block(x, mask)
         if self.downsample is not None:
             x = self.downsample(x)
         return x.movedim(-1, 1)
 
+    def _reads_no_mask(self, block: Any) -> bool:
+        """Whether `block` is ours, shifts as this stage's mask does, and has no hook that would see the mask."""
+        kind = type(block)
+        return (
+            isinstance(block, SwinTransformerBlock)
+            and kind.forward is _MONAI_BLOCK_FORWARD
+            and kind.forward_part1 is SwinTransformerBlock.forward_part1
+            and not block.__dict__.keys() & {"forward", "forward_part1"}
+            and not _observed(block)
+            and tuple(block.window_size) == tuple(self.window_size)
+            and tuple(block.shift_size) in (tuple(self.shift_size), tuple(self.no_shift))
+        )
+
 
 def attention_unsupported(module: Any) -> str | None:
     """None where `WindowAttention` may take the place of MONAI's; else why not."""
-    if module.dim % module.num_heads:
-        return f"its {module.num_heads} heads do not divide its {module.dim} channels"
-    return None
+    return WindowAttention.unserved(module)
 
 
 def block_unsupported(module: Any) -> str | None:
     """None where `SwinTransformerBlock` may take the place of MONAI's; else why not."""
-    attention = module.attn
-    if type(attention) not in (MonaiWindowAttention, WindowAttention):
-        return f"its attention is a {type(attention).__qualname__}, not MONAI's WindowAttention"
-    if problem := bypass_problem(attention, "attention"):
-        return problem
     if "forward_part1" in module.__dict__:
         return "its forward_part1 has been replaced on the instance"
-    return attention_unsupported(attention)
+    return SwinTransformerBlock.unserved(module)
 
 
 def layer_unsupported(module: Any) -> str | None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MONAI's convolution blocks with norm, residual and activation in one pass over memory."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock as MonaiUnetBasicBlock
 from monai.networks.blocks.dynunet_block import UnetResBlock as MonaiUnetResBlock
 from torch import Tensor, nn
 
-from medaccel.layers._hooks import bypass_problem
+from medaccel.layers._bypass import Child, number, problem, warn_once
 from medaccel.ops import instance_norm
 from medaccel.ops._transforms import in_transform
 from medaccel.ops.instance_norm import instance_norm_act
@@ -24,9 +24,40 @@ def _normalise(norm: Any, x: Tensor, residual: Tensor | None = None, slope: floa
     return instance_norm_act(x, norm.weight, norm.bias, residual=residual, eps=norm.eps, negative_slope=slope)
 
 
+def _norm_values(norm: Any) -> str | None:
+    """None where the op computes this norm; else what it does besides, in words."""
+    if norm.track_running_stats or norm.running_mean is not None or norm.running_var is not None:
+        return "keeps running statistics"
+    return None if number(norm.eps) else f"has eps={norm.eps!r}; expected a number"
+
+
+def _slope_values(activation: Any) -> str | None:
+    slope = getattr(activation, "negative_slope", 0.0)
+    return (
+        None if number(slope) else f"has negative_slope={slope!r}; expected a number, since a kernel has no gradient"
+    )
+
+
+_NORM = (tuple(_RANKS), "an instance norm of torch's", _norm_values)
+_ACTIVATION = ((nn.LeakyReLU, nn.ReLU), "torch's LeakyReLU or ReLU", _slope_values)
+
+
 def _served(block: Any, x: Tensor) -> bool:
-    """Whether this call is the op's: batched, and on a device that it has a kernel for."""
+    """Whether this call is the op's: stock children, batched, on a device that it has a kernel for."""
+    if (reason := block.unserved()) is not None:
+        warn_once(block, reason)
+        return False
     return x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
+
+
+def _unserved(block: Any, ours: Any, monais: type[nn.Module]) -> str | None:
+    """None where the kernels stand in for this block as it is now; else why not, in words."""
+    if monais.forward is not ours._MONAI_FORWARD:
+        return f"MONAI's {monais.__name__}.forward has been replaced"
+    if (reason := problem(block, ours.BYPASSED)) is not None:
+        return reason
+    kinds = {type(block.norm1), type(block.norm2)}
+    return None if len(kinds) == 1 else "its norms are of different ranks"
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -75,8 +106,21 @@ class UnetResBlock(MonaiUnetResBlock):
     """Drop-in for `monai.networks.blocks.dynunet_block.UnetResBlock`, same constructor and state_dict.
 
     Each normalisation takes the residual and the activation along, in the memory layout that the convolution gave its
-    result. Large fp32 maps are brought to channels last, where convolutions are faster.
+    result. Large fp32 maps are brought to channels last, where convolutions are faster. Where a bypassed child is not
+    torch's own, it runs MONAI's forward and warns once.
     """
+
+    BYPASSED: ClassVar = (
+        Child("norm1", *_NORM),
+        Child("norm2", *_NORM),
+        Child("norm3", *_NORM, optional=True),
+        Child("lrelu", *_ACTIVATION),
+    )
+    _MONAI_FORWARD: ClassVar = MonaiUnetResBlock.forward
+
+    def unserved(self) -> str | None:
+        """Gives None where the kernels stand in for this block as it is now; else why not, in words."""
+        return _unserved(self, UnetResBlock, MonaiUnetResBlock)
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
@@ -86,12 +130,24 @@ class UnetResBlock(MonaiUnetResBlock):
         inp = _for_convolution(inp)
         y = _normalise(self.norm1, _convolve(self.conv1, inp), slope=slope)
         y = _convolve(self.conv2, _for_convolution(y))
-        residual = _normalise(self.norm3, self.conv3(inp)) if self.downsample else inp
+        residual = self.conv3(inp) if hasattr(self, "conv3") else inp
+        if hasattr(self, "norm3"):
+            residual = _normalise(self.norm3, residual)
         return _normalise(self.norm2, y, residual, slope)
 
 
 class UnetBasicBlock(MonaiUnetBasicBlock):
-    """Drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and state_dict."""
+    """Drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and state_dict.
+
+    Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
+    """
+
+    BYPASSED: ClassVar = (Child("norm1", *_NORM), Child("norm2", *_NORM), Child("lrelu", *_ACTIVATION))
+    _MONAI_FORWARD: ClassVar = MonaiUnetBasicBlock.forward
+
+    def unserved(self) -> str | None:
+        """Gives None where the kernels stand in for this block as it is now; else why not, in words."""
+        return _unserved(self, UnetBasicBlock, MonaiUnetBasicBlock)
 
     def forward(self, inp: Tensor) -> Tensor:
         """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
@@ -102,16 +158,11 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
         return _normalise(self.norm2, _convolve(self.conv2, _for_convolution(y)), slope=slope)
 
 
-def block_unsupported(module: Any) -> str | None:
-    """None where our block may take the place of MONAI's; else why not."""
-    norms = [name for name in ("norm1", "norm2", "norm3") if hasattr(module, name)]
-    for name in norms:
-        norm = getattr(module, name)
-        if type(norm) not in _RANKS:
-            return f"its {name} is a {type(norm).__qualname__}, not an instance norm of torch's"
-        if norm.track_running_stats:
-            return f"its {name} keeps running statistics"
-    if type(module.lrelu) not in (nn.LeakyReLU, nn.ReLU):
-        return f"its activation is a {type(module.lrelu).__qualname__}, not a (leaky) ReLU"
-    problems = (bypass_problem(getattr(module, name), name) for name in (*norms, "lrelu"))
-    return next((problem for problem in problems if problem), None)
+def residual_block_unsupported(module: Any) -> str | None:
+    """None where `UnetResBlock` may take the place of MONAI's; else why not."""
+    return UnetResBlock.unserved(module)
+
+
+def basic_block_unsupported(module: Any) -> str | None:
+    """None where `UnetBasicBlock` may take the place of MONAI's; else why not."""
+    return UnetBasicBlock.unserved(module)

@@ -139,9 +139,9 @@ def replaced(block: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "change", "words"),
     [
-        ({"norm_name": "batch"}, None, "its norm1 is a BatchNorm3d, not an instance norm"),
+        ({"norm_name": "batch"}, None, "its norm1 is a BatchNorm3d; expected an instance norm of torch's"),
         ({"norm_name": ("instance", {"track_running_stats": True})}, None, "its norm1 keeps running statistics"),
-        ({"act_name": "gelu"}, None, "its activation is a GELU"),
+        ({"act_name": "gelu"}, None, "its lrelu is a GELU; expected torch's LeakyReLU or ReLU"),
         ({}, hooked, "its norm2 has hooks"),
         ({}, replaced, "its lrelu's forward has been replaced"),
     ],

@@ -99,7 +99,13 @@ def _sample_by_sample(name: str) -> Callable[..., Any]:
             samples = [on(lambda a, d: a.new_zeros(a.shape[:d] + a.shape[d + 1 :]))]
         else:
             samples = [on(lambda a, d: a.select(d, i)) for i in range(count)]  # noqa: B023 (called at once)
-        stacked = tuple(torch.stack(parts)[:count] for parts in zip(*samples, strict=True))
+        stacked = tuple(_stacked(parts)[:count] for parts in zip(*samples, strict=True))
         return (stacked[0], 0) if len(stacked) == 1 else (stacked, (0,) * len(stacked))
 
     return rule
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
+    if parts[0].dtype != torch.float16:
+        return torch.stack(parts)
+    return torch.stack([part.float() for part in parts]).half()  # autocast on the CPU can't stack fp16

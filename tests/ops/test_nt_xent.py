@@ -5,10 +5,12 @@ import contextlib
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from medaccel import use_reference
@@ -255,3 +257,33 @@ def test_processes_together_give_the_loss_and_gradients_of_one(world: int, tmp_p
         out, error = process.communicate(timeout=180)
         assert process.returncode == 0, error
         assert "held" in out
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # torch warns where a communication has no gradient
+@pytest.mark.parametrize("loss", [nt_xent_loss, info_nce_loss])
+def test_with_a_group_second_derivatives_are_right_and_transforms_refused(
+    loss: Callable[..., Tensor], group_of_one: dist.ProcessGroup
+):
+    a, b = (torch.randn(5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with use_reference():
+        assert torch.autograd.gradgradcheck(lambda a, b: loss(a, b, group=group_of_one), (a, b))
+    refused = r"_loss: group is given under vmap, another transform of torch\.func"
+    with pytest.raises(ValueError, match=refused):
+        torch.func.jvp(lambda a: loss(a, a, group=group_of_one), (b,), (b,))
+    with pytest.raises(ValueError, match=refused):
+        torch.func.grad(lambda a: loss(a, a, group=group_of_one))(a.detach())
+    with pytest.raises(ValueError, match=refused):
+        torch.vmap(lambda a: loss(a, a, group=group_of_one))(torch.stack([b, b]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(a.detach(), b.detach())
+        with pytest.raises(ValueError, match=refused):
+            loss(dual, dual, group=group_of_one)

@@ -61,7 +61,8 @@ def _linear_step(
 
 
 def _clipped_step(x: Tensor, m: Tensor, a: Tensor, s: Tensor, low: float, high: float) -> Tensor:
-    return torch.stack(ops.diffusion_step(x, m, a=a, b=-0.4, c=0.9, d=0.1, e=0.2, s=s, clip=(low, high), seed=3))
+    x_next, x0 = ops.diffusion_step(x, m, a=a, b=-0.4, c=0.9, d=0.1, e=0.2, s=s, clip=(low, high), seed=3)
+    return x_next + 0.5 * x0
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, eps: float, slope: float) -> Tensor:

@@ -258,6 +258,15 @@ def dual_backward(backward: Callable[[Tensor], tuple[Tensor, ...]], g: Tensor, d
         return tuple(torch.zeros_like(r) if t is None else t for r, t in zip(results, unpacked, strict=True))
 
 
+def gradcheck(case: Case) -> None:
+    """torch's own check, of both modes and batched; of second derivatives by the reference."""
+    leaves = [t.requires_grad_() for t in case.tensors()]
+    batched = {"check_batched_grad": True, "fast_mode": True}
+    assert torch.autograd.gradcheck(case, leaves, check_forward_ad=True, check_batched_forward_grad=True, **batched)
+    with medaccel.use_reference():
+        assert torch.autograd.gradgradcheck(case, leaves, **batched)
+
+
 # --- vmap --------------------------------------------------------------------------------------------------------
 def vmap(case: Case) -> None:
     tensors = case.tensors()
@@ -304,6 +313,20 @@ def gradients_per_sample(case: Case) -> None:
         close(tuple(g[i] for g in ours), gradients(case, *(scale * t for t in tensors)))
 
 
+def autocast_and_half_precision(case: Case) -> None:
+    """Whatever serves the call, the result has the same dtype."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors = tuple(t.to(dtype) for t in case.tensors())
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                expected = case(*tensors)
+                value, derivative = torch.func.jvp(case, tensors, tensors)
+                mapped = torch.vmap(case)(*(t[None] for t in tensors))
+            assert expected.dtype == value.dtype == derivative.dtype == mapped.dtype
+            close(mapped[0], expected, 1e-5 if dtype == torch.float32 and not enabled else 2e-2)
+            assert derivative.isfinite().all()
+
+
 # --- modes -------------------------------------------------------------------------------------------------------
 def inference_mode(case: Case) -> None:
     tensors = case.tensors()
@@ -348,8 +371,8 @@ TRANSFORMS: dict[str, Callable[[Case], None]] = {
     for f in (
         *(jvp, dual_tensors, dual_tensors_that_require_grad, dual_tensors_without_grad_mode, jvp_of_jvp),
         *(jvp_of_vmap_and_vmap_of_jvp, linearize, grad, grad_by_parameters, jacobians, hessian, jvp_of_grad),
-        *(double_backward, backward_of_torch_funcs_gradient, derivatives_of_a_recorded_backward_pass),
-        *(vmap, vmap_over_no_sample, backward_through_vmap, gradients_per_sample),
+        *(double_backward, gradcheck, backward_of_torch_funcs_gradient, derivatives_of_a_recorded_backward_pass),
+        *(vmap, vmap_over_no_sample, backward_through_vmap, gradients_per_sample, autocast_and_half_precision),
         *(inference_mode, deterministic_algorithms, checkpointing),
     )
 }

@@ -159,8 +159,9 @@ def _scaled_queries(qkv: Tensor, scale: Tensor) -> Tensor:
             "or a floating-point tensor of one element"
         )
     channels = qkv.shape[-1] // 3
-    factors = torch.cat([scale.reshape(1).expand(channels), scale.new_ones(2 * channels)])
-    return (qkv * factors.to(qkv.device)).to(qkv.dtype)
+    of_queries = torch.arange(3 * channels, device=qkv.device) < channels
+    factors = torch.where(of_queries, scale.reshape(1).to(qkv.device), 1.0)  # no cat: autocast on the CPU has no fp16
+    return (qkv * factors).to(qkv.dtype)
 
 
 def _check_dropout(qkv: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from medaccel.data.files import atomic_path, write_text
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.training import ranks
+from medaccel.training.memory import Part, expect, local_processes, swin_unetr
 from medaccel.training.run_folder import OptionsFolder
 
 Say = Callable[[str], None]
@@ -76,10 +77,13 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
         raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
     ranks.join(str(settings["accelerator"]))
     folder, report = config.output, config.output / REPORT
+    expected = _expected(config, settings) if force or not report.exists() else ""
     cache = folder / "cache" if config.cache_folder is None else config.cache_folder
     with ranks.first_process() as first:
         if first:
             PretrainingFolder(folder).start(config.plain(), force, resume, say)
+            if expected:
+                say(expected)
     if report.exists():
         say(f"{folder}: pretrained before")
         ranks.leave()
@@ -100,6 +104,8 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
             write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
     plain = json.loads((folder / "scans.json").read_text(encoding="utf-8"))
     scans = Scans.of(plain, cache)
+    if ranks.rank() == 0 and settings["cache"] == "memory":
+        say(_expected(config, settings, scans.training))
     items = Items(
         Volumes(scans.training, settings["cache"]),
         tasks,
@@ -144,6 +150,26 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
     say(f"report: {report.resolve()}")
     ranks.leave()
     return report
+
+
+def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequence[Path] = ()) -> str:
+    """The sentence that says what memory is expected, with the prepared scans that are kept once they are known."""
+    # Both views of every item pass through the network at once.
+    parts = swin_unetr(
+        config.roi_size,
+        2 * settings["batch_size"] / max(ranks.world_size(), 1),
+        int(config.network.get("feature_size", 24)),
+        training=True,
+    )
+    if kept:
+        size = sum(path.stat().st_size for path in kept)
+        parts.append(Part(f"{len(kept)} scans in memory", size, 'set trainer.cache to "disk"'))
+    return expect(
+        f"pretraining on {len(kept)} scans" if kept else "pretraining, without its scans,",
+        parts,
+        gpu=torch.cuda.is_available() and settings["accelerator"] != "cpu",
+        processes=local_processes(),
+    ).sentence
 
 
 def weights(output: Path) -> Path:

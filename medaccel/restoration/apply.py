@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,13 @@ from medaccel.data import (
 )
 from medaccel.data._fields import optional
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
+from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, check_volume
 from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.training_range import SECONDS_MARGIN, TrainingRange
+from medaccel.training.memory import expect
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
@@ -91,7 +94,7 @@ def apply(
         ValueError: an output name of another format, or DICOM output without DICOM input; a checkpoint that is
             damaged or of another format; an exposure that the method wasn't fitted on; an input that is damaged or no
             SUV (negative, not finite, zero everywhere, one slice); a CT elsewhere; `samples` where the method draws
-            none.
+            none; more memory is expected than is free.
         OSError: no input or checkpoint; the output exists, or can't be written, and an old one stays as it was.
 
     Warns:
@@ -116,6 +119,14 @@ def apply(
         warnings.warn(f"{read.path}: {sentence}", stacklevel=2)
     ct = read.ct if ct is None else Path(ct)
     hounsfield = None if ct is None else _ct_on_grid(ct, read.image, volume, spacing, progress)
+    more = {} if samples is None else {"samples": samples}
+    needed = expect(
+        f"{read.path}: restoring it",
+        expected_of_restoring(method.name, {**method.settings, **more}, volume.size),
+        gpu=on_gpu({method.name: method.settings}),
+    )
+    if progress:
+        print(f"medaccel: {needed.sentence}", file=sys.stderr)
     restored = method.restore(
         volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.restoration import memory
 from medaccel.restoration.calibration import Calibration
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
@@ -31,6 +32,7 @@ from medaccel.restoration.study import read_parameters
 from medaccel.restoration.training_range import TrainingRange
 from medaccel.training import ranks
 from medaccel.training.digest import digest
+from medaccel.training.memory import expect, local_processes
 
 Say = Callable[[str], None]
 
@@ -50,7 +52,8 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
         The path of report.html.
 
     Raises:
-        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
+        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else, more
+            memory expected than is free.
     """
     check_sources(config)
     known = set().union(*(method_class(name).defaults for name in METHODS))
@@ -63,9 +66,13 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
             raise ValueError(f"methods: {name} can't run here: {reason}")
     folder = RunFolder(config.output)
     ranks.join(str(config.trainer.get("accelerator", "auto")))
+    own = {name: settings_of(config, name) for name in config.methods}
+    stages = memory.expected_of_run(config, own)
+    expected = expect("the run", *stages, gpu=memory.on_gpu(own), processes=local_processes())
     with ranks.first_process() as first:
         if first:
             folder.start(config.plain(), force, resume, say)
+            say(expected.sentence)
             training_studies(config, say)
     train, validation = known_studies(config)
     trained_on = cache(lambda: TrainingRange.of(train, config.exposures).plain())  # read once, and only if needed
@@ -124,6 +131,8 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         }
         for name in names
     }
+    own = {name: method.settings for name, method in methods.items()}
+    say(expect("scoring", *memory.expected_of_scoring(config, chosen, own), gpu=memory.on_gpu(own)).sentence)
     output = chosen.run / "scored" / chosen.label
     identity = {"options": chosen.plain(), "frozen": frozen["digest"]}
     first = _check_same_scoring(output, identity)

@@ -22,11 +22,13 @@ from typing import Any
 
 from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
 from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, run_grid
+from medaccel.segmentation.memory import expected_of_study, on_gpu
 from medaccel.segmentation.msd import DATASET_JSON, MSDDataset, read_dataset
 from medaccel.segmentation.phantom_task import write_pool, write_task
 from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
 from medaccel.segmentation.run_folder import StudyFolder
 from medaccel.training import ranks
+from medaccel.training.memory import expect, local_processes
 
 Say = Callable[[str], None]
 #: As `pretrain_preset`.
@@ -82,11 +84,22 @@ def run(
     accelerator = str(next(iter(settings.values()))["accelerator"])
     ranks.join(accelerator)
     folder, chosen = StudyFolder(config.output), config.chosen()
+    expected = None
+    if ranks.rank() == 0 and run_cell is None and (cell is not None or config.jobs):
+        beside = config.jobs if cell is None and config.backend == "loky" else 1  # on this machine
+        expected = expect(
+            "a cell of the study" if cell is not None else "the study",
+            *expected_of_study(config, settings),
+            gpu=on_gpu(next(iter(settings.values()))),
+            processes=max(local_processes(), beside),
+        )
     if cell is not None:
         return _run_one(Study(config, folder, settings), cell, say, run_cell)
     with ranks.first_process() as first:
         if first:
             folder.start(options_of(config, settings), force, resume, say)
+            if expected is not None:
+                say(expected.sentence)
             make_data(config, folder, chosen)
     study = Study(config, folder, settings)
     if ranks.rank() == 0:

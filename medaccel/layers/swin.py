@@ -80,10 +80,10 @@ class WindowAttention(MonaiWindowAttention):
 
         A mask may be anything, so with one this is torch's scaled_dot_product_attention.
         """
-        reason = self.unserved()
-        if reason is not None:
+        if exporting():  # asked first: an exporter shows children through classes of its own
+            return torch.as_tensor(super().forward(x, mask))
+        if (reason := self.unserved()) is not None:
             warn_once(self, reason)
-        if reason is not None or exporting():
             return torch.as_tensor(super().forward(x, mask))
         b, n, c = x.shape
         qkv = self.qkv(x)
@@ -142,11 +142,13 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
         """(B, *spatial, C) to the same: norm1, attention, projection."""
         sizes = x.shape[1:-1]
         window, shift = get_window_size(sizes, self.window_size, self.shift_size)
-        reason = self.unserved()
+        # An exporter shows children through classes of its own, and gets MONAI's code in any case.
+        exported = exporting()
+        reason = None if exported else self.unserved()
         if reason is not None:
             warn_once(self, reason)
         known = not any(shift) or _is_shift_mask(mask_matrix, sizes, window, shift)
-        if reason is not None or not known or exporting():
+        if exported or reason is not None or not known:
             if mask_matrix is _Mask.SHIFT:
                 mask_matrix = _shift_mask(sizes, window, shift, x.device) if any(shift) else None
             return torch.as_tensor(super().forward_part1(x, mask_matrix))

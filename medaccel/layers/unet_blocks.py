@@ -46,10 +46,12 @@ _ACTIVATION = ((nn.LeakyReLU, nn.ReLU), "torch's LeakyReLU or ReLU", _slope_valu
 
 def _served(block: Any, x: Tensor) -> bool:
     """Whether this call is the op's: stock children, batched, not for an exporter, on a device that has a kernel."""
+    if exporting():  # asked first: an exporter shows children through classes of its own
+        return False
     if (reason := block.unserved()) is not None:
         warn_once(block, reason)
         return False
-    return not exporting() and x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
+    return x.dim() == _RANKS[type(block.norm1)] and instance_norm.unsupported(x) is None
 
 
 def _unserved(block: Any, ours: Any, monais: type[nn.Module]) -> str | None:

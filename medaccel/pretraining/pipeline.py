@@ -28,6 +28,7 @@ from medaccel.data.files import atomic_path, read_json, write_text
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.training import ranks
 from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.training.memory import Part, expect, local_processes, swin_unetr
 from medaccel.training.run_folder import REPORT, OptionsFolder
 from medaccel.training.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
 
@@ -76,9 +77,12 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
             say(f"{config.output}: pretrained before")
             return config.output / REPORT
         plan = check(config)
+        expected = _expected(config, plan.settings)
     ranks.join(str(plan.settings["accelerator"]))
     alone = folder.session(config.plain(), force, resume, say) if ranks.rank() == 0 else nullcontext()
     with alone:
+        if ranks.rank() == 0:
+            say(expected)
         return _run(config, plan, say)
 
 
@@ -181,6 +185,8 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
             write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
     plain = read_json(folder / "scans.json")
     scans = Scans.of(plain, cache)
+    if ranks.rank() == 0 and settings["cache"] == "memory":
+        say(_expected(config, settings, scans.training))
     items = Items(
         Volumes(scans.training, settings["cache"]),
         tasks,
@@ -225,6 +231,26 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
     say(f"report: {report.resolve()}")
     ranks.leave()
     return report
+
+
+def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequence[Path] = ()) -> str:
+    """The sentence that says what memory is expected, with the prepared scans that are kept once they are known."""
+    # Both views of every item pass through the network at once.
+    parts = swin_unetr(
+        config.roi_size,
+        2 * settings["batch_size"] / max(ranks.world_size(), 1),
+        int(config.network.get("feature_size", 24)),
+        training=True,
+    )
+    if kept:
+        size = sum(path.stat().st_size for path in kept)
+        parts.append(Part(f"{len(kept)} scans in memory", size, 'set trainer.cache to "disk"'))
+    return expect(
+        f"pretraining on {len(kept)} scans" if kept else "pretraining, without its scans,",
+        parts,
+        gpu=torch.cuda.is_available() and settings["accelerator"] != "cpu",
+        processes=local_processes(),
+    ).sentence
 
 
 def weights(output: Path) -> Path:

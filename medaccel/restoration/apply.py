@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,14 @@ from medaccel.data._fields import optional
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.data.files import check_input
 from medaccel.data.hounsfield import check_hu
+from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, check_volume
 from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.uptake import check_suv
+from medaccel.training.memory import expect
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
@@ -96,7 +99,7 @@ def apply(
         ValueError: an output name of another format, or DICOM output without DICOM input; a checkpoint that is
             damaged or of another format; an exposure that the method wasn't fitted on; an input that is damaged or no
             SUV (negative, not finite, zero everywhere, one slice, in another unit); a CT that is none in HU, or
-            elsewhere; `samples` where the method draws none.
+            elsewhere; `samples` where the method draws none; more memory is expected than is free.
         OSError: no input or checkpoint; the output exists, or can't be written, and an old one stays as it was.
 
     Warns:
@@ -123,6 +126,14 @@ def apply(
         warnings.warn(f"{read.path}: {sentence}", stacklevel=2)
     ct = read.ct if ct is None else Path(ct)
     hounsfield = None if ct is None else _ct_on_grid(ct, read.image, volume, spacing, check_units, progress)
+    more = {} if samples is None else {"samples": samples}
+    needed = expect(
+        f"{read.path}: restoring it",
+        expected_of_restoring(method.name, {**method.settings, **more}, volume.size),
+        gpu=on_gpu({method.name: method.settings}),
+    )
+    if progress:
+        print(f"medaccel: {needed.sentence}", file=sys.stderr)
     restored = method.restore(
         volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.restoration import memory
 from medaccel.restoration.calibration import Calibration
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
@@ -41,6 +42,7 @@ from medaccel.training import ranks
 from medaccel.training.digest import digest
 from medaccel.training.inputs import check_inputs
 from medaccel.training.lock import locked
+from medaccel.training.memory import expect, local_processes
 from medaccel.training.run_folder import remove_temporaries
 from medaccel.training.settings import before_work, check_accelerator, check_group
 
@@ -62,14 +64,20 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
         The path of report.html.
 
     Raises:
-        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
+        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else, more
+            memory expected than is free.
     """
     with before_work():
         check(config)
+        own = {name: settings_of(config, name) for name in config.methods}
+        stages = memory.expected_of_run(config, own)
+        expected = expect("the run", *stages, gpu=memory.on_gpu(own), processes=local_processes())
     folder = RunFolder(config.output)
     ranks.join(str(config.trainer.get("accelerator", "auto")))
     alone = folder.session(config.plain(), force, resume, say) if ranks.rank() == 0 else nullcontext()
     with alone:
+        if ranks.rank() == 0:
+            say(expected.sentence)
         return _run(config, folder, say)
 
 
@@ -162,6 +170,8 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         }
         for name in names
     }
+    own = {name: method.settings for name, method in methods.items()}
+    say(expect("scoring", *memory.expected_of_scoring(config, chosen, own), gpu=memory.on_gpu(own)).sentence)
     output = chosen.run / "scored" / chosen.label
     identity = {"options": chosen.plain(), "frozen": frozen["digest"]}
     output.mkdir(parents=True, exist_ok=True)

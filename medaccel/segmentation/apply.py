@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,8 @@ def apply(
 
     Raises:
         ValueError: a checkpoint that is damaged, of another kind or format; an output of another format; an input
-            that is damaged or no CT in HU; several series in the folder; `keep_largest` below 0.
+            that is damaged or no CT in HU; several series in the folder; `keep_largest` below 0; more memory is
+            expected than is free.
         OSError: no input or checkpoint; an output exists, or can't be written, and an old one stays as it was.
 
     Warns:
@@ -75,11 +77,20 @@ def apply(
 
     from medaccel.segmentation.checkpoint import load
     from medaccel.segmentation.inference import segment
+    from medaccel.segmentation.memory import Size, expected_of_scan
+    from medaccel.training.memory import expect
 
     trained = load(checkpoint)
     scan = read_scan(_scan(input, series_uid, check_units), check_units=check_units)
     for sentence in _unlike(scan, trained.seen):
         warnings.warn(f"{input}: {sentence}", stacklevel=2)
+    expected = expect(
+        f"{input}: segmenting it",
+        expected_of_scan(Size.of(scan, trained.settings["spacing"]), trained.settings, len(trained.labels)),
+        gpu=torch.cuda.is_available(),
+    )
+    if progress:
+        print(f"medaccel: {expected.sentence}", file=sys.stderr)
     network = trained.network().to("cuda" if torch.cuda.is_available() else "cpu")
     labels = segment(network, scan, trained.settings, keep_largest=keep_largest, progress=progress)
     labels.header["descrip"] = f"{RESEARCH_ONLY}: labels".encode()[:79]

@@ -24,12 +24,14 @@ from typing import Any
 from medaccel.pretraining.names import PRESETS
 from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
 from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, check_backend, run_grid
+from medaccel.segmentation.memory import expected_of_study, on_gpu
 from medaccel.segmentation.msd import DATASET_JSON, MSDDataset, read_dataset
 from medaccel.segmentation.phantom_task import write_pool, write_task
 from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
 from medaccel.segmentation.run_folder import StudyFolder
 from medaccel.training import ranks
 from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.training.memory import expect, local_processes
 from medaccel.training.settings import before_work, check_accelerator
 
 Say = Callable[[str], None]
@@ -72,6 +74,7 @@ def run(
     """
     with before_work():
         settings = check(config, cell=cell)
+        expected = _expected(config, settings, cell) if run_cell is None and ranks.rank() == 0 else ""
     accelerator = str(next(iter(settings.values()))["accelerator"])
     ranks.join(accelerator)
     folder = StudyFolder(config.output)
@@ -83,6 +86,8 @@ def run(
     options = options_of(config, settings)
     alone = folder.session(options, force, resume, say) if ranks.rank() == 0 else nullcontext()
     with alone:
+        if expected:
+            say(expected)
         return _run(config, folder, settings, say, run_cell, pretrain)
 
 
@@ -128,6 +133,19 @@ def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, d
         except ValueError as error:
             raise ValueError(f"pretraining: {error}") from error
     return settings
+
+
+def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]], cell: int | None) -> str:
+    """The sentence that says what memory is expected; empty where no cell is run on this machine."""
+    if cell is None and not config.jobs:
+        return ""
+    beside = config.jobs if cell is None and config.backend == "loky" else 1  # on this machine
+    return expect(
+        "the study" if cell is None else "a cell of the study",
+        *expected_of_study(config, settings),
+        gpu=on_gpu(next(iter(settings.values()))),
+        processes=max(local_processes(), beside),
+    ).sentence
 
 
 def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:

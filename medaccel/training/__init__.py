@@ -4,5 +4,6 @@
 They are the same bits where the number of threads and the processor's instruction set are the same: torch's
 convolutions round differently between those.
 
-`fit` trains; `sampler` numbers the items, so that each is the same whenever it is drawn; `ranks` is for `torchrun`.
+`fit` trains; `sampler` numbers the items, so that each is the same whenever it is drawn; `ranks` is for `torchrun`;
+`memory` says what a pipeline expects to need.
 """

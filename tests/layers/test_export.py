@@ -137,13 +137,15 @@ def test_recorded_model_in_training_gives_what_eager_gives(
 
 # By what torch.onnx.export calls them.
 @pytest.mark.parametrize("dynamo", [True, False])
-def test_onnx_gives_what_eager_gives(accelerated: tuple[nn.Module, Arguments], dynamo: bool, tmp_path: Path):
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "swin unetr v2"])
+def test_onnx_gives_what_eager_gives(name: str, dynamo: bool, tmp_path: Path):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     if dynamo:
         pytest.importorskip("onnxscript")
-    model, arguments = accelerated
-    expected = model(*arguments)
+    model, arguments = MODELS[name]()
+    medaccel.accelerate(model)
+    expected = model.eval()(*arguments)
     path = str(tmp_path / "model.onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from medaccel.data.msd import read_dataset
 from medaccel.nets import SwinUNETR, load_pretrained
-from medaccel.segmentation.msd import read_dataset
-from medaccel.segmentation.probe import PROBE, linear_probe
+from medaccel.segmentation.evaluation.probe import PROBE, linear_probe
 from medaccel.segmentation.protocol import split_cases
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader
 
-from medaccel.training.settings import converted, nearest
+from medaccel.studies.settings import converted, nearest
 
 
 class Formatter(DefaultHelpFormatter):

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 
 from medaccel._arguments import Formatter, Parser, prepared
-from medaccel.training.settings import before_work, hints_of, nearest
+from medaccel.studies.settings import before_work, hints_of, nearest
 
 SMOOTH_EXAMPLES = """examples:
   medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5

@@ -51,7 +51,7 @@ def demo(output: Path, *, force: bool = False, say: Callable[[str], None] = prin
     from medaccel.segmentation.pipeline import check, options_of
     from medaccel.segmentation.pipeline import run as segment
     from medaccel.segmentation.run_folder import StudyFolder
-    from medaccel.training.settings import before_work
+    from medaccel.studies.settings import before_work
 
     restoration = output / "restoration"
     first = dataclasses.replace(DEMO_RUN, output=restoration)

@@ -18,7 +18,7 @@ from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, method_class
 from medaccel.restoration.pipeline import check as check_restoration
 from medaccel.segmentation.config import SegmentationConfig
-from medaccel.training.settings import TRAINING
+from medaccel.studies.settings import TRAINING
 
 RUNS = ("restoration run", "pretraining run", "segmentation run")
 CONFIGS: dict[str, Any] = {

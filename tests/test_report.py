@@ -32,12 +32,12 @@ from medaccel.report.html import (
     versions,
     write_html,
 )
-from medaccel.restoration.evaluation import evaluate, summarize
-from medaccel.restoration.metrics import body_mask, oracle
-from medaccel.restoration.noise import analyse_noise
-from medaccel.restoration.report import RestorationResults, build_page, write_report
-from medaccel.restoration.report_figures import Example
-from medaccel.restoration.report_text import LABELS, finding
+from medaccel.restoration.evaluation.metrics import body_mask, oracle
+from medaccel.restoration.evaluation.noise import analyse_noise
+from medaccel.restoration.evaluation.study_scores import evaluate, summarize
+from medaccel.restoration.report.figures import Example
+from medaccel.restoration.report.scores import RestorationResults, build_page, write_report
+from medaccel.restoration.report.text import LABELS, finding
 from medaccel.restoration.statistics import ratio_score
 from tests.restoration.test_evaluation import Study
 
@@ -358,7 +358,7 @@ def test_importing_the_report_loads_no_matplotlib():
     import sys
 
     code = (
-        "import sys, medaccel.report.html, medaccel.report.figures, medaccel.restoration.report as r;"
+        "import sys, medaccel.report.html, medaccel.report.figures, medaccel.restoration.report.scores as r;"
         "print([m for m in ('matplotlib', 'scipy', 'skimage', 'jinja2', 'monai') if m in sys.modules])"
     )
     root = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.pretraining.names import PRESETS, TASK_NAMES
-from medaccel.training.digest import digest
-from medaccel.training.settings import check_fields, check_keys, check_seeds_range, check_written, nearest
+from medaccel.studies.digest import digest
+from medaccel.studies.settings import check_fields, check_keys, check_seeds_range, check_written, nearest
 
 COARSEST = 8.0  # mm, of phantoms
 

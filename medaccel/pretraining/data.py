@@ -17,7 +17,7 @@ from medaccel.data.ct import Scan, ScanList, Skipped, find_scans, read_scan, sif
 from medaccel.data.ct_transforms import canonical
 from medaccel.data.files import atomic_path, is_full_disk
 from medaccel.data.tensors import check_tensors, first_line, load_tensors
-from medaccel.training.digest import digest
+from medaccel.studies.digest import digest
 
 # Of what a cached scan holds and what was checked of it; another one makes new files.
 _FORMAT = 2

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from medaccel.pretraining.network import PretrainingNet
 from medaccel.pretraining.tasks import Step, Task
+from medaccel.studies.settings import check_group
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit
-from medaccel.training.settings import check_group
 
 #: `TRAINING`'s, as pretraining has them: the last weights are kept, not a running average.
 DEFAULTS: Mapping[str, Any] = {**TRAINING, "ema_decay": 0.0, "batch_size": 4, "learning_rate": 1e-3}

@@ -26,11 +26,11 @@ import torch
 
 from medaccel.data.files import atomic_path, read_json, write_text
 from medaccel.pretraining.config import PretrainingConfig
+from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.studies.run_folder import REPORT, OptionsFolder
+from medaccel.studies.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
 from medaccel.training import ranks
-from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
 from medaccel.training.memory import Part, expect, local_processes, swin_unetr
-from medaccel.training.run_folder import REPORT, OptionsFolder
-from medaccel.training.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
 
 if TYPE_CHECKING:
     from medaccel.data.ct import ScanList
@@ -260,7 +260,7 @@ def weights(output: Path) -> Path:
 
 def _phantoms(config: PretrainingConfig) -> Path:
     """The folder of the pool, which is written where it isn't there."""
-    from medaccel.segmentation.phantom_task import write_pool
+    from medaccel.phantoms.ct_dataset import write_pool
 
     folder = config.output / "scans"
     write_pool(folder, config.phantoms, seed=config.seed, spacing=config.phantom_spacing)

@@ -31,12 +31,12 @@ from medaccel.data._fields import optional
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.data.files import check_input
 from medaccel.data.hounsfield import check_hu
+from medaccel.restoration.evaluation.metrics import body_mask
+from medaccel.restoration.evaluation.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, check_volume
-from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.study import AIR_HU
-from medaccel.restoration.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.uptake import check_suv
 from medaccel.training.memory import expect
 

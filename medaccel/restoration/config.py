@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.restoration.methods import METHODS
-from medaccel.training.digest import digest
-from medaccel.training.settings import (
+from medaccel.studies.digest import digest
+from medaccel.studies.settings import (
     TRAINING,
     check_fields,
     check_group,

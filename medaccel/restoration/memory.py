@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.methods import method_class
-from medaccel.restoration.phantoms import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.training import memory, ranks
 from medaccel.training.memory import Part
 

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from medaccel.restoration import memory
-from medaccel.restoration.calibration import Calibration
 from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.evaluation.calibration import Calibration
+from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
 from medaccel.restoration.methods.base import Method, Task
-from medaccel.restoration.outcome import write_outcome
-from medaccel.restoration.report_text import REFERENCES
+from medaccel.restoration.report.text import REFERENCES
+from medaccel.restoration.report.write import write_outcome
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
 from medaccel.restoration.sources import (
@@ -37,14 +38,13 @@ from medaccel.restoration.sources import (
     training_studies,
 )
 from medaccel.restoration.study import read_parameters
-from medaccel.restoration.training_range import TrainingRange
+from medaccel.studies.digest import digest
+from medaccel.studies.inputs import check_inputs
+from medaccel.studies.lock import locked
+from medaccel.studies.run_folder import remove_temporaries
+from medaccel.studies.settings import before_work, check_accelerator, check_group
 from medaccel.training import ranks
-from medaccel.training.digest import digest
-from medaccel.training.inputs import check_inputs
-from medaccel.training.lock import locked
 from medaccel.training.memory import expect, local_processes
-from medaccel.training.run_folder import remove_temporaries
-from medaccel.training.settings import before_work, check_accelerator, check_group
 
 Say = Callable[[str], None]
 

@@ -23,9 +23,9 @@ from filelock import FileLock
 
 from medaccel.data.files import read_json, write_text
 from medaccel.restoration.config import RunConfig
-from medaccel.training.digest import digest
-from medaccel.training.lock import LOCK
-from medaccel.training.run_folder import OptionsFolder
+from medaccel.studies.digest import digest
+from medaccel.studies.lock import LOCK
+from medaccel.studies.run_folder import OptionsFolder
 
 
 class RunFolder(OptionsFolder):

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from medaccel.data.files import atomic_path, read_json, write_text
 from medaccel.data.tensors import check_tensors, first_line, load_tensors
-from medaccel.restoration import metrics
-from medaccel.restoration.calibration import Calibration, Item, fit_calibration
-from medaccel.restoration.evaluation import StudyEvaluator
+from medaccel.restoration.evaluation import metrics
+from medaccel.restoration.evaluation.calibration import Calibration, Item, fit_calibration
+from medaccel.restoration.evaluation.noise_effects import NoiseLevel, noise_level
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator
 from medaccel.restoration.methods.base import Method, Restoration
-from medaccel.restoration.noise_effects import NoiseLevel, noise_level
-from medaccel.restoration.report_text import IDENTITY, NOISE_FREE, ORACLE
+from medaccel.restoration.report.text import IDENTITY, NOISE_FREE, ORACLE
 from medaccel.restoration.statistics import block_errors
 from medaccel.restoration.study import Study, load_study
 

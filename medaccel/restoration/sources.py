@@ -17,17 +17,17 @@ from tqdm import tqdm
 from medaccel.data import open_series, read_nifti, read_pet_series, voxel_spacing, write_text
 from medaccel.data.files import read_json
 from medaccel.data.hounsfield import check_hu
+from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.restoration.config import RunConfig, ScoreConfig
-from medaccel.restoration.generate import simulate_study, write_studies
 from medaccel.restoration.methods.base import check_volume
-from medaccel.restoration.phantoms import DEFAULT_SHAPE, DEFAULT_SPACING
-from medaccel.restoration.simulator import Progress, SimulatorConfig
+from medaccel.restoration.simulation.generate import simulate_study, write_studies
+from medaccel.restoration.simulation.simulator import Progress, SimulatorConfig
 from medaccel.restoration.study import STUDY_JSON, find_studies, is_complete, read_parameters, save_study
 from medaccel.restoration.uptake import check_suv
+from medaccel.studies.inputs import Record, differences, refuse_changes
+from medaccel.studies.inputs import record as inputs_of
+from medaccel.studies.settings import converted, hints_of
 from medaccel.training import ranks
-from medaccel.training.inputs import Record, differences, refuse_changes
-from medaccel.training.inputs import record as inputs_of
-from medaccel.training.settings import converted, hints_of
 
 VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
 

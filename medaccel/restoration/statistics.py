@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medaccel.restoration.metrics import Array, Mask, check_spacing, check_volumes, ssim_map
+from medaccel.restoration.evaluation.metrics import Array, Mask, check_spacing, check_volumes, ssim_map
 
 RESAMPLES = 4000
 LEVEL = 0.95

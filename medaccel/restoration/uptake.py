@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medaccel.restoration.metrics import Array, check_spacing
+from medaccel.restoration.evaluation.metrics import Array, check_spacing
 
 # SUV, of the body's median: what passes without a word, and what can't be.
 _USUAL = (0.15, 2.2)

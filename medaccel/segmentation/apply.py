@@ -75,9 +75,9 @@ def apply(
         raise ValueError(f"keep_largest is {keep_largest}; expected 0 for all components, or how many are kept")
     import torch
 
-    from medaccel.segmentation.checkpoint import load
-    from medaccel.segmentation.inference import segment
     from medaccel.segmentation.memory import Size, expected_of_scan
+    from medaccel.segmentation.model.checkpoint import load
+    from medaccel.segmentation.model.inference import segment
     from medaccel.training.memory import expect
 
     trained = load(checkpoint)
@@ -112,7 +112,7 @@ def volumes(image: Nifti1Image, names: Mapping[int, str]) -> list[dict[str, Any]
 
     Components are given by their volumes, mL, the largest first.
     """
-    from medaccel.segmentation.metrics import component_voxels
+    from medaccel.segmentation.evaluation.metrics import component_voxels
 
     values = np.asarray(image.dataobj)
     millilitres = float(np.prod(voxel_spacing(image))) / 1000

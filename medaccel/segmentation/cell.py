@@ -2,7 +2,7 @@
 """One cell of the study: fine-tune from an initialization on a share of the labels, choose on validation, test once.
 
     last.ckpt     while it trains; a cell that was killed goes on from there
-    best.pt       the network that was chosen (`medaccel.segmentation.checkpoint`)
+    best.pt       the network that was chosen (`medaccel.segmentation.model.checkpoint`)
     result.json   everything that was found; where it is, the cell is finished
     csv/, tensorboard/
 
@@ -25,14 +25,13 @@ import torch
 from torch import nn
 
 from medaccel.data import voxel_spacing, write_text
+from medaccel.data.msd import Case, MSDDataset, load_case
 from medaccel.nets import load_pretrained
-from medaccel.segmentation import checkpoint
-from medaccel.segmentation.inference import segment
-from medaccel.segmentation.metrics import score_case
-from medaccel.segmentation.msd import Case, MSDDataset, load_case
-from medaccel.segmentation.presets import make_settings
-from medaccel.segmentation.protocol import RANDOM, Cell, Split
-from medaccel.segmentation.training import (
+from medaccel.segmentation.evaluation.metrics import score_case
+from medaccel.segmentation.model import checkpoint
+from medaccel.segmentation.model.inference import segment
+from medaccel.segmentation.model.presets import make_settings
+from medaccel.segmentation.model.training import (
     Crops,
     SegmentationFit,
     Validation,
@@ -40,6 +39,7 @@ from medaccel.segmentation.training import (
     shared_out,
     validation_case,
 )
+from medaccel.segmentation.protocol import RANDOM, Cell, Split
 from medaccel.training import ranks
 from medaccel.training.fit import train
 
@@ -73,7 +73,7 @@ def run_cell(
         dataset: the task.
         split: of the dataset's cases.
         folder: of the cell; made if missing.
-        settings: of `medaccel.segmentation.presets.make_settings`, or overrides for it.
+        settings: of `medaccel.segmentation.model.presets.make_settings`, or overrides for it.
         weights: to start from, any file that `medaccel.nets.load_pretrained` reads; None for random initialization.
         progress: show bars.
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medaccel.phantoms.ct_dataset import TASKS
 from medaccel.pretraining.config import COARSEST, PretrainingConfig
 from medaccel.pretraining.names import PRESETS
-from medaccel.segmentation.phantom_task import TASKS
 from medaccel.segmentation.protocol import (
     FRACTIONS,
     INITIALIZATIONS,
@@ -25,8 +25,8 @@ from medaccel.segmentation.protocol import (
     select,
     split_cases,
 )
-from medaccel.training.digest import digest
-from medaccel.training.settings import check_fields, check_group, check_keys, check_seeds_range, converted, nearest
+from medaccel.studies.digest import digest
+from medaccel.studies.settings import check_fields, check_group, check_keys, check_seeds_range, converted, nearest
 
 BACKENDS = ("loky", "dask", "ray", "sequential")
 #: Pretraining on the labels of another task.
@@ -69,7 +69,7 @@ class SegmentationConfig:
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
         tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}, by_fraction: {1.0: {…}}}.
-            Without data, "spleen" and "lung" are phantom tasks. preset is one of `medaccel.segmentation.presets`, by
+            Without data, "spleen" and "lung" are phantom tasks. preset is one of `medaccel.segmentation.model.presets`, by
             default the phantoms' or "generic"; settings are those of the preset and of the training that differ, in
             this task alone, and by_fraction those that differ further at a share of the labels, for every
             initialization alike: more labels take more steps to a plateau. check_units: false takes data that

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.data import write_text
-from medaccel.segmentation.msd import MSDDataset
+from medaccel.data.msd import MSDDataset
 from medaccel.segmentation.protocol import Cell, Split
+from medaccel.studies.lock import locked
+from medaccel.studies.run_folder import remove_temporaries
 from medaccel.training import ranks
-from medaccel.training.lock import locked
-from medaccel.training.run_folder import remove_temporaries
 
 RESULT, ERROR = "result.json", "error.txt"
 # There while a cell is run, and afterwards where its process was killed.

@@ -13,8 +13,8 @@ import nibabel
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
+from medaccel.data.msd import read_dataset
 from medaccel.segmentation.config import SegmentationConfig
-from medaccel.segmentation.msd import read_dataset
 from medaccel.training import memory, ranks
 from medaccel.training.memory import Part
 

@@ -21,18 +21,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from medaccel.data.msd import DATASET_JSON, MSDDataset, read_dataset
+from medaccel.phantoms.ct_dataset import write_pool, write_task
 from medaccel.pretraining.names import PRESETS
 from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
 from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, check_backend, run_grid
 from medaccel.segmentation.memory import expected_of_study, on_gpu
-from medaccel.segmentation.msd import DATASET_JSON, MSDDataset, read_dataset
-from medaccel.segmentation.phantom_task import write_pool, write_task
 from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
 from medaccel.segmentation.run_folder import StudyFolder
+from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.training import ranks
-from medaccel.training.inputs import INPUTS, check_inputs, differences, read, refuse_changes
 from medaccel.training.memory import expect, local_processes
-from medaccel.training.settings import before_work, check_accelerator
 
 Say = Callable[[str], None]
 #: As `pretrain_preset`.
@@ -211,7 +211,7 @@ def _run(
         failed = _run_cells(study, chosen, say, run_cell, "of the study")
     report = folder.path / "report.html"
     if ranks.rank() == 0:
-        from medaccel.segmentation.report import write_outcome
+        from medaccel.segmentation.report.write import write_outcome
 
         report = write_outcome(study, say)
     ranks.leave()
@@ -282,7 +282,7 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
     Raises:
         ValueError: an unknown preset or setting, or a value out of range.
     """
-    from medaccel.segmentation.presets import make_settings
+    from medaccel.segmentation.model.presets import make_settings
 
     options = config.tasks[task]
     preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")

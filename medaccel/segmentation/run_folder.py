@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medaccel.training.run_folder import OptionsFolder
+from medaccel.studies.run_folder import OptionsFolder
 
 
 class StudyFolder(OptionsFolder):

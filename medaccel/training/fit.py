@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from medaccel.data.files import atomic_path
 from medaccel.data.tensors import load_tensors
+from medaccel.studies.digest import digest
+from medaccel.studies.settings import TRAINING
 from medaccel.training import ranks
-from medaccel.training.digest import digest
 from medaccel.training.sampler import Numbered
-from medaccel.training.settings import TRAINING
 
 __all__ = ["TRAINING", "NetworkFit", "train"]
 
@@ -160,7 +160,7 @@ def train(
 
     Args:
         module: its settings say how long, on what devices and in which precision.
-        items: endless and numbered, such as `medaccel.restoration.patches.Patches`.
+        items: endless and numbered, such as `medaccel.restoration.methods.patches.Patches`.
         folder: for checkpoints, TensorBoard and CSV logs.
         seed: of dropout and the like; the items have their own.
         progress: show Lightning's bar.

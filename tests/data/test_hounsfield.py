@@ -15,7 +15,7 @@ from scipy import ndimage
 from medaccel.data import make_nifti, read_nifti, read_pet_series, save_nifti
 from medaccel.data.ct import Scan, find_scans, read_scan
 from medaccel.data.hounsfield import check_hu, check_modality, judge
-from medaccel.segmentation.phantom_ct import make_phantom
+from medaccel.phantoms.ct import make_phantom
 
 Change = Callable[[np.ndarray], np.ndarray]
 

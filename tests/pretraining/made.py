@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from medaccel.phantoms.ct_dataset import write_pool
 from medaccel.pretraining.data import Scans, Volumes, prepare
 from medaccel.pretraining.fit import PretrainingFit, settings_of
 from medaccel.pretraining.items import Items
 from medaccel.pretraining.network import PretrainingNet
 from medaccel.pretraining.tasks import make_tasks
-from medaccel.segmentation.phantom_task import write_pool
 
 SPACING = (8.0, 8.0, 8.0)
 ROI = (64, 32, 32)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from medaccel.data import make_nifti, read_nifti, save_nifti
+from medaccel.phantoms.ct_dataset import write_pool, write_task
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.pretraining.data import load, prepare
-from medaccel.segmentation.phantom_task import write_pool, write_task
 from tests.pretraining.made import SPACING
 
 EVERYTHING = {"held_out": 0.25, "skip_limit": 0.0, "seed": 0, "progress": False}

@@ -13,10 +13,10 @@ import yaml
 
 from medaccel.data import write_text
 from medaccel.nets import SwinUNETR, load_pretrained
+from medaccel.phantoms.ct_dataset import write_pool
 from medaccel.pretraining import evaluation
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.pretraining.pipeline import run, weights
-from medaccel.segmentation.phantom_task import write_pool
 from tests.pretraining.made import ROI, SPACING, TRAINER
 
 QUICK = {"steps": 2, "steps_per_epoch": 1}

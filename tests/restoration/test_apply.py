@@ -19,10 +19,10 @@ from medaccel.cli import main
 from medaccel.data import make_nifti, open_series, read_dicom_series, read_nifti, read_pet_series, save_nifti
 from medaccel.restoration import methods
 from medaccel.restoration.apply import TRAINING_RANGE, apply
+from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, Restoration, Task
 from medaccel.restoration.study import Study, save_study
-from medaccel.restoration.training_range import TrainingRange, noise_level
 from tests.data.dicom_series import write_series
 
 SPACING = (4.0, 4.0, 3.0)

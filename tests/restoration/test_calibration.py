@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from medaccel.restoration.calibration import (
+from medaccel.restoration.evaluation.calibration import (
     BY_SUV,
     CALIBRATED,
     CONSTANT,

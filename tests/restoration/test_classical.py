@@ -10,7 +10,7 @@ import pytest
 import scipy.ndimage
 import torch
 
-from medaccel.restoration import metrics
+from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods.base import Method, Task
 from medaccel.restoration.methods.classical import (
     BM4D,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from medaccel.restoration.comparison import compare_methods, holm
+from medaccel.restoration.evaluation.comparison import compare_methods, holm
 
 
 def _values(studies: int = 20) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medaccel.restoration import metrics
-from medaccel.restoration.evaluation import StudyEvaluator, evaluate, summarize
+from medaccel.restoration.evaluation import metrics
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator, evaluate, summarize
 
 SHAPE = (30, 28, 32)
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from medaccel.restoration import lesion_metrics
-from medaccel.restoration.lesion_metrics import created_hot_spots, hot_spot_ceiling, is_lost, measure_lesions
+from medaccel.restoration.evaluation import lesions as lesion_metrics
+from medaccel.restoration.evaluation.lesions import created_hot_spots, hot_spot_ceiling, is_lost, measure_lesions
 
 SPACING = (4.0, 4.0, 4.0)
 SHAPE = (32, 32, 32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from medaccel.restoration import metrics
+from medaccel.restoration.evaluation import metrics
 
 SPACING = (4.0, 4.0, 4.0)
 

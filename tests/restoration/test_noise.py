@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medaccel.restoration.noise import HISTOGRAM_EDGES, analyse_noise, normalised_noise
+from medaccel.restoration.evaluation.noise import HISTOGRAM_EDGES, analyse_noise, normalised_noise
 
 SHAPE = (56, 48, 52)
 SPACING = (4.0, 5.0, 3.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medaccel.restoration.noise_effects import (
+from medaccel.restoration.evaluation.noise_effects import (
     NoiseLevel,
     NoiseShare,
     compare_noise,

@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 
-from medaccel.restoration.anatomy import ORGANS
-from medaccel.restoration.phantoms import Phantom, make_phantom
+from medaccel.phantoms.pet import Phantom, make_phantom
+from medaccel.phantoms.pet_anatomy import ORGANS
 
 SEEDS = range(6)
 

@@ -25,7 +25,7 @@ from medaccel.restoration.methods import METHODS, load_method
 from medaccel.restoration.pipeline import choose_best, run, score
 from medaccel.restoration.scoring import Scored
 from medaccel.restoration.study import load_study, save_study
-from medaccel.training.lock import locked
+from medaccel.studies.lock import locked
 from tests.interrupts import heed_sigint
 from tests.restoration.test_gaussian_methods import make_study
 

@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 
 from medaccel.report.html import Block, Figure, Interval, Page, Section, Table, render
-from medaccel.restoration.calibration import CALIBRATED, Calibration, Coverage, coverage, fit_calibration
-from medaccel.restoration.comparison import compare_methods
-from medaccel.restoration.noise_effects import NoiseLevel, compare_noise, remaining_noise, share_against_noise
-from medaccel.restoration.report_evaluation import (
+from medaccel.restoration.evaluation.calibration import CALIBRATED, Calibration, Coverage, coverage, fit_calibration
+from medaccel.restoration.evaluation.comparison import compare_methods
+from medaccel.restoration.evaluation.noise_effects import (
+    NoiseLevel,
+    compare_noise,
+    remaining_noise,
+    share_against_noise,
+)
+from medaccel.restoration.evaluation.resolution import PointResponse
+from medaccel.restoration.report.evaluation import (
     calibration_blocks,
     comparison_blocks,
     noise_change_blocks,
     noise_share_blocks,
     resolution_blocks,
 )
-from medaccel.restoration.resolution import PointResponse
 
 SHAPE = (20, 20, 20)
 MASK = np.ones(SHAPE, dtype=bool)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medaccel.restoration.resolution import (
+from medaccel.restoration.evaluation.resolution import (
     FWHM_PER_SIGMA,
     blob_positions,
     point_response,

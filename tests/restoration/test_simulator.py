@@ -8,13 +8,13 @@ import pytest
 import scipy.ndimage
 import torch
 
-from medaccel.restoration import metrics
-from medaccel.restoration.activity import denoise_activity
-from medaccel.restoration.generate import phantom_study, write_studies
-from medaccel.restoration.lesion_metrics import coefficient_of_variation, organ_core
+from medaccel.restoration.evaluation import metrics
+from medaccel.restoration.evaluation.lesions import coefficient_of_variation, organ_core
+from medaccel.restoration.evaluation.noise import analyse_noise
 from medaccel.restoration.methods.gaussian import fit
-from medaccel.restoration.noise import analyse_noise
-from medaccel.restoration.simulator import SimulatorConfig, draw_counts, expected_projections, simulate
+from medaccel.restoration.simulation.activity import denoise_activity
+from medaccel.restoration.simulation.generate import phantom_study, write_studies
+from medaccel.restoration.simulation.simulator import SimulatorConfig, draw_counts, expected_projections, simulate
 from medaccel.restoration.study import Study, load_study
 
 SPACING = (6.0, 6.0, 6.0)

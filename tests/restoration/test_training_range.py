@@ -12,9 +12,9 @@ import pytest
 
 from medaccel.data import open_series, voxel_spacing
 from medaccel.data.dicom import load_series
-from medaccel.restoration.generate import phantom_study
+from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level
+from medaccel.restoration.simulation.generate import phantom_study
 from medaccel.restoration.study import Study, save_study
-from medaccel.restoration.training_range import TrainingRange, noise_level
 
 SHAPE, SPACING = (76, 56, 46), (4.0, 4.0, 4.0)
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medaccel.data.msd import read_dataset
 from medaccel.segmentation.cell import run_cell
-from medaccel.segmentation.msd import read_dataset
 from medaccel.segmentation.protocol import Cell, split_cases
 
 # 12 mm: all of a case in one window.

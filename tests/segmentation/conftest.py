@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medaccel.segmentation.phantom_task import write_task
+from medaccel.phantoms.ct_dataset import write_task
 from tests.segmentation.cells import run_tiny
 
 

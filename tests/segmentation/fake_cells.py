@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medaccel.data import write_text
-from medaccel.segmentation.msd import MSDDataset
+from medaccel.data.msd import MSDDataset
 from medaccel.segmentation.protocol import Cell, Split
 
 GAIN = {"random": 0.0, "instance": 0.02, "instance_pixel": 0.06}

@@ -12,9 +12,9 @@ import SimpleITK
 import torch
 
 from medaccel.data import make_nifti, read_dicom_series, read_nifti, save_nifti, voxel_spacing
+from medaccel.data.msd import read_dataset
 from medaccel.segmentation.apply import apply, volumes
-from medaccel.segmentation.inference import segment
-from medaccel.segmentation.msd import read_dataset
+from medaccel.segmentation.model.inference import segment
 from tests.data.test_ct import UID, write_ct_series
 
 Finished = tuple[Path, dict[str, Any]]
@@ -27,7 +27,7 @@ def edited(tiny_cell: Finished, path: Path, **changes: Any) -> Path:
 
 
 def test_labels_and_volumes_of_a_scan(tiny_task: Path, tiny_cell: Finished, tmp_path: Path):
-    from medaccel.segmentation import checkpoint
+    from medaccel.segmentation.model import checkpoint
 
     case = read_dataset(tiny_task).cases[0]
     best, scan = tiny_cell[0] / "best.pt", read_nifti(case.image)

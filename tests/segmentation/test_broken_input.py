@@ -15,12 +15,12 @@ import torch
 
 from medaccel.cli import main
 from medaccel.data import make_nifti, read_nifti, save_nifti
+from medaccel.data.msd import load_case, read_dataset
 from medaccel.nets import SwinUNETR, load_pretrained
-from medaccel.segmentation import checkpoint
+from medaccel.phantoms.ct_dataset import write_task
 from medaccel.segmentation.apply import apply
 from medaccel.segmentation.config import SegmentationConfig
-from medaccel.segmentation.msd import load_case, read_dataset
-from medaccel.segmentation.phantom_task import write_task
+from medaccel.segmentation.model import checkpoint
 
 Finished = tuple[Path, dict[str, Any]]
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from medaccel.segmentation import checkpoint
+from medaccel.data.msd import read_dataset
 from medaccel.segmentation.cell import run_cell
-from medaccel.segmentation.msd import read_dataset
-from medaccel.segmentation.presets import make_settings
+from medaccel.segmentation.model import checkpoint
+from medaccel.segmentation.model.presets import make_settings
+from medaccel.segmentation.model.training import make_network
 from medaccel.segmentation.protocol import Cell, Split
-from medaccel.segmentation.training import make_network
 from tests.segmentation.cells import SETTINGS, run_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from medaccel.data.msd import MSDDataset
 from medaccel.segmentation import grid
 from medaccel.segmentation.grid import Work, run_grid
-from medaccel.segmentation.msd import MSDDataset
 from medaccel.segmentation.protocol import Cell, make_grid, split_cases
 from tests.segmentation.fake_cells import fake_cell
 

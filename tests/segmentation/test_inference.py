@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from medaccel.data import make_nifti, resample
 from medaccel.data.ct_transforms import canonical
-from medaccel.segmentation import inference
-from medaccel.segmentation.inference import logit_planes, predict_labels, predict_probabilities, segment
-from medaccel.segmentation.metrics import dice
-from medaccel.segmentation.presets import make_settings
+from medaccel.segmentation.evaluation.metrics import dice
+from medaccel.segmentation.model import inference
+from medaccel.segmentation.model.inference import logit_planes, predict_labels, predict_probabilities, segment
+from medaccel.segmentation.model.presets import make_settings
 
 SETTINGS = make_settings(
     {"spacing": [3.0, 3.0, 3.0], "window": [0.0, 100.0], "roi_size": [64, 32, 32], "overlap": 0.25}

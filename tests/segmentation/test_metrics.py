@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from medaccel.segmentation.metrics import (
+from medaccel.segmentation.evaluation.metrics import (
     bland_altman,
     component_voxels,
     largest_components,

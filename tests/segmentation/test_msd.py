@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medaccel.data import make_nifti, save_nifti
-from medaccel.segmentation.msd import load_case, read_dataset
+from medaccel.data.msd import load_case, read_dataset
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 LABELS = {"0": "background", "1": "spleen"}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from medaccel.data import read_nifti
-from medaccel.segmentation.msd import load_case, read_dataset
-from medaccel.segmentation.phantom_ct import (
+from medaccel.data.msd import load_case, read_dataset
+from medaccel.phantoms.ct import (
     MEASURED,
     ORGANS,
     SHIFTED,
@@ -18,7 +18,7 @@ from medaccel.segmentation.phantom_ct import (
     Population,
     make_phantom,
 )
-from medaccel.segmentation.phantom_task import TASKS, write_pool, write_task
+from medaccel.phantoms.ct_dataset import TASKS, write_pool, write_task
 
 COARSE = (6.0, 6.0, 6.0)
 PLAIN = Population("plain", phases={"none": 1.0})

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from medaccel.cli import parse
-from medaccel.segmentation import report_examples
+from medaccel.phantoms.ct_dataset import write_task
 from medaccel.segmentation.config import SegmentationConfig
-from medaccel.segmentation.phantom_task import write_task
 from medaccel.segmentation.pipeline import run, settings_of
-from medaccel.training.lock import locked
+from medaccel.segmentation.report import examples as report_examples
+from medaccel.studies.lock import locked
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 
 PHANTOMS = {"cases": 9, "spacing": [8.0, 8.0, 8.0], "pool": 2, "pool_spacing": [8.0, 8.0, 8.0]}

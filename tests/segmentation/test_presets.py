@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medaccel.segmentation.presets import PRESETS, make_settings
+from medaccel.segmentation.model.presets import PRESETS, make_settings
 from medaccel.training.fit import TRAINING
 
 

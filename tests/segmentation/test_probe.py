@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from medaccel.data.msd import MSDDataset
 from medaccel.nets import SwinUNETR
-from medaccel.segmentation import probe
-from medaccel.segmentation.msd import MSDDataset
-from medaccel.segmentation.phantom_task import write_task
-from medaccel.segmentation.probe import LinearProbe, linear_probe
+from medaccel.phantoms.ct_dataset import write_task
+from medaccel.segmentation.evaluation import probe
+from medaccel.segmentation.evaluation.probe import LinearProbe, linear_probe
 
 FEW: dict[str, Any] = {"spacing": [8.0, 8.0, 8.0], "steps": 12, "levels": ["encoder1", "encoder2"]}
 

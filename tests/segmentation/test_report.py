@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from medaccel.data import make_nifti, save_nifti
-from medaccel.segmentation import report_examples, report_figures
-from medaccel.segmentation import report_text as words
+from medaccel.phantoms.ct_dataset import write_task
 from medaccel.segmentation.config import SegmentationConfig
-from medaccel.segmentation.outcome import Outcome, read_run
-from medaccel.segmentation.phantom_task import write_task
+from medaccel.segmentation.evaluation.results import Outcome, read_run
 from medaccel.segmentation.pipeline import run
+from medaccel.segmentation.report import examples as report_examples
+from medaccel.segmentation.report import figures as report_figures
+from medaccel.segmentation.report import text as words
 from medaccel.segmentation.statistics import Comparison, Spread
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 

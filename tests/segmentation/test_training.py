@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from medaccel.data import make_nifti, save_nifti
-from medaccel.segmentation.msd import MSDDataset, read_dataset
-from medaccel.segmentation.presets import make_settings
-from medaccel.segmentation.training import Crops, SegmentationFit, Validation, make_network
+from medaccel.data.msd import MSDDataset, read_dataset
+from medaccel.segmentation.model.presets import make_settings
+from medaccel.segmentation.model.training import Crops, SegmentationFit, Validation, make_network
 
 PLAIN = {"intensity_scale": 0.0, "intensity_shift": 0.0, "noise": 0.0}
 SETTINGS: dict[str, Any] = {"spacing": [2.0, 2.0, 2.0], "window": [0.0, 100.0], "roi_size": [64, 32, 32]}
@@ -174,8 +174,8 @@ class Constant(nn.Module):
 
 
 def test_the_first_of_equally_good_weights_is_kept(tmp_path: Path):
-    from medaccel.segmentation.msd import load_case
-    from medaccel.segmentation.training import validation_case
+    from medaccel.data.msd import load_case
+    from medaccel.segmentation.model.training import validation_case
 
     settings = make_settings(SETTINGS | {"validate_every": 2, "steps": 9})
     dataset = task(tmp_path, spot())

@@ -71,9 +71,9 @@ def test_a_networks_estimate_is_within_a_factor_of_two(case: str):
 SEGMENTED = """
 import json, sys
 import lightning, nibabel, numpy as np, torch
-from medaccel.segmentation.inference import segment
+from medaccel.segmentation.model.inference import segment
 from medaccel.segmentation.memory import Size, expected_of_scan
-from medaccel.segmentation.presets import make_settings
+from medaccel.segmentation.model.presets import make_settings
 from medaccel.training import memory
 
 shape, classes = json.loads(sys.argv[1])

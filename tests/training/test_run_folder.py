@@ -13,10 +13,10 @@ from typing import ClassVar
 import pytest
 
 from medaccel.data import write_text
-from medaccel.training import run_folder
-from medaccel.training.inputs import check_inputs, differences, record
-from medaccel.training.lock import busy, locked
-from medaccel.training.run_folder import OptionsFolder
+from medaccel.studies import run_folder
+from medaccel.studies.inputs import check_inputs, differences, record
+from medaccel.studies.lock import busy, locked
+from medaccel.studies.run_folder import OptionsFolder
 
 OLD, NEW = {"seed": 0}, {"seed": 1}
 
@@ -252,7 +252,7 @@ def test_inputs_are_known_by_what_they_hold(tmp_path: Path, monkeypatch: pytest.
     check_inputs(tmp_path / "run", "run", files)
     before = record(files)
     with monkeypatch.context() as patch:  # same size and time: not read again
-        patch.setattr("medaccel.training.inputs._known_by", lambda _: pytest.fail("read again"))
+        patch.setattr("medaccel.studies.inputs._known_by", lambda _: pytest.fail("read again"))
         check_inputs(tmp_path / "run", "run", files)
     os.utime(files[0], (0, 0))
     check_inputs(tmp_path / "run", "run", files)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medaccel.training.settings import check_group, nearest
+from medaccel.studies.settings import check_group, nearest
 
 if TYPE_CHECKING:
     from medaccel.nets import SwinUNETR

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from medaccel.data.files import atomic_path
-from medaccel.restoration.metrics import check_seconds, check_spacing
-from medaccel.training.settings import check_group, nearest
+from medaccel.restoration.evaluation.metrics import check_seconds, check_spacing
+from medaccel.studies.settings import check_group, nearest
 
 FORMAT = 1  # of a method's checkpoint
 

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
+from medaccel.restoration.evaluation.noise import normalised_noise
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, check_volume
-from medaccel.restoration.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
-from medaccel.restoration.noise import normalised_noise
 from medaccel.restoration.study import load_study
 
 # Name: to the domain with even noise, and back. Denoised values may fall below 0, SUV may not.

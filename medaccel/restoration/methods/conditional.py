@@ -19,7 +19,7 @@ from medaccel.diffusion.samplers import Sampler
 from medaccel.restoration.methods.base import Fitted, Task
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.network import Candidates, as_batch, weights
-from medaccel.restoration.networks import Conditioning
+from medaccel.restoration.methods.networks import Conditioning
 from medaccel.restoration.study import Study
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from medaccel.data.files import atomic_path
 from medaccel.data.tensors import load_tensors
 from medaccel.ops import gaussian_filter
+from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
-from medaccel.restoration.metrics import body_mask
 from medaccel.restoration.study import Study, load_study
 
 

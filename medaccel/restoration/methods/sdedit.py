@@ -21,7 +21,7 @@ from medaccel.ops import gaussian_filter
 from medaccel.restoration.methods.base import Fitted, Task
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.network import Candidates
-from medaccel.restoration.scaling import scaling
+from medaccel.restoration.methods.scaling import scaling
 from medaccel.restoration.study import Study
 
 _SMOOTH = 1.0  # voxels

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scan to its label map: sliding windows on the network's grid, probabilities back on the scan's grid.
+
+Probabilities of every class exist for a few planes at a time: windows are visited in MONAI's order, along the first
+axis last, so that planes are finished one after the other, made to labels and forgotten. Memory grows with a window's
+depth and the classes, not with the volume and the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from nibabel.nifti1 import Nifti1Image
+from torch import Tensor, nn
+
+from medaccel.data import make_nifti, resample
+from medaccel.data.ct_transforms import canonical, window
+from medaccel.segmentation.evaluation.metrics import largest_components
+
+# Planes whose probabilities exist at a time.
+_PLANES = 16
+# How far from parallel to an axis of the scan an axis of the network's grid may be, in voxels over the whole scan.
+_PARALLEL = 1e-6
+
+
+def probability_planes(
+    network: nn.Module, image: MetaTensor, settings: Mapping[str, Any], *, progress: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields class probabilities on the network's grid, a few planes at a time and in order.
+
+    Args:
+        network: (B, 1, i, j, k) to logits (B, classes, i, j, k); on the device that computes.
+        image: (1, i, j, k), HU, of `medaccel.data.ct_transforms.canonical`.
+        settings: of `medaccel.segmentation.model.presets.make_settings`.
+        progress: show a bar of windows.
+
+    Yields:
+        The first plane's number along the first axis, and (classes, planes, j, k), float32, on the CPU; they add up
+        to 1.
+    """
+    for first, logits in logit_planes(network, image, settings, progress=progress):
+        yield first, logits.softmax(dim=0)
+
+
+def logit_planes(
+    network: nn.Module, image: MetaTensor, settings: Mapping[str, Any], *, progress: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields the windows' blended logits as `probability_planes` does probabilities.
+
+    Bit for bit they are those of `monai.inferers.sliding_window_inference` over the whole scan: the same windows,
+    weighted by a Gaussian and added up in the same order. A smaller scan is padded with what is darkest.
+    """
+    shown = window(image.as_tensor().float(), settings["window"])[None]
+    size, roi = tuple(shown.shape[2:]), tuple(settings["roi_size"])
+    before = [max(r - n, 0) // 2 for n, r in zip(size, roi, strict=True)]
+    after = [max(r - n, 0) - b for n, r, b in zip(size, roi, before, strict=True)]
+    shown = F.pad(shown, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
+    i, j, k = (slice(b, b + n) for n, b in zip(size, before, strict=True))
+    for first, logits in _blended_windows(network, shown, roi, settings, progress):
+        low, high = max(first, i.start), min(first + logits.shape[1], i.stop)
+        if low < high:
+            yield low - i.start, logits[:, low - first : high - first, j, k]
+
+
+def _blended_windows(
+    network: nn.Module, shown: Tensor, roi: tuple[int, ...], settings: Mapping[str, Any], progress: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """Planes of a scan that is as large as a window at least, when no window is left that touches them."""
+    from tqdm import tqdm
+
+    device = next(network.parameters()).device
+    # On CPUs bf16 is slower than it is worth.
+    mixed = device.type == "cuda" and str(settings["precision"]).startswith("bf16")
+    size = tuple(shown.shape[2:])
+    steps = [r if r == n else max(int(r * (1 - settings["overlap"])), 1) for r, n in zip(roi, size, strict=True)]
+    windows = dense_patch_slices(size, roi, steps)
+    weight = compute_importance_map(roi, mode="gaussian", device=device, dtype=torch.float32)
+    weight_here = weight.cpu()
+    count, done = torch.zeros(roi[0], *size[1:]), 0  # plane `done` is the first one that they hold
+    total: Tensor | None = None
+    batch = settings["sw_batch_size"]
+    training = network.training
+    network.eval()
+    try:
+        for begin in tqdm(range(0, len(windows), batch), disable=not progress):
+            group = windows[begin : begin + batch]
+            seen = torch.cat([shown[(slice(None), slice(None), *where)] for where in group]).to(device)
+            with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+                logits = network(seen)
+                logits *= weight
+                logits = logits.cpu()
+            if total is None:
+                total = torch.zeros(logits.shape[1], *count.shape)
+            for found, (planes, *across) in zip(logits, group, strict=True):
+                if finished := planes.start - done:
+                    yield from _blended(total, count, done, finished)
+                    for held in (total, count[None]):
+                        for plane in range(finished, roi[0]):
+                            held[:, plane - finished] = held[:, plane]
+                        held[:, -finished:] = 0
+                    done = planes.start
+                total[(slice(None), slice(None), *across)] += found
+                count[(slice(None), *across)] += weight_here
+        assert total is not None
+        yield from _blended(total, count, done, roi[0])
+    finally:
+        network.train(training)
+
+
+def _blended(total: Tensor, count: Tensor, first: int, planes: int) -> Iterator[tuple[int, Tensor]]:
+    for at in range(0, planes, _PLANES):
+        piece = slice(at, min(at + _PLANES, planes))
+        yield first + at, total[:, piece] / count[piece]
+
+
+def predict_probabilities(
+    network: nn.Module, image: MetaTensor, settings: Mapping[str, Any], *, progress: bool = False
+) -> Tensor:
+    """Class probabilities of a scan on the network's grid, all at once: see `probability_planes`.
+
+    Returns:
+        (classes, i, j, k), float32, on the CPU; they add up to 1.
+    """
+    return torch.cat([p for _, p in probability_planes(network, image, settings, progress=progress)], dim=1)
+
+
+def predict_labels(network: nn.Module, image: MetaTensor, settings: Mapping[str, Any]) -> np.ndarray:
+    """The likeliest class of a scan's voxels on the network's grid, (i, j, k): see `probability_planes`."""
+    return np.concatenate([p.argmax(dim=0).numpy() for _, p in probability_planes(network, image, settings)])
+
+
+def segment(
+    network: nn.Module,
+    scan: Nifti1Image,
+    settings: Mapping[str, Any],
+    *,
+    keep_largest: int | None = None,
+    progress: bool = False,
+) -> Nifti1Image:
+    """The label map of a scan on its own grid.
+
+    Probabilities, not labels, are brought to the scan's grid, trilinearly; then the likeliest class is taken. What
+    is outside of the body's box is background.
+
+    Args:
+        network, settings: as `probability_planes`.
+        scan: HU, any orientation.
+        keep_largest: components that are kept of each structure, 0 is all; by default as the settings say.
+        progress: show a bar of windows.
+
+    Returns:
+        uint8.
+    """
+    image = canonical(scan, settings["spacing"])["image"]
+    labels = to_grid(probability_planes(network, image, settings, progress=progress), image, scan)
+    kept = settings["keep_largest"] if keep_largest is None else keep_largest
+    if kept:
+        for value in np.unique(labels[labels > 0]):
+            mask = labels == value
+            labels[mask & ~largest_components(mask, kept)] = 0
+    return make_nifti(labels, scan.affine, scan)
+
+
+def to_grid(planes: Iterator[tuple[int, Tensor]], image: MetaTensor, scan: Nifti1Image) -> np.ndarray:
+    """The likeliest class at a scan's voxels, uint8, of probabilities on an image's grid.
+
+    Args:
+        planes: of `probability_planes`: first plane and (classes, planes, j, k), in order.
+        image: (1, i, j, k), whose grid they are on.
+        scan: 3-D.
+    """
+    affine, count = np.asarray(image.affine, dtype=np.float64), image.shape[1]
+    labels = np.zeros(scan.shape, dtype=np.uint8)
+    height = _Height(affine, scan)
+    before: Tensor | None = None
+    for first, found in planes:
+        # Between the last plane of one piece and the first of the next, both are needed.
+        known = found if before is None else torch.cat([before, found], dim=1)
+        start = first if before is None else first - 1
+        before = found[:, -1:].clone()
+        end = first + found.shape[1]
+        low = -np.inf if first == 0 else start
+        high = np.inf if end == count else end - 1
+        # The outermost voxels reach half a voxel beyond their centres, where interpolation ends.
+        moved = affine.copy()
+        moved[:3, 3] += affine[:3, :3] @ (start - 1, -1, -1)
+        classes = (make_nifti(np.pad(p.numpy(), 1, mode="edge"), moved) for p in known)
+        part = height.between(low, high)
+        if part is None:
+            continue
+        piece = scan.slicer[part]
+        best = np.asarray(resample(next(classes), piece, outside=1.0).dataobj, dtype=np.float32).copy()
+        likeliest = np.zeros(best.shape, dtype=np.uint8)
+        for value, volume in enumerate(classes, start=1):
+            values = np.asarray(resample(volume, piece).dataobj, dtype=np.float32)
+            likeliest[values > best] = value
+            np.maximum(best, values, out=best)
+        mine = height.mask(part, low, high)
+        labels[part][mine] = likeliest[mine]
+    return labels
+
+
+class _Height:
+    """Where a scan's voxels lie along the first axis of the network's grid, in its voxels.
+
+    Args:
+        affine: of the network's grid.
+        scan: its voxels may lie askew to it, as after a tilt of the gantry.
+    """
+
+    def __init__(self, affine: np.ndarray, scan: Nifti1Image) -> None:
+        row = (np.linalg.inv(affine) @ np.asarray(scan.affine, dtype=np.float64))[0]
+        self.axis = int(np.abs(row[:3] * scan.shape).argmax())
+        steps = [row[axis] * np.arange(n) for axis, n in enumerate(scan.shape)]
+        askew = sum(float(np.abs(s[-1])) for axis, s in enumerate(steps) if axis != self.axis)
+        self.parallel = askew < _PARALLEL
+        self.low = self.high = steps[self.axis] + row[3]
+        self.steps, self.offset = steps, row[3]
+        if not self.parallel:
+            self.low = self.low + sum(float(s.min()) for axis, s in enumerate(steps) if axis != self.axis)
+            self.high = self.high + sum(float(s.max()) for axis, s in enumerate(steps) if axis != self.axis)
+
+    def between(self, low: float, high: float) -> tuple[slice, ...] | None:
+        """The part of the scan, as one slice per axis, that has voxels from `low` to below `high`, or None."""
+        (found,) = np.nonzero((self.high >= low) & (self.low < high))
+        if not len(found):
+            return None
+        part = [slice(None)] * 3
+        part[self.axis] = slice(int(found[0]), int(found[-1]) + 1)
+        return tuple(part)
+
+    def mask(self, part: tuple[slice, ...], low: float, high: float) -> np.ndarray | slice:
+        """Which of a part's voxels lie from `low` to below `high`."""
+        if self.parallel:
+            return np.s_[:]
+        i, j, k = (step[where] for step, where in zip(self.steps, part, strict=True))
+        heights = i[:, None, None] + j[:, None] + k + self.offset
+        return (heights >= low) & (heights < high)

@@ -38,7 +38,7 @@ def describe(task: Path, **fields: Any) -> None:
 
 
 def test_a_study_refuses_another_modality_before_anything_is_made_unless_asked_for(tmp_path: Path):
-    write_task(tmp_path / "six", "spleen", 6, spacing=(12.0, 12.0, 12.0), progress=False)
+    write_task(tmp_path / "six", "spleen", 6, spacing=(8.0, 8.0, 8.0), progress=False)
     describe(tmp_path / "six", modality={"0": "MRI"})
     for check_units in (True, False):
         given = {"mine": {"data": str(tmp_path / "six"), "preset": "phantom_spleen", "check_units": check_units}}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from medaccel.ops import nt_xent_loss
-from medaccel.ops._arguments import learnt
+from medaccel.ops._arguments import check_temperature, learnt
 from medaccel.ops._dispatch import refuse_scripting
 
 _warned: weakref.WeakSet[MonaiContrastiveLoss] = weakref.WeakSet()
@@ -31,9 +31,17 @@ class ContrastiveLoss(MonaiContrastiveLoss):
             number below 0, a tensor of several, one that a transform differentiates) runs MONAI's own code, and the
             first such call says so.
         batch_size: no longer needed, as in MONAI.
+
+    Raises:
+        TypeError, ValueError: a temperature that is no number, or one that would give NaN (0, negative, not finite).
     """
 
     __prepare_scriptable__ = refuse_scripting
+
+    def __init__(self, temperature: Any = 0.5, batch_size: int = -1) -> None:
+        if not isinstance(temperature, Tensor):  # a tensor's value may be hidden by a transform: `forward` looks
+            check_temperature("ContrastiveLoss", temperature)
+        super().__init__(temperature=temperature, batch_size=batch_size)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """(B, F) twice, to a scalar; ValueError where the shapes differ or have more than two axes."""

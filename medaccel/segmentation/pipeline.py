@@ -155,7 +155,10 @@ def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
         FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
     """
     given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
-    found = {name: read_dataset(path) for name, path in given.items()}
+    found = {
+        name: read_dataset(path, check_units=config.tasks[name].get("check_units", True))
+        for name, path in given.items()
+    }
     for name, dataset in found.items():
         check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
     return found

@@ -19,6 +19,16 @@ from medaccel import ops, use_reference
 from medaccel.losses import ContrastiveLoss, PixelConsistencyLoss, PixelContrastiveLoss
 
 
+class _Thing:
+    """An object of no type that any argument takes; its name is the same in every process."""
+
+    def __repr__(self) -> str:
+        return "thing"
+
+
+OBJECT = _Thing()
+
+
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
@@ -261,7 +271,7 @@ def test_a_seed_may_be_pythons_numpys_or_torchs(form: Any, path: None):
 
 @pytest.mark.parametrize(
     "value",
-    [1.5, 2.0, "2", True, np.float32(2), np.bool_(True), 2j, [2], torch.tensor(2.0), torch.tensor(True), object()],
+    [1.5, 2.0, "2", True, np.float32(2), np.bool_(True), 2j, [2], torch.tensor(2.0), torch.tensor(True), OBJECT],
     ids=repr,
 )
 @pytest.mark.parametrize("argument", sorted(WHOLE))
@@ -361,7 +371,7 @@ def test_a_coefficient_may_be_an_array_of_one_per_sample(argument: str, path: No
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("value", [1, "all", object(), [0, 1]], ids=repr)
+@pytest.mark.parametrize("value", [1, "all", OBJECT, [0, 1]], ids=repr)
 @pytest.mark.parametrize("op", ["nt_xent_loss", "info_nce_loss"])
 def test_a_group_is_a_process_group(op: str, value: Any):
     refused(op, "group", value)

@@ -21,6 +21,7 @@ from medaccel.phantoms.ct_dataset import write_task
 from medaccel.segmentation.apply import apply
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.model import checkpoint
+from medaccel.segmentation.study import check_data
 
 Finished = tuple[Path, dict[str, Any]]
 
@@ -34,6 +35,19 @@ def task(tmp_path: Path) -> Path:
 def describe(task: Path, **fields: Any) -> None:
     path = task / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_study_refuses_another_modality_before_anything_is_made_unless_asked_for(tmp_path: Path):
+    write_task(tmp_path / "six", "spleen", 6, spacing=(8.0, 8.0, 8.0), progress=False)
+    describe(tmp_path / "six", modality={"0": "MRI"})
+    for check_units in (True, False):
+        given = {"mine": {"data": str(tmp_path / "six"), "preset": "phantom_spleen", "check_units": check_units}}
+        config = SegmentationConfig(output=tmp_path / "run", tasks=given, primary={"none": True}, fractions=(1.0,))
+        if check_units:
+            with pytest.raises(ValueError, match="modality is"):
+                check_data(config)
+        else:
+            assert set(check_data(config)) == {"mine"}
 
 
 def test_another_modality_is_refused_unless_asked_for(task: Path):

@@ -89,7 +89,9 @@ def check(config: RunConfig) -> None:
     """
     known: dict[str, Any] = {}
     for name in METHODS:
-        known.update(method_class(name).defaults)
+        kind = method_class(name)
+        known.update(kind.defaults)
+        known.update({old: kind.defaults[new] for old, new in kind.renamed.items()})
     check_group("trainer", config.trainer, known)
     for name in METHODS:
         # Also the settings of methods that this run leaves out: a mistake in them would be found by the next one.
@@ -245,8 +247,9 @@ def task_of(config: RunConfig) -> Task:
 
 def settings_of(config: RunConfig, name: str) -> dict[str, Any]:
     """A method's settings: the trainer's, where it takes them, then its own."""
-    known = method_class(name).defaults
-    return {k: v for k, v in config.trainer.items() if k in known} | config.settings.get(name, {})
+    kind = method_class(name)
+    shared = {k: v for k, v in kind.with_current_names(config.trainer).items() if k in kind.defaults}
+    return shared | kind.with_current_names(config.settings.get(name, {}))
 
 
 def choose_best(scored: Sequence[Scored]) -> str:

@@ -93,22 +93,38 @@ class Method(abc.ABC):
     name: ClassVar[str]
     #: Settings and their defaults.
     defaults: ClassVar[Mapping[str, Any]] = {}
+    #: Settings' names in configs and checkpoints of earlier versions, and their names today.
+    renamed: ClassVar[Mapping[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()  # settings that may be None
     samples: ClassVar[bool] = False  # whether restore can draw several
     distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
-        unknown = set(settings or {}) - set(self.defaults)
+        settings = self.with_current_names(settings or {})
+        unknown = set(settings) - set(self.defaults)
         if unknown:
             raise ValueError(
                 f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
                 f"{nearest(min(unknown), self.defaults)}"
             )
-        given = {k: v for k, v in (settings or {}).items() if v is not None or k not in self.optional}
+        given = {k: v for k, v in settings.items() if v is not None or k not in self.optional}
         given = check_group(self.name, given, self.defaults)
         self.task = task
-        self.settings: dict[str, Any] = {**self.defaults, **(settings or {}), **given}
+        self.settings: dict[str, Any] = {**self.defaults, **settings, **given}
         self.fitted = Fitted()
+
+    @classmethod
+    def with_current_names(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings under today's names; those of earlier versions are accepted.
+
+        Raises:
+            ValueError: a setting is given under both of its names.
+        """
+        both = [(old, new) for old, new in cls.renamed.items() if old in settings and new in settings]
+        if both:
+            (old, new) = both[0]
+            raise ValueError(f"{cls.name}: {old} is given beside {new}, its name today; expected {new} alone")
+        return {cls.renamed.get(key, key): value for key, value in settings.items()}
 
     @abc.abstractmethod
     def fit(

@@ -203,7 +203,7 @@ class DiffusionMethod(NetworkMethod):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
 
-        The air far from the body stays as it is; `give_back` concerns the mean alone. Samples are appended to `kept`,
+        The air far from the body stays as it is; `residual_shrinkage` concerns the mean alone. Samples are appended to `kept`,
         where it is given; `options` are `draw`'s further ones.
         """
         box = body_box(volume, spacing)
@@ -222,7 +222,7 @@ class DiffusionMethod(NetworkMethod):
         activity, std = volume.astype(np.float32), np.zeros(volume.shape, dtype=np.float32)
         activity[box] = mean
         std[box] = np.sqrt(squares / np.float32(max(len(seeds) - 1, 1)))
-        return self.given_back(volume, activity, spacing), std
+        return self.shrunk_residual_added(volume, activity, spacing), std
 
     def weight(self, seconds: int) -> float:
         """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""

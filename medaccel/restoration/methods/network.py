@@ -17,7 +17,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.metrics import Array, Mask
 from medaccel.restoration.methods.base import Fitted, Method, Task
 from medaccel.restoration.methods.base_image import base_image
-from medaccel.restoration.methods.residual import give_back
+from medaccel.restoration.methods.residual import residual_shrinkage
 from medaccel.restoration.study import Study, load_study
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit, train
@@ -33,8 +33,9 @@ class NetworkMethod(Method):
 
     Settings beside `medaccel.training.fit.TRAINING`'s: `roi_size` (voxels a window and training patch),
     `overlap` and `sw_batch_size` (of windows), `reference` ("noise_free", "target" or "auto": what it is trained
-    to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made), `give_back` (threshold of
-    `residual.give_back`, which the restored activity goes through; 0 leaves that out).
+    to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made), `residual_shrinkage`
+    (threshold of `residual.residual_shrinkage`, which the restored activity goes through; 0 leaves that out; files of
+    earlier versions call it `give_back`).
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -47,8 +48,9 @@ class NetworkMethod(Method):
         "scaling": "asinh",
         "base": "gaussian",
         "validation_studies": 4,
-        "give_back": 0.0,
+        "residual_shrinkage": 0.0,
     }
+    renamed: ClassVar[Mapping[str, str]] = {"give_back": "residual_shrinkage"}
     multiple: ClassVar[int] = 32  # that windows must be of
     least: ClassVar[int] = (
         64  # voxels of a window's longest side: at 32 one is left of the last map, which has no norm
@@ -77,8 +79,10 @@ class NetworkMethod(Method):
                 f"{self.name}: steps is {self.settings['steps']}; expected a multiple of steps_per_epoch, "
                 f"{self.settings['steps_per_epoch']}"
             )
-        if self.settings["give_back"] < 0:
-            raise ValueError(f"{self.name}: give_back is {self.settings['give_back']}; expected a number >= 0")
+        if self.settings["residual_shrinkage"] < 0:
+            raise ValueError(
+                f"{self.name}: residual_shrinkage is {self.settings['residual_shrinkage']}; expected a number >= 0"
+            )
         roi = self.settings["roi_size"]
         if len(roi) != 3 or max(roi) < self.least or any(n < 1 or n % self.multiple for n in roi):
             raise ValueError(
@@ -167,16 +171,17 @@ class NetworkMethod(Method):
     @property
     def training_settings(self) -> dict[str, Any]:
         """The settings without what plays no part in training: that must not make a training another one."""
-        return {key: value for key, value in self.settings.items() if key != "give_back"}
+        return {key: value for key, value in self.settings.items() if key != "residual_shrinkage"}
 
-    def given_back(self, volume: Array, activity: Array, spacing: Sequence[float]) -> Array:
-        """The activity, (i, j, k) SUV, with what the network took for noise and was more, as `give_back` says."""
-        if not self.settings["give_back"]:
+    def shrunk_residual_added(self, volume: Array, activity: Array, spacing: Sequence[float]) -> Array:
+        """The activity, (i, j, k) SUV, after the residual shrinkage that the settings ask for."""
+        threshold = self.settings["residual_shrinkage"]
+        if not threshold:
             return activity
         mask = metrics.body_mask(volume, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
         box = body_box(volume, spacing)
         result = activity.copy()
-        result[box] = give_back(volume[box], activity[box], mask[box], spacing, self.settings["give_back"])
+        result[box] = residual_shrinkage(volume[box], activity[box], mask[box], spacing, threshold)
         return result
 
     def device(self) -> torch.device:

@@ -141,10 +141,10 @@ def _smooth() -> Parser:
 
 
 def _restoration_run() -> Parser:
-    from medaccel.restoration.config import RunConfig
+    from medaccel.restoration.config import RestorationConfig
 
     parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RestorationConfig)
     _add_run_options(parser)
     return parser
 
@@ -244,10 +244,10 @@ def _call_smooth(arguments: Namespace) -> None:
 
 
 def _call_restoration_run(arguments: Namespace) -> None:
-    from medaccel.restoration.config import RunConfig
+    from medaccel.restoration.config import RestorationConfig
     from medaccel.restoration.pipeline import run
 
-    _run(arguments, RunConfig, run)
+    _run(arguments, RestorationConfig, run)
 
 
 def _call_restoration_score(arguments: Namespace) -> None:
@@ -356,7 +356,7 @@ _COMMANDS = {
         "fit, choose on validation studies, and report",
         _restoration_run,
         _call_restoration_run,
-        "medaccel.restoration.config:RunConfig",
+        "medaccel.restoration.config:RestorationConfig",
         _TRAINING,
     ),
     "restoration score": _Command(

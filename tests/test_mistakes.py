@@ -14,7 +14,7 @@ import yaml
 
 from medaccel.cli import _COMMANDS, _PACKAGES, main, parse
 from medaccel.pretraining.config import PretrainingConfig
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, method_class
 from medaccel.restoration.pipeline import check as check_restoration
 from medaccel.segmentation.config import SegmentationConfig
@@ -22,7 +22,7 @@ from medaccel.studies.settings import TRAINING
 
 RUNS = ("restoration run", "pretraining run", "segmentation run")
 CONFIGS: dict[str, Any] = {
-    "restoration run": RunConfig,
+    "restoration run": RestorationConfig,
     "pretraining run": PretrainingConfig,
     "segmentation run": SegmentationConfig,
 }
@@ -152,7 +152,7 @@ def test_a_methods_setting_of_another_type_is_refused(method: str, key: str):
         if isinstance(default, bool) and value is True:
             continue
         with pytest.raises(ValueError, match=rf"{method}.*{key}|{key} is"):
-            check_restoration(RunConfig(methods=(method,), settings={method: {key: value}}))
+            check_restoration(RestorationConfig(methods=(method,), settings={method: {key: value}}))
 
 
 ELSEWHERE = ("..", ".", "", "a/b", "/tmp/x", ".hidden", "a\nb", "a/", "x" * 200)
@@ -292,7 +292,7 @@ def test_lists_may_be_written_as_people_write_them(name: str, given: list[str], 
 
 def test_an_only_entry_stands_for_a_list_and_negative_numbers_for_themselves(tmp_path: Path):
     assert parse(["restoration", "run", "--methods", "nlm"])[1].methods == ("nlm",)
-    assert RunConfig(methods="nlm").methods == ("nlm",)  # type: ignore[arg-type]
+    assert RestorationConfig(methods="nlm").methods == ("nlm",)  # type: ignore[arg-type]
     assert parse(["pretraining", "run", "--windows", "-1000", "400"])[1].windows == ((-1000, 400),)
     assert parse(["pretraining", "run", "--windows", "[-1000,400]", "[-160,240]"])[1].windows == (
         (-1000, 400),
@@ -408,6 +408,6 @@ def test_a_scorings_name_leads_nowhere_else_from_python_either(name: str, tmp_pa
 
 
 def test_a_configuration_can_be_read_back(tmp_path: Path):
-    for config in (RunConfig(), PretrainingConfig()):
+    for config in (RestorationConfig(), PretrainingConfig()):
         again = type(config).of(Path("x"), json.loads(json.dumps(config.plain())))
         assert again.digest() == config.digest()

@@ -35,11 +35,11 @@ from medaccel.report.html import (
 from medaccel.restoration.evaluation.metrics import body_mask, oracle
 from medaccel.restoration.evaluation.noise import analyse_noise
 from medaccel.restoration.evaluation.study_scores import evaluate, summarize
-from medaccel.restoration.report.figures import Example
+from medaccel.restoration.report.figures import RestorationExample
 from medaccel.restoration.report.scores import RestorationResults, build_page, write_report
 from medaccel.restoration.report.text import LABELS, finding
 from medaccel.restoration.statistics import ratio_score
-from tests.restoration.test_evaluation import Study
+from tests.restoration.test_evaluation import SimulatedStudy
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 
@@ -95,7 +95,7 @@ def results() -> RestorationResults:
         truth[lesions > 0] = 5.0
         parts = generator.normal(0, 0.3, (3, *truth.shape))
         exposures = {30 * (n + 1): truth + parts[: n + 1].mean(axis=0) for n in range(3)}
-        study = Study(name, (4.0, 4.0, 4.0), exposures, truth, lesions)
+        study = SimulatedStudy(name, (4.0, 4.0, 4.0), exposures, truth, lesions)
         image, target = exposures[60], exposures[90]
         restored = {
             "identity": image,
@@ -108,7 +108,7 @@ def results() -> RestorationResults:
         for method, volume in restored.items():
             per_study.setdefault(method, []).append(evaluate(volume, study, 60, 90))
         fitted = {key: restored[key] for key in ("gaussian1", "gaussian_mix")}
-        examples.append(Example(name, AFFINE, image, target, fitted, truth, lesions))
+        examples.append(RestorationExample(name, AFFINE, image, target, fitted, truth, lesions))
         noise[name] = analyse_noise(image, target, body_mask(target, study.spacing), study.spacing)
     return RestorationResults(
         60, 90, ("first", "second"), per_study, "cubes made by hand",

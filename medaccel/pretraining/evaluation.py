@@ -19,7 +19,7 @@ from medaccel.pretraining.data import Volumes
 from medaccel.pretraining.harmonic import harmonic_fill
 from medaccel.pretraining.items import Items
 from medaccel.pretraining.network import PretrainingNet
-from medaccel.pretraining.tasks import Task
+from medaccel.pretraining.tasks import PretextTask
 from medaccel.pretraining.tasks.inpainting import Inpainting
 from medaccel.pretraining.tasks.instance import Instance
 from medaccel.pretraining.tasks.pixels import PixelContrast, PixPro
@@ -49,7 +49,7 @@ class HeldOut:
 
 def evaluate(
     net: PretrainingNet,
-    tasks: Sequence[Task],
+    tasks: Sequence[PretextTask],
     volumes: Volumes,
     *,
     windows: Sequence[Sequence[float]],

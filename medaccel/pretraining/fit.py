@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from medaccel.pretraining.network import PretrainingNet
-from medaccel.pretraining.tasks import Step, Task
+from medaccel.pretraining.tasks import PretextTask, Step
 from medaccel.studies.settings import check_group
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit
@@ -33,7 +33,7 @@ class PretrainingFit(NetworkFit):
     def __init__(
         self,
         network: PretrainingNet,
-        tasks: Sequence[Task],
+        tasks: Sequence[PretextTask],
         weights: Mapping[str, float],
         settings: Mapping[str, Any],
     ) -> None:

@@ -14,7 +14,7 @@ from medaccel.nets import SwinUNETR
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from medaccel.pretraining.tasks.base import Task
+    from medaccel.pretraining.tasks.base import PretextTask
 
 #: Names of the maps, and their strides: the transformer's stages, then the U-Net's blocks from the deepest on.
 STRIDES: Mapping[str, int] = {
@@ -144,7 +144,7 @@ class PretrainingNet(nn.Module):
         backbone: SwinUNETR of one input channel. heads: by task.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, feature_size: int = 48, **options: Any) -> None:
+    def __init__(self, tasks: Sequence[PretextTask], *, feature_size: int = 48, **options: Any) -> None:
         super().__init__()
         self.backbone = SwinUNETR(in_channels=1, out_channels=2, feature_size=feature_size, **options)
         self.levels = frozenset().union(*(task.view_levels | task.own_levels for task in tasks))

@@ -35,7 +35,7 @@ from medaccel.training.memory import Part, expect, local_processes, swin_unetr
 if TYPE_CHECKING:
     from medaccel.data.ct import ScanList
     from medaccel.pretraining.network import PretrainingNet
-    from medaccel.pretraining.tasks import Task
+    from medaccel.pretraining.tasks import PretextTask
 
 Say = Callable[[str], None]
 
@@ -91,7 +91,7 @@ class Plan:
     """What `check` has made of the options: settings, tasks, the network, and the scans that are given."""
 
     settings: Mapping[str, Any]
-    tasks: Sequence[Task]
+    tasks: Sequence[PretextTask]
     net: PretrainingNet
     found: ScanList | None
 

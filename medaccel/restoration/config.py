@@ -33,7 +33,7 @@ _STUDIES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RestorationConfig:
     """Options of a run; the same options give the same figures (on one number of threads and one processor).
 
     Args:
@@ -126,7 +126,7 @@ class RunConfig:
         return digest(self.plain())
 
     @classmethod
-    def of(cls, output: Path, plain: Mapping[str, Any]) -> RunConfig:
+    def of(cls, output: Path, plain: Mapping[str, Any]) -> RestorationConfig:
         """What `plain` gave, in a folder.
 
         Raises:
@@ -135,6 +135,9 @@ class RunConfig:
         values = dict(plain)
         check_written(output / "config.yaml", values, cls)
         return cls(**{**values, "output": output})
+
+
+RunConfig = RestorationConfig  # its name in earlier versions
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Enough steps to see that everything works, in a minute or two; far too few for a good network.
-DEMO_RUN = RunConfig(
+DEMO_RUN = RestorationConfig(
     train_phantoms=2,
     validation_phantoms=1,
     methods=(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods import method_class
 from medaccel.training import memory, ranks
 from medaccel.training.memory import Part
@@ -22,7 +22,7 @@ _KEPT = 5
 _WHOLE = 2_000_000
 
 
-def expected_of_run(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[list[Part]]:
+def expected_of_run(config: RestorationConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[list[Part]]:
     """The stages of a run; `settings` are each method's own, without defaults."""
     voxels, studies = _studies(config)
     stages = [] if config.train_studies is not None else [[_of_volume("simulating a phantom", voxels, _SIMULATED)]]
@@ -42,7 +42,7 @@ def expected_of_run(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]
 
 
 def expected_of_scoring(
-    config: RunConfig, chosen: ScoreConfig, settings: Mapping[str, Mapping[str, Any]]
+    config: RestorationConfig, chosen: ScoreConfig, settings: Mapping[str, Mapping[str, Any]]
 ) -> list[list[Part]]:
     """The stages of a scoring; `settings` by method."""
     stages = []
@@ -97,7 +97,7 @@ def _of_volume(name: str, voxels: int, a_voxel: float) -> Part:
     return Part(f"{name} ({voxels / 1e6:.1f} million voxels)", voxels * a_voxel, "crop the studies to the body")
 
 
-def _studies(config: RunConfig) -> tuple[int, int]:
+def _studies(config: RestorationConfig) -> tuple[int, int]:
     """Voxels of the largest study, and how many are trained on, at most."""
     if config.train_studies is not None:
         from medaccel.restoration.study import find_studies

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from medaccel.restoration import memory
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
-from medaccel.restoration.methods.base import Method, Task
+from medaccel.restoration.methods.base import Method, RestorationTask
 from medaccel.restoration.report.text import REFERENCES
 from medaccel.restoration.report.write import write_outcome
 from medaccel.restoration.run_folder import RunFolder
@@ -49,7 +49,7 @@ from medaccel.training.memory import expect, local_processes
 Say = Callable[[str], None]
 
 
-def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
+def run(config: RestorationConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
     """Fits the methods, chooses on validation studies, and writes a report of that.
 
     Under `torchrun` all processes train together; the first one does everything else.
@@ -81,7 +81,7 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
         return _run(config, folder, say)
 
 
-def check(config: RunConfig) -> None:
+def check(config: RestorationConfig) -> None:
     """Refuses what can be refused before anything is made: settings, devices, packages, studies.
 
     Raises:
@@ -107,7 +107,7 @@ def check(config: RunConfig) -> None:
     check_sources(config)
 
 
-def _run(config: RunConfig, folder: RunFolder, say: Say) -> Path:
+def _run(config: RestorationConfig, folder: RunFolder, say: Say) -> Path:
     with ranks.first_process() as first:
         if first:
             training_studies(config, say)
@@ -188,7 +188,7 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
 
 def _score(
     chosen: ScoreConfig,
-    config: RunConfig,
+    config: RestorationConfig,
     frozen: Mapping[str, Any],
     methods: Mapping[str, Method],
     calibrations: dict[str, dict[str, Calibration]],
@@ -240,12 +240,12 @@ def _score(
     return report
 
 
-def task_of(config: RunConfig) -> Task:
+def task_of(config: RestorationConfig) -> RestorationTask:
     """What the options ask to predict from what."""
-    return Task(config.exposures, config.target_seconds)
+    return RestorationTask(config.exposures, config.target_seconds)
 
 
-def settings_of(config: RunConfig, name: str) -> dict[str, Any]:
+def settings_of(config: RestorationConfig, name: str) -> dict[str, Any]:
     """A method's settings: the trainer's, where it takes them, then its own."""
     kind = method_class(name)
     shared = {k: v for k, v in kind.with_current_names(config.trainer).items() if k in kind.defaults}
@@ -278,7 +278,7 @@ def choose_best(scored: Sequence[Scored]) -> str:
 
 
 def _fit(
-    config: RunConfig,
+    config: RestorationConfig,
     folder: RunFolder,
     name: str,
     train: Sequence[Path],

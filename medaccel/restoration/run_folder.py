@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from medaccel.data.files import read_json, write_text
-from medaccel.restoration.config import RunConfig
+from medaccel.restoration.config import RestorationConfig
 from medaccel.studies.digest import digest
 from medaccel.studies.lock import LOCK
 from medaccel.studies.run_folder import OptionsFolder
@@ -44,7 +44,7 @@ class RunFolder(OptionsFolder):
         values.pop("frozen", None)
         return values
 
-    def freeze(self, config: RunConfig, choices: Mapping[str, Any], best: str) -> None:
+    def freeze(self, config: RestorationConfig, choices: Mapping[str, Any], best: str) -> None:
         """Records what was chosen, and the hashes that hold it fast.
 
         Args:
@@ -63,7 +63,7 @@ class RunFolder(OptionsFolder):
             )
         self.write(config.plain() | {"frozen": content | {"digest": digest(content)}})
 
-    def frozen(self) -> tuple[RunConfig, dict[str, Any]]:
+    def frozen(self) -> tuple[RestorationConfig, dict[str, Any]]:
         """The options and what was chosen.
 
         Raises:
@@ -78,7 +78,7 @@ class RunFolder(OptionsFolder):
             raise FileNotFoundError(
                 f"{self.path}: this run has not ended (nothing is frozen); run `medaccel restoration run` again first"
             )
-        config = RunConfig.of(self.path, values)
+        config = RestorationConfig.of(self.path, values)
         recorded = content.pop("digest")
         if digest(content) != recorded:
             raise ValueError(f"{self.record}: what was chosen has been changed since (its digest is not {recorded})")
@@ -108,7 +108,7 @@ class RunFolder(OptionsFolder):
             lock.unlink(missing_ok=True)
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
-    def hashes(self, config: RunConfig) -> dict[str, str]:
+    def hashes(self, config: RestorationConfig) -> dict[str, str]:
         """SHA-256 of each method's checkpoint that is there."""
         found = {}
         for name in config.methods:

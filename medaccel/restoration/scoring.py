@@ -31,7 +31,7 @@ from medaccel.restoration.evaluation.study_scores import StudyEvaluator
 from medaccel.restoration.methods.base import Method, Restoration
 from medaccel.restoration.report.text import IDENTITY, NOISE_FREE, ORACLE
 from medaccel.restoration.statistics import block_errors
-from medaccel.restoration.study import Study, load_study
+from medaccel.restoration.study import PETStudy, load_study
 
 EXAMPLES = 3  # studies whose restored images are kept
 
@@ -211,7 +211,7 @@ class Scorer:
         seconds: int,
         name: str,
         found: Restoration,
-        study: Study,
+        study: PETStudy,
         mask: metrics.Mask,
     ) -> None:
         if position < EXAMPLES:

@@ -80,7 +80,7 @@ def run(
     folder = StudyFolder(config.output)
     if cell is not None:
         with before_work():
-            study = Study(config, folder, settings)
+            study = SegmentationStudy(config, folder, settings)
             _refuse_changed_data(study, cell)
         return _run_one(study, cell, say, run_cell)
     options = options_of(config, settings)
@@ -171,7 +171,7 @@ def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[
     return files
 
 
-def _refuse_changed_data(study: Study, cell: int) -> None:
+def _refuse_changed_data(study: SegmentationStudy, cell: int) -> None:
     """`--cell`: as a study's own run, of the one task; nothing is recorded, others may run beside it."""
     record, chosen = study.folder.path / INPUTS, study.config.chosen()
     if record.exists() and 0 <= cell < len(chosen):
@@ -195,7 +195,7 @@ def _run(
         if first:
             check_inputs(folder.path, "study", _inputs(config, check_data(config)))
             make_data(config, folder, chosen)
-    study = Study(config, folder, settings)
+    study = SegmentationStudy(config, folder, settings)
     if ranks.rank() == 0:
         splits = {name: list(of_task.values()) for name, of_task in study.splits.items()}
         write_splits(folder.path / "splits.json", splits, config.fractions)
@@ -220,7 +220,9 @@ def _run(
     return report
 
 
-def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell | None, what: str) -> dict[str, str]:
+def _run_cells(
+    study: SegmentationStudy, cells: Sequence[Cell], say: Say, run_cell: RunCell | None, what: str
+) -> dict[str, str]:
     works = [study.work(one) for one in cells]
     if works and ranks.rank() == 0:
         say(f"{len(works)} cells {what}, {sum(work.finished for work in works)} of them finished")
@@ -234,7 +236,7 @@ def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell 
     )
 
 
-def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
+def _run_one(study: SegmentationStudy, number: int, say: Say, run_cell: RunCell | None) -> Path:
     """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
     with before_work():
         one = _prepared(study, number)
@@ -249,7 +251,7 @@ def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> P
     return work.folder / RESULT
 
 
-def _prepared(study: Study, number: int) -> Cell:
+def _prepared(study: SegmentationStudy, number: int) -> Cell:
     """One of the chosen cells, if what it needs is there."""
     study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
@@ -336,7 +338,7 @@ def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[C
         write_pool(folder.pool, options["pool"], seed=options["seed"], spacing=options["pool_spacing"])
 
 
-class Study:
+class SegmentationStudy:
     """What the cells share: data, splits, settings, and what each starts from.
 
     Args:

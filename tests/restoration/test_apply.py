@@ -21,8 +21,8 @@ from medaccel.restoration import methods
 from medaccel.restoration.apply import TRAINING_RANGE, apply
 from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level
 from medaccel.restoration.methods import load_method
-from medaccel.restoration.methods.base import Method, Restoration, Task
-from medaccel.restoration.study import Study, save_study
+from medaccel.restoration.methods.base import Method, Restoration, RestorationTask
+from medaccel.restoration.study import PETStudy, save_study
 from tests.data.dicom_series import write_series
 
 SPACING = (4.0, 4.0, 3.0)
@@ -97,7 +97,7 @@ def body(seed: int = 0, shape: tuple[int, int, int] = (24, 22, 20)) -> np.ndarra
 
 
 def checkpoint(folder: Path, kind: type[Method] = Smoother, *, told: bool = True) -> Path:
-    method = kind(Task((60, 30), 90))
+    method = kind(RestorationTask((60, 30), 90))
     if told:
         level = noise_level(body(), SPACING)
         method.fitted.parameters[TRAINING_RANGE] = TrainingRange((60, 30), SPACING, SPACING, level, level).plain()
@@ -164,7 +164,7 @@ def test_a_dicom_series_becomes_a_derived_one_or_nifti(tmp_path: Path) -> None:
 
 def test_a_study_folder_gives_the_exposure_and_its_ct(tmp_path: Path) -> None:
     ct = np.full(body().shape, 40, dtype=np.float32)
-    study = Study("s", SPACING, AFFINE, {30: body(1), 60: body(2)}, ct=ct)  # no PET_90
+    study = PETStudy("s", SPACING, AFFINE, {30: body(1), 60: body(2)}, ct=ct)  # no PET_90
     save_study(tmp_path / "s", study)
     apply(checkpoint(tmp_path), tmp_path / "s", tmp_path / "out.nii", seconds=30, progress=False)
     np.testing.assert_array_equal(Smoother.handed["volume"], body(1))
@@ -366,7 +366,7 @@ def test_a_result_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
 def test_a_checkpoint_gives_the_method_back(tmp_path: Path) -> None:
     method = load_method(checkpoint(tmp_path))
     assert type(method) is Smoother
-    assert method.task == Task((60, 30), 90)
+    assert method.task == RestorationTask((60, 30), 90)
     assert method.settings == {"sigma": 1.0}
     assert method.fitted.parameters[TRAINING_RANGE]["seconds"] == [60, 30]
 
@@ -408,7 +408,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path, kept: int) -> None:
 
 def test_a_file_with_code_or_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    torch.save(Task(), path)  # a class, which loading would have to run
+    torch.save(RestorationTask(), path)  # a class, which loading would have to run
     with pytest.raises(ValueError, match=r"x\.pt: not a checkpoint that can be read"):
         load_method(path)
     torch.save([1], path)

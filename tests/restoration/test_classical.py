@@ -11,7 +11,7 @@ import scipy.ndimage
 import torch
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.methods.base import Method, Task
+from medaccel.restoration.methods.base import Method, RestorationTask
 from medaccel.restoration.methods.classical import (
     BM4D,
     Classical,
@@ -21,10 +21,10 @@ from medaccel.restoration.methods.classical import (
     noise_level,
     power_spectrum,
 )
-from medaccel.restoration.study import Study, load_study, save_study
+from medaccel.restoration.study import PETStudy, load_study, save_study
 
 SPACING = (4.0, 4.0, 4.0)
-TASK = Task((60, 30), 90)
+TASK = RestorationTask((60, 30), 90)
 METHODS = [NonLocalMeans, TotalVariation]
 
 
@@ -36,13 +36,13 @@ def make_truth() -> np.ndarray:
     return truth.astype(np.float32)
 
 
-def make_study(seed: int) -> Study:
+def make_study(seed: int) -> PETStudy:
     """Nested Poisson exposures, so the noise grows with the activity."""
     rng = np.random.default_rng(seed)
     truth = make_truth()
     third = [rng.poisson(truth * 12) / 12 for _ in range(3)]
     exposures = {30 * (n + 1): np.mean(third[: n + 1], axis=0).astype(np.float32) for n in range(3)}
-    return Study(f"made_{seed}", SPACING, np.diag([*SPACING, 1.0]), exposures, noise_free=truth)
+    return PETStudy(f"made_{seed}", SPACING, np.diag([*SPACING, 1.0]), exposures, noise_free=truth)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_the_choice_is_the_best_of_the_scores(fits: dict[str, Classical], name: 
 
 def test_the_search_is_on_validation_studies_and_on_training_ones_without_any(paths: list[Path], tmp_path: Path):
     def scores(studies: list[Path], validation: list[Path]) -> dict:
-        method = TotalVariation(Task(), {"strengths": [1.0], "iterations": 20})
+        method = TotalVariation(RestorationTask(), {"strengths": [1.0], "iterations": 20})
         method.fit(studies, validation, folder=tmp_path, progress=False)
         return method.fitted.scores
 
@@ -110,7 +110,7 @@ def test_the_search_is_on_validation_studies_and_on_training_ones_without_any(pa
 
 
 def test_a_best_strength_beyond_the_grid_is_found(paths: list[Path], tmp_path: Path):
-    method = TotalVariation(Task(), {"strengths": [0.4, 0.6]})
+    method = TotalVariation(RestorationTask(), {"strengths": [0.4, 0.6]})
     method.fit(paths[:1], paths[1:2], folder=tmp_path, progress=False)
     assert method.fitted.choices["60"]["strength"] > 0.7
 
@@ -132,14 +132,14 @@ def test_a_combined_restoration_tells_the_activity_it_rests_on(fits: dict[str, C
 def test_the_largest_value_is_not_clipped(stabiliser: str):
     volume = np.full((12, 12, 12), 0.5, np.float32) + np.random.default_rng(0).random((12, 12, 12), np.float32) / 10
     volume[4:9, 4:9, 4:9] += 900
-    method = NonLocalMeans(Task(), {"stabiliser": stabiliser})
+    method = NonLocalMeans(RestorationTask(), {"stabiliser": stabiliser})
     method.load_state({"choices": {"60": {"strength": 0.5, "combined": False}}})
     assert method.restore(volume, SPACING).volume[6, 6, 6] == pytest.approx(900.5, rel=0.01)
 
 
 def test_a_volume_without_noise_comes_back_as_it_is():
     volume = np.ones((8, 8, 8), np.float32)
-    method = TotalVariation(Task())
+    method = TotalVariation(RestorationTask())
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": True}}})
     np.testing.assert_array_equal(method.restore(volume, SPACING).volume, volume)
 
@@ -198,16 +198,16 @@ def test_bm4d_says_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch, path
     assert reason is not None
     assert "bm4d" in reason
     with pytest.raises(ValueError, match="can't be imported"):
-        BM4D(Task()).fit(paths, [], folder=tmp_path, progress=False)
+        BM4D(RestorationTask()).fit(paths, [], folder=tmp_path, progress=False)
     assert NonLocalMeans.unavailable() is None
 
 
 @pytest.mark.skipif(BM4D.unavailable() is not None, reason=str(BM4D.unavailable()))
 def test_bm4d_takes_correlated_noise_away_and_is_stored_with_its_correlation(paths: list[Path], tmp_path: Path):
-    method = BM4D(Task(), {"strengths": [1.5], "search_slices": 10})
+    method = BM4D(RestorationTask(), {"strengths": [1.5], "search_slices": 10})
     method.fit(paths[:1], paths[1:2], folder=tmp_path, progress=False)
     assert max(mse for mse, _ in method.fitted.scores.values()) > 15
-    again = BM4D(Task())
+    again = BM4D(RestorationTask())
     again.load_state(method.state())
     image = load_study(paths[2]).exposures[60]
     np.testing.assert_array_equal(again.restore(image, SPACING).volume, method.restore(image, SPACING).volume)
@@ -226,11 +226,11 @@ def test_bm4d_takes_correlated_noise_away_and_is_stored_with_its_correlation(pat
 )
 def test_settings_that_can_not_be_are_refused(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        NonLocalMeans(Task(), settings)
+        NonLocalMeans(RestorationTask(), settings)
 
 
 def test_what_can_not_be_fitted_or_restored_is_refused(tmp_path: Path):
-    method: Method = NonLocalMeans(Task())
+    method: Method = NonLocalMeans(RestorationTask())
     with pytest.raises(ValueError, match="no training studies"):
         method.fit([], [], folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="not fitted to 60 s yet"):

@@ -11,12 +11,12 @@ import torch
 from medaccel.report.html import Page, Section, render
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods import load_method, make_method
-from medaccel.restoration.methods.base import Task
+from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
 from medaccel.restoration.methods.network import Candidates, body_box
 from medaccel.restoration.methods.sdedit import _NoiseShown
 from medaccel.restoration.report.fits import fit_blocks
-from medaccel.restoration.study import Study, save_study
+from medaccel.restoration.study import PETStudy, save_study
 from tests.restoration.test_gaussian_methods import SPACING, make_study
 
 TINY: dict[str, Any] = {
@@ -49,20 +49,20 @@ def fits(studies: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[
         "diffusion_conditional": TINY | {"base": "nlm"},
     }
     for name, chosen in settings.items():
-        methods[name] = make_method(name, Task((60,), 90), chosen)
+        methods[name] = make_method(name, RestorationTask((60,), 90), chosen)
         methods[name].fit(studies[:2], studies[2:], folder=folder / name, progress=False)
         methods[name].save(folder / f"{name}.pt")
     return {"methods": methods, "folder": folder}
 
 
 @pytest.fixture
-def study() -> Study:
+def study() -> PETStudy:
     return make_study(7)
 
 
 @pytest.mark.parametrize("name", ["swin_unetr", "diffusion_sdedit", "diffusion_conditional"])
 def test_a_restoration_is_the_blend_that_was_chosen_and_survives_storing(
-    name: str, fits: dict[str, Any], study: Study
+    name: str, fits: dict[str, Any], study: PETStudy
 ):
     method, image = fits["methods"][name], study.exposures[60]
     weight = method.fitted.choices["weight"]["60"]
@@ -86,7 +86,7 @@ def test_the_candidates_are_named_with_their_scores(fits: dict[str, Any]):
     assert all(np.isfinite(scores).all() for scores in tried.values())
 
 
-def test_samples_depend_on_their_seed_and_their_mean_and_deviation_are_theirs(fits: dict[str, Any], study: Study):
+def test_samples_depend_on_their_seed_and_their_mean_and_deviation_are_theirs(fits: dict[str, Any], study: PETStudy):
     method: DiffusionMethod = fits["methods"]["diffusion_conditional"]
     image = study.exposures[60]
     found = method.restore(image, SPACING, samples=3, keep_samples=True)
@@ -104,7 +104,7 @@ def test_samples_depend_on_their_seed_and_their_mean_and_deviation_are_theirs(fi
         method.restore(image, SPACING, samples=0)
 
 
-def test_windows_of_a_large_volume_agree_with_the_whole(fits: dict[str, Any], study: Study):
+def test_windows_of_a_large_volume_agree_with_the_whole(fits: dict[str, Any], study: PETStudy):
     method = fits["methods"]["swin_unetr"]
     tall = np.concatenate([study.exposures[60]] * 5, axis=2)  # 100 slices: two windows along the axis
     whole = method.predict(tall, SPACING, 60, None)
@@ -126,8 +126,8 @@ def test_the_cap_is_what_independent_posterior_samples_reach():
     assert score == pytest.approx(sample_cap(4, 60, 90), abs=1)
 
 
-def test_the_choice_takes_both_scores(study: Study):
-    candidates = Candidates(Task((60,), 90), [study])
+def test_the_choice_takes_both_scores(study: PETStudy):
+    candidates = Candidates(RestorationTask((60,), 90), [study])
     image, truth = study.exposures[60], study.noise_free
     assert truth is not None
     candidates.add("oracle", study, 60, metrics.oracle(image, truth, 60, 90).astype(np.float32))
@@ -155,13 +155,13 @@ def test_the_box_holds_the_body_and_is_the_whole_where_there_is_none():
         (lambda v: v * 0, "zero everywhere"),
     ],
 )
-def test_a_volume_that_is_no_suv_is_refused(change: Any, message: str, fits: dict[str, Any], study: Study):
+def test_a_volume_that_is_no_suv_is_refused(change: Any, message: str, fits: dict[str, Any], study: PETStudy):
     for method in fits["methods"].values():
         with pytest.raises(ValueError, match=message):
             method.restore(change(study.exposures[60]), SPACING)
 
 
-def test_an_exposure_that_was_not_fitted_to_is_refused(fits: dict[str, Any], study: Study):
+def test_an_exposure_that_was_not_fitted_to_is_refused(fits: dict[str, Any], study: PETStudy):
     with pytest.raises(ValueError, match="seconds is 45; expected one of 60"):
         fits["methods"]["swin_unetr"].restore(study.exposures[60], SPACING, seconds=45)
 
@@ -173,7 +173,7 @@ def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str
     from medaccel.restoration.methods.networks import blend
     from medaccel.restoration.methods.patches import Patches
 
-    method = make_method("swin_unetr", Task((60,), 90), {"predict": predict, "loss": "mse"})
+    method = make_method("swin_unetr", RestorationTask((60,), 90), {"predict": predict, "loss": "mse"})
     batch = default_collate([Patches(studies, method.task, roi_size=(16, 16, 16), reference=reference)[0]])
     module = method.module()  # type: ignore[attr-defined]
     # What the network would have to predict: for the target reference, the activity whose blend is PET90.
@@ -198,11 +198,11 @@ def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        make_method("swin_unetr", Task(), settings)
+        make_method("swin_unetr", RestorationTask(), settings)
     with pytest.raises(ValueError, match=r"channels.*to divide 8"):
-        make_method("diffusion_sdedit", Task(), {"shuffle": 4, "channels": [8, 8, 8]})
+        make_method("diffusion_sdedit", RestorationTask(), {"shuffle": 4, "channels": [8, 8, 8]})
     with pytest.raises(ValueError, match="expected increasing levels"):
-        make_method("diffusion_sdedit", Task(), {"t0": [10, 5]})
+        make_method("diffusion_sdedit", RestorationTask(), {"t0": [10, 5]})
 
 
 class _Silent(torch.nn.Module):

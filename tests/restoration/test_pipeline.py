@@ -20,7 +20,7 @@ import yaml
 
 from medaccel.cli import main
 from medaccel.restoration import scoring
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, load_method
 from medaccel.restoration.pipeline import choose_best, run, score
 from medaccel.restoration.scoring import Scored
@@ -60,8 +60,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def finished(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    config = RunConfig(
+def finished(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RestorationConfig:
+    config = RestorationConfig(
         output=tmp_path_factory.mktemp("out") / "run",
         train_studies=folders[0],
         methods=(*GAUSSIANS, "diffusion_sdedit", "diffusion_conditional"),
@@ -72,16 +72,16 @@ def finished(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def scored(folders: tuple[Path, Path], finished: RunConfig) -> ScoreConfig:
+def scored(folders: tuple[Path, Path], finished: RestorationConfig) -> ScoreConfig:
     chosen = ScoreConfig(finished.output, test_studies=folders[1])
     score(chosen)
     return chosen
 
 
 @pytest.fixture(scope="module")
-def quick(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def quick(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> RestorationConfig:
     """A run that takes a second."""
-    config = RunConfig(
+    config = RestorationConfig(
         output=tmp_path_factory.mktemp("quick") / "run",
         train_studies=folders[0],
         methods=("gaussian1",),
@@ -96,7 +96,7 @@ def _table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
-def test_the_folder_holds_all_that_was_promised(finished: RunConfig, scored: ScoreConfig):
+def test_the_folder_holds_all_that_was_promised(finished: RestorationConfig, scored: ScoreConfig):
     folder = finished.output
     options = yaml.safe_load((folder / "config.yaml").read_text())
     assert options["input_seconds"] == 60
@@ -128,7 +128,9 @@ def test_three_layers_score_what_one_does_and_the_mix_no_less(scored: ScoreConfi
     assert mix > one - 0.3
 
 
-def test_the_same_run_elsewhere_gives_the_same_figures(finished: RunConfig, scored: ScoreConfig, tmp_path: Path):
+def test_the_same_run_elsewhere_gives_the_same_figures(
+    finished: RestorationConfig, scored: ScoreConfig, tmp_path: Path
+):
     again = dataclasses.replace(finished, output=tmp_path / "again")
     run(again)
     score(dataclasses.replace(scored, run=again.output))
@@ -137,7 +139,7 @@ def test_the_same_run_elsewhere_gives_the_same_figures(finished: RunConfig, scor
 
 
 def test_a_second_run_and_a_second_score_compute_nothing_again_and_say_so(
-    quick: RunConfig, folders: tuple[Path, Path]
+    quick: RestorationConfig, folders: tuple[Path, Path]
 ):
     chosen = ScoreConfig(quick.output, test_studies=folders[1])
     score(chosen)
@@ -156,7 +158,9 @@ def test_a_second_run_and_a_second_score_compute_nothing_again_and_say_so(
     assert entries[0]["frozen"] == yaml.safe_load((quick.output / "config.yaml").read_text())["frozen"]["digest"]
 
 
-def test_a_score_of_other_options_does_not_mix_with_one_that_is_there(quick: RunConfig, folders: tuple[Path, Path]):
+def test_a_score_of_other_options_does_not_mix_with_one_that_is_there(
+    quick: RestorationConfig, folders: tuple[Path, Path]
+):
     score(ScoreConfig(quick.output, test_studies=folders[1], name="mixed"))
     with pytest.raises(ValueError, match="holds a scoring with other options"):
         score(ScoreConfig(quick.output, test_studies=folders[1], name="mixed", samples=5))
@@ -168,7 +172,9 @@ def _copied(folders: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "train", tmp_path / "test"
 
 
-def test_studies_that_changed_since_the_fit_are_named(quick: RunConfig, folders: tuple[Path, Path], tmp_path: Path):
+def test_studies_that_changed_since_the_fit_are_named(
+    quick: RestorationConfig, folders: tuple[Path, Path], tmp_path: Path
+):
     train, _ = _copied(folders, tmp_path)
     config = dataclasses.replace(quick, output=tmp_path / "run", train_studies=train)
     run(config, say=lambda _: None)
@@ -192,7 +198,7 @@ def test_studies_that_changed_since_the_fit_are_named(quick: RunConfig, folders:
 
 
 def test_test_studies_that_changed_are_not_answered_with_the_old_scores(
-    quick: RunConfig, folders: tuple[Path, Path], tmp_path: Path
+    quick: RestorationConfig, folders: tuple[Path, Path], tmp_path: Path
 ):
     _, test = _copied(folders, tmp_path)
     chosen = ScoreConfig(quick.output, test_studies=test, name="changing")
@@ -203,7 +209,7 @@ def test_test_studies_that_changed_are_not_answered_with_the_old_scores(
     score(dataclasses.replace(chosen, name="changed"), say=lambda _: None)
 
 
-def test_two_processes_do_not_score_into_one_folder(quick: RunConfig, folders: tuple[Path, Path]):
+def test_two_processes_do_not_score_into_one_folder(quick: RestorationConfig, folders: tuple[Path, Path]):
     (quick.output / "scored" / "held").mkdir(parents=True)
     with (
         locked(quick.output / "scored" / "held", "scoring"),
@@ -212,7 +218,9 @@ def test_two_processes_do_not_score_into_one_folder(quick: RunConfig, folders: t
         score(ScoreConfig(quick.output, test_studies=folders[1], name="held"), say=lambda _: None)
 
 
-def test_what_was_frozen_is_refused_when_it_changed(quick: RunConfig, folders: tuple[Path, Path], tmp_path: Path):
+def test_what_was_frozen_is_refused_when_it_changed(
+    quick: RestorationConfig, folders: tuple[Path, Path], tmp_path: Path
+):
     config = dataclasses.replace(quick, output=tmp_path / "run")
     run(config)
     chosen = ScoreConfig(config.output, test_studies=folders[1])
@@ -232,7 +240,7 @@ def test_what_was_frozen_is_refused_when_it_changed(quick: RunConfig, folders: t
         score(chosen)
 
 
-def test_a_run_that_has_not_ended_can_not_be_scored(quick: RunConfig, tmp_path: Path):
+def test_a_run_that_has_not_ended_can_not_be_scored(quick: RestorationConfig, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         score(ScoreConfig(tmp_path / "nowhere"))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(quick.plain()))
@@ -240,18 +248,18 @@ def test_a_run_that_has_not_ended_can_not_be_scored(quick: RunConfig, tmp_path: 
         score(ScoreConfig(tmp_path))
 
 
-def test_a_patient_that_was_fitted_to_is_no_test(quick: RunConfig, folders: tuple[Path, Path]):
+def test_a_patient_that_was_fitted_to_is_no_test(quick: RestorationConfig, folders: tuple[Path, Path]):
     with pytest.raises(ValueError, match="was fitted to or chosen on; it can't be a test"):
         score(ScoreConfig(quick.output, test_studies=folders[0]))
 
 
-def test_resume_wants_a_run_that_is_there(quick: RunConfig, tmp_path: Path):
+def test_resume_wants_a_run_that_is_there(quick: RestorationConfig, tmp_path: Path):
     with pytest.raises(ValueError, match="holds no run to resume"):
         run(dataclasses.replace(quick, output=tmp_path / "none"), resume=True)
     assert run(quick, resume=True).exists()
 
 
-def test_sampled_studies_limits_the_drawing_methods_alone(finished: RunConfig, folders: tuple[Path, Path]):
+def test_sampled_studies_limits_the_drawing_methods_alone(finished: RestorationConfig, folders: tuple[Path, Path]):
     score(ScoreConfig(finished.output, test_studies=folders[1], sampled_studies=1, samples=2, name="one"))
     content = json.loads((finished.output / "scored" / "one" / "metrics.json").read_text())
     values = {(row["method"], row["study"]): row["score_mse"] for row in content["per_study"]}
@@ -261,7 +269,7 @@ def test_sampled_studies_limits_the_drawing_methods_alone(finished: RunConfig, f
 
 
 def test_realisations_of_one_patient_get_intervals_within_the_patient(
-    finished: RunConfig, folders: tuple[Path, Path], tmp_path: Path
+    finished: RestorationConfig, folders: tuple[Path, Path], tmp_path: Path
 ):
     methods = {"gaussian1": load_method(finished.output / "checkpoints" / "gaussian1.pt")}
     scorer = scoring.Scorer(methods, tmp_path, one_patient=True, progress=False)
@@ -289,12 +297,12 @@ def test_the_best_is_good_on_both_scores_and_no_worse_than_the_input_against_the
 
 def test_the_options_name_the_methods_that_there_are():
     for name in METHODS:
-        assert RunConfig(methods=(name,)).methods == (name,)
+        assert RestorationConfig(methods=(name,)).methods == (name,)
     with pytest.raises(ValueError, match=r"settings names \['median'\]"):
-        RunConfig(settings={"median": {}})
+        RestorationConfig(settings={"median": {}})
 
 
-def test_other_options_are_refused_by_name_and_force_starts_clean(quick: RunConfig, tmp_path: Path):
+def test_other_options_are_refused_by_name_and_force_starts_clean(quick: RestorationConfig, tmp_path: Path):
     config = dataclasses.replace(quick, output=tmp_path / "run")
     run(config)
     other = dataclasses.replace(config, settings={"gaussian1": {"epochs": 2}})
@@ -305,21 +313,21 @@ def test_other_options_are_refused_by_name_and_force_starts_clean(quick: RunConf
     assert "starting clean" in lines[0]
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(finished: RunConfig, tmp_path: Path):
+def test_a_folder_that_holds_something_else_is_left_alone(finished: RestorationConfig, tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         run(dataclasses.replace(finished, output=tmp_path))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_output_that_cannot_be_made_is_an_error(finished: RunConfig, tmp_path: Path):
+def test_an_output_that_cannot_be_made_is_an_error(finished: RestorationConfig, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="the output folder can't be made"):
         run(dataclasses.replace(finished, output=tmp_path / "file" / "run"))
 
 
 def test_training_and_validation_share_no_patient(folders: tuple[Path, Path], tmp_path: Path):
-    config = RunConfig(output=tmp_path / "run", train_studies=folders[0], validation_studies=folders[0])
+    config = RestorationConfig(output=tmp_path / "run", train_studies=folders[0], validation_studies=folders[0])
     with pytest.raises(ValueError, match="is among the training and the validation studies"):
         run(config)
     # Two scans of one patient stay on one side, whatever their folders are called.
@@ -327,7 +335,7 @@ def test_training_and_validation_share_no_patient(folders: tuple[Path, Path], tm
         study = make_study(index)
         study.parameters = {"patient": name.split("_")[0]}
         save_study(tmp_path / "scans" / name, study)
-    config = RunConfig(
+    config = RestorationConfig(
         output=tmp_path / "run",
         train_studies=tmp_path / "scans",
         methods=("gaussian1",),
@@ -342,7 +350,7 @@ def test_training_and_validation_share_no_patient(folders: tuple[Path, Path], tm
 
 def test_one_patient_alone_can_not_be_split(folders: tuple[Path, Path], tmp_path: Path):
     with pytest.raises(ValueError, match="holds one patient only; expected at least two"):
-        run(RunConfig(output=tmp_path / "run", train_studies=folders[0] / "made_0"))
+        run(RestorationConfig(output=tmp_path / "run", train_studies=folders[0] / "made_0"))
 
 
 @pytest.mark.parametrize("method", ["gaussian1", "nlm", "diffusion_sdedit"])
@@ -351,7 +359,7 @@ def test_a_study_without_its_target_names_the_file(method: str, folders: tuple[P
         study = load_study(folders[0] / name)
         del study.exposures[90]
         save_study(tmp_path / "studies" / name, study)
-    config = RunConfig(
+    config = RestorationConfig(
         output=tmp_path / "run",
         train_studies=tmp_path / "studies",
         methods=(method,),
@@ -362,7 +370,7 @@ def test_a_study_without_its_target_names_the_file(method: str, folders: tuple[P
 
 
 def test_simulated_phantoms_go_from_nothing_to_two_reports(tmp_path: Path):
-    config = RunConfig(
+    config = RestorationConfig(
         output=tmp_path / "run",
         train_phantoms=1,
         validation_phantoms=1,
@@ -418,7 +426,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(folders: tuple[Path, Path], tmp_path: 
     result = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "resuming the run that is there" in result.stdout
-    whole = RunConfig(output=tmp_path / "whole", train_studies=folders[0])
+    whole = RestorationConfig(output=tmp_path / "whole", train_studies=folders[0])
     run(whole)
     assert (output / "metrics.csv").read_bytes() == (whole.output / "metrics.csv").read_bytes()
 
@@ -465,7 +473,9 @@ SCORE_BAD = {
 
 
 @pytest.mark.parametrize("what", SCORE_BAD)
-def test_bad_options_of_a_score_end_in_a_sentence(what: str, quick: RunConfig, capsys: pytest.CaptureFixture[str]):
+def test_bad_options_of_a_score_end_in_a_sentence(
+    what: str, quick: RestorationConfig, capsys: pytest.CaptureFixture[str]
+):
     options, sentence = SCORE_BAD[what]
     assert main(["restoration", "score", str(quick.output), *options]) == 2
     error = capsys.readouterr().err

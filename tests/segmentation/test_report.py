@@ -188,7 +188,7 @@ def test_contours_lie_where_the_masks_are():
     truth, predicted = np.zeros((2, *hu.shape), dtype=bool)
     truth[4:14, 15:25, 2] = True  # the patient's left: i runs to the right
     predicted[26:36, 15:25, 2] = True
-    example = report_figures.Example(np.diag([2.0, 2, 5, 1]), hu, truth, {"one": predicted}, (0.0, 1.0))
+    example = report_figures.SegmentationExample(np.diag([2.0, 2, 5, 1]), hu, truth, {"one": predicted}, (0.0, 1.0))
     picture = imread(BytesIO(report_figures.contour_figure(example)))[..., :3]
     red = (picture[..., 0] > 0.6) & (picture[..., 1] < 0.5)
     green = (picture[..., 1] > 0.45) & (picture[..., 0] < 0.35)

@@ -37,7 +37,7 @@ class Step:
     progress: float
 
 
-class Task(abc.ABC):
+class PretextTask(abc.ABC):
     """One thing to learn without labels.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medaccel.nets import SwinUNETR
 from medaccel.ops import gaussian_filter
 from medaccel.pretraining.network import STRIDES, channels, check_level
-from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.tasks.base import PretextTask, Step
 
 _LEAST_WEIGHT = 1e-6  # of what is visible; below it there is nothing to take a mean of
 
@@ -75,7 +75,7 @@ class Reconstruction(nn.Module):
         return pixelshuffle(self.layers(features), 3, self.stride)
 
 
-class Inpainting(Task):
+class Inpainting(PretextTask):
     """Blocks of 5 to 25 % of each side, at most 30 % of a view, become noise; L1 to what was there.
 
     As in the published Swin UNETR pretraining (Tang et al., CVPR 2022), both views are cut out, so that the other

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
 from medaccel.pretraining.network import channels, elements
-from medaccel.pretraining.tasks.base import Step, Task, process_group
+from medaccel.pretraining.tasks.base import PretextTask, Step, process_group
 from medaccel.pretraining.tasks.standardise import StandardisedMap
 
 _LEVEL = "encoder4"
 
 
-class Instance(Task):
+class Instance(PretextTask):
     """NT-Xent on the standardised last map, through two layers; the negatives are all processes'.
 
     Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the

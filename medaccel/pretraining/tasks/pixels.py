@@ -17,7 +17,7 @@ from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss
 from medaccel.nets import SwinUNETR
 from medaccel.ops import pixel_propagation
 from medaccel.pretraining.network import channels, check_level, features
-from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.tasks.base import PretextTask, Step
 
 #: PixPro's momentum in the first step; it rises to 1.
 FIRST_MOMENTUM = 0.99
@@ -29,7 +29,7 @@ def projector(level: str, feature_size: int, dimensions: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv3d(width, 2 * width, 1), nn.GELU(), nn.Conv3d(2 * width, dimensions, 1))
 
 
-class _PixelTask(Task):
+class _PixelTask(PretextTask):
     """What both have: a level, its projector, and where its pixels lie."""
 
     radius: float | None

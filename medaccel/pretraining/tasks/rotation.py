@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.pretraining.network import elements
-from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.tasks.base import PretextTask, Step
 
 _NOISE = 0.03  # of the window; its strength is drawn
 
 
-class Rotation(Task):
+class Rotation(PretextTask):
     """A crop of its own, from the canonically oriented volume, turned by k · 90° in the axial plane; k is to be told.
 
     The views can't serve: they may be flipped and turned already, and then no answer is right. The crop goes through

@@ -20,7 +20,7 @@ FORMAT = 1  # of a method's checkpoint
 
 
 @dataclass(frozen=True)
-class Task:
+class RestorationTask:
     """What is predicted from what.
 
     Args:
@@ -82,8 +82,8 @@ class Fitted:
 class Method(abc.ABC):
     """One way to restore.
 
-    A method is made for a `Task`, fitted once, stored in one file, and restores from then on. It sees studies as
-    folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
+    A method is made for a `RestorationTask`, fitted once, stored in one file, and restores from then on. It sees
+    studies as folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
 
     Args:
         task: what to predict from what.
@@ -99,7 +99,7 @@ class Method(abc.ABC):
     samples: ClassVar[bool] = False  # whether restore can draw several
     distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         settings = self.with_current_names(settings or {})
         unknown = set(settings) - set(self.defaults)
         if unknown:

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from medaccel.restoration.evaluation.metrics import body_mask
-from medaccel.restoration.methods.base import Task
+from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.classical import NonLocalMeans
 
 # Times the noise level that is estimated in each PET: what the search finds on phantoms at 30 and at 60 s.
@@ -18,7 +18,7 @@ STRENGTH = 1.6
 
 @cache
 def _filter() -> NonLocalMeans:
-    return NonLocalMeans(Task())
+    return NonLocalMeans(RestorationTask())
 
 
 def base_image(volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from medaccel.diffusion.samplers import Sampler
-from medaccel.restoration.methods.base import Fitted, Task
+from medaccel.restoration.methods.base import Fitted, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.network import Candidates, as_batch, weights
 from medaccel.restoration.methods.networks import Conditioning
-from medaccel.restoration.study import Study
+from medaccel.restoration.study import PETStudy
 
 
 class DiffusionConditional(DiffusionMethod):
@@ -29,7 +29,7 @@ class DiffusionConditional(DiffusionMethod):
     name = "diffusion_conditional"
     defaults: ClassVar[Mapping[str, Any]] = {**DiffusionMethod.defaults, "spread": 0.1}
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         chosen = {**self.defaults, **(settings or {})}
         self.conditioning = Conditioning(chosen["scaling"], chosen["use_ct"], chosen["base"])
         super().__init__(task, settings)
@@ -69,7 +69,7 @@ class DiffusionConditional(DiffusionMethod):
             activity = self.conditioning.scaling.inverse(base + self.settings["spread"] * drawn)
             yield activity[0, 0].clamp_min(0).numpy()
 
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         candidates = Candidates(self.task, validation)
         seeds = [seed * 1000 + k for k in range(self.settings["validation_samples"])]
         for seconds in self.task.input_seconds:

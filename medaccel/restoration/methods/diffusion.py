@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medaccel.diffusion import VPSDE, noised, small_unet
 from medaccel.diffusion.sde import _Sde
-from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
+from medaccel.restoration.methods.base import Fitted, Restoration, RestorationTask, check_volume
 from medaccel.restoration.methods.network import NetworkMethod, body_box
 from medaccel.restoration.methods.networks import whole
 from medaccel.training.fit import NetworkFit
@@ -102,7 +102,7 @@ class DiffusionMethod(NetworkMethod):
     sde: _Sde
     levels: int
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         self.sde, self.levels = VPSDE(), 1000
         super().__init__(task, settings)
         for key in ("samples", "sampling_steps", "validation_samples"):
@@ -203,8 +203,8 @@ class DiffusionMethod(NetworkMethod):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
 
-        The air far from the body stays as it is; `residual_shrinkage` concerns the mean alone. Samples are appended to `kept`,
-        where it is given; `options` are `draw`'s further ones.
+        The air far from the body stays as it is; `residual_shrinkage` concerns the mean alone. Samples are appended
+        to `kept`, where it is given; `options` are `draw`'s further ones.
         """
         box = body_box(volume, spacing)
         around = None if ct is None else ct[box]

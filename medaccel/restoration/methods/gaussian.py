@@ -25,8 +25,8 @@ from medaccel.data.files import atomic_path
 from medaccel.data.tensors import load_tensors
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.evaluation.metrics import body_mask
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
-from medaccel.restoration.study import Study, load_study
+from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationTask, check_volume
+from medaccel.restoration.study import PETStudy, load_study
 
 
 def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ METHODS: dict[str, Callable[[], GaussianMethod]] = {
 class _Studies(torch.utils.data.Dataset):
     """The training studies, one item each: input, target (1, 1, i, j, k), body mask, spacing (3,)."""
 
-    def __init__(self, studies: Sequence[Study], input_seconds: int, target_seconds: int) -> None:
+    def __init__(self, studies: Sequence[PETStudy], input_seconds: int, target_seconds: int) -> None:
         self.items = []
         for study in studies:
             image, target = study.exposures[input_seconds], study.exposures[target_seconds]
@@ -197,7 +197,7 @@ class GaussianFit(lightning.LightningModule):
 
 def fit(
     name: str,
-    studies: Sequence[Study],
+    studies: Sequence[PETStudy],
     input_seconds: int,
     target_seconds: int,
     *,
@@ -290,7 +290,7 @@ class _Gaussian(Method):
 
     defaults: ClassVar[Mapping[str, Any]] = {"epochs": 10, "studies": 8}
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
         for key in ("epochs", "studies"):
             if self.settings[key] < 1:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.metrics import Array, Mask
-from medaccel.restoration.methods.base import Fitted, Method, Task
+from medaccel.restoration.methods.base import Fitted, Method, RestorationTask
 from medaccel.restoration.methods.base_image import base_image
 from medaccel.restoration.methods.residual import residual_shrinkage
-from medaccel.restoration.study import Study, load_study
+from medaccel.restoration.study import PETStudy, load_study
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit, train
 
@@ -57,7 +57,7 @@ class NetworkMethod(Method):
     )
     distributed = True
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
         for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
             if self.settings[key] < 1:
@@ -103,7 +103,7 @@ class NetworkMethod(Method):
         """What trains `network`."""
 
     @abc.abstractmethod
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         """Fills `fitted.choices` and `fitted.scores` from what the trained network does on these studies."""
 
     def fit(
@@ -205,7 +205,7 @@ class Candidates:
     plain 1 − SSIM score stands for it.
     """
 
-    def __init__(self, task: Task, studies: Sequence[Study]) -> None:
+    def __init__(self, task: RestorationTask, studies: Sequence[PETStudy]) -> None:
         self.task = task
         self.rows: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
         self._scorers = {
@@ -214,7 +214,7 @@ class Candidates:
             for seconds in task.input_seconds
         }
 
-    def add(self, name: str, study: Study, seconds: int, restored: Array) -> None:
+    def add(self, name: str, study: PETStudy, seconds: int, restored: Array) -> None:
         """One candidate on one study and exposure."""
         self.rows.setdefault((name, seconds), []).append(self._scorers[study.name, seconds](restored))
 
@@ -235,7 +235,7 @@ class Candidates:
 class _Scorer:
     """MSE score, 1 − SSIM score and criterion of a restoration of one study."""
 
-    def __init__(self, study: Study, seconds: int, target_seconds: int) -> None:
+    def __init__(self, study: PETStudy, seconds: int, target_seconds: int) -> None:
         self.image, self.target = study.exposures[seconds], study.exposures[target_seconds]
         self.mask: Mask = metrics.body_mask(self.target, study.spacing)
         metrics.check_volumes(self.mask, input=self.image, target=self.target)

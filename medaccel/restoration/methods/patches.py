@@ -27,7 +27,7 @@ from monai.transforms import (
 
 from medaccel.data.tensors import check_tensors
 from medaccel.restoration.evaluation.metrics import body_mask
-from medaccel.restoration.methods.base import Task
+from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.base_image import base_image
 from medaccel.restoration.methods.losses import ssim_distance
 from medaccel.restoration.study import load_study
@@ -47,7 +47,9 @@ class PrepareStudy(MapTransform):
         base: of the network's `Conditioning`; "nlm" denoises each exposure.
     """
 
-    def __init__(self, task: Task, reference: str = "auto", use_ct: bool = False, base: str = "gaussian") -> None:
+    def __init__(
+        self, task: RestorationTask, reference: str = "auto", use_ct: bool = False, base: str = "gaussian"
+    ) -> None:
         super().__init__(keys=["study"])
         if reference not in REFERENCES:
             raise ValueError(f"reference is {reference!r}; expected one of {', '.join(REFERENCES)}")
@@ -116,7 +118,7 @@ class Patches(torch.utils.data.Dataset):
     def __init__(
         self,
         studies: Sequence[Path],
-        task: Task,
+        task: RestorationTask,
         *,
         roi_size: Sequence[int],
         reference: str = "auto",

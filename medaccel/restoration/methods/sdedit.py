@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from medaccel.diffusion import SDEdit
 from medaccel.ops import gaussian_filter
-from medaccel.restoration.methods.base import Fitted, Task
+from medaccel.restoration.methods.base import Fitted, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.network import Candidates
 from medaccel.restoration.methods.scaling import scaling
-from medaccel.restoration.study import Study
+from medaccel.restoration.study import PETStudy
 
 _SMOOTH = 1.0  # voxels
 _LARGEST = 4.0  # standard deviations of the noise
@@ -75,7 +75,7 @@ class DiffusionSDEdit(DiffusionMethod):
         "residual_shrinkage": 1.5,
     }
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
         self.levels = int(self.settings["levels"])
         tried = list(self.settings["t0"])
@@ -113,7 +113,7 @@ class DiffusionSDEdit(DiffusionMethod):
             drawn = edit(guide, seeds=[seed], progress=progress).samples[0, 0, 0]
             yield scale.inverse(drawn).clamp_min(0).numpy()
 
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         candidates = Candidates(self.task, validation)
         seeds = [seed * 1000 + k for k in range(self.settings["validation_samples"])]
         for seconds in self.task.input_seconds:

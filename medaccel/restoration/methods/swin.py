@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.restoration.methods import losses
-from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
+from medaccel.restoration.methods.base import Fitted, Restoration, RestorationTask, check_volume
 from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
 from medaccel.restoration.methods.networks import ActivityNet, Conditioning, blend, swin_unetr
-from medaccel.restoration.study import Study
+from medaccel.restoration.study import PETStudy
 from medaccel.training.fit import NetworkFit
 
 PREDICTIONS = ("activity", "target")
@@ -90,7 +90,7 @@ class SwinUNETRMethod(NetworkMethod):
         "residual_shrinkage": 2.0,
     }
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         chosen = {**self.defaults, **(settings or {})}
         if chosen["loss"] not in losses.LOSSES:
             raise ValueError(f"swin_unetr: loss is {chosen['loss']!r}; expected one of {', '.join(losses.LOSSES)}")
@@ -108,7 +108,7 @@ class SwinUNETRMethod(NetworkMethod):
         assert isinstance(self.network, ActivityNet)
         return ActivityFit(self.network, self.training_settings, self.task.target_seconds)
 
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         if self.settings["predict"] == "target":
             return
         candidates = Candidates(self.task, validation)
@@ -143,7 +143,11 @@ class SwinUNETRMethod(NetworkMethod):
 
         predicted = volume.astype(np.float32)
         predicted[box] = np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)
-        return predicted if self.settings["predict"] == "target" else self.shrunk_residual_added(volume, predicted, spacing)
+        return (
+            predicted
+            if self.settings["predict"] == "target"
+            else self.shrunk_residual_added(volume, predicted, spacing)
+        )
 
     def restore(
         self,

@@ -27,7 +27,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.noise import AXES, NoiseAnalysis
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
 from medaccel.restoration.report import text as report_text
-from medaccel.restoration.report.figures import Example, example_figures, noise_figure
+from medaccel.restoration.report.figures import RestorationExample, example_figures, noise_figure
 from medaccel.restoration.report.text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
 from medaccel.restoration.statistics import Agreement, Statistic
 
@@ -63,7 +63,7 @@ class RestorationResults:
     data: str
     best: str = ""
     simulated: bool = True
-    examples: Sequence[Example] = ()
+    examples: Sequence[RestorationExample] = ()
     noise: Mapping[str, NoiseAnalysis] = field(default_factory=dict)
     within_patient: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
     config: str = ""

@@ -16,7 +16,7 @@ import yaml
 
 from medaccel.data.files import write_bytes, write_text
 from medaccel.report.html import Block, Figure, Page, Section, versions, write_html
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration, Coverage, coverage
 from medaccel.restoration.evaluation.comparison import PairedComparison, compare_methods
@@ -37,7 +37,7 @@ from medaccel.restoration.report.evaluation import (
     noise_share_blocks,
     resolution_blocks,
 )
-from medaccel.restoration.report.figures import Example
+from medaccel.restoration.report.figures import RestorationExample
 from medaccel.restoration.report.fits import fit_blocks
 from medaccel.restoration.report.scores import RestorationResults, build_page
 from medaccel.restoration.report.text import IDENTITY, REFERENCES
@@ -53,7 +53,7 @@ _BLOB_SAMPLES = 4  # that a drawing method draws for each: a response's width ne
 
 def write_outcome(
     folder: Path,
-    config: RunConfig,
+    config: RestorationConfig,
     scorer: Scorer,
     scored: Sequence[Scored],
     *,
@@ -231,7 +231,7 @@ def _within_patient(one: Scored) -> dict[str, dict[str, Statistic]]:
 
 
 def _page(
-    config: RunConfig,
+    config: RestorationConfig,
     scorer: Scorer,
     scored: Sequence[Scored],
     covered: Mapping[int, Mapping[str, Coverage]],
@@ -253,7 +253,7 @@ def _page(
         target = example.exposures[one.target_seconds]
         mask = metrics.body_mask(target, example.spacing)
         noise = analyse_noise(example.exposures[one.seconds], target, mask, example.spacing)
-        picture = Example(
+        picture = RestorationExample(
             name=example.name,
             affine=example.affine,
             input=example.exposures[one.seconds],

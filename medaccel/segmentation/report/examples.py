@@ -19,13 +19,13 @@ from medaccel.segmentation.protocol import Cell
 from medaccel.segmentation.report import figures
 
 if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import Study
+    from medaccel.segmentation.pipeline import SegmentationStudy
 
 _CASES = 2
 _BEST = "best.pt"
 
 
-def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
+def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
     """Test cases with contours of the truth and of the run of each initialization that is nearest to its mean.
 
     At the primary comparison's fraction if the task has it, else at the smallest. Initializations without a stored
@@ -53,7 +53,7 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
             predicted[f"{run.cell.init}, seed {run.cell.seed}: {100 * of_case:.1f}"] = _segmented(
                 files[run.cell], scan
             )
-        example = figures.Example(
+        example = figures.SegmentationExample(
             scan.affine, np.asarray(scan.dataobj), np.asarray(label.dataobj), predicted, (low, high)
         )
         caption = (
@@ -65,7 +65,7 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
     return blocks
 
 
-def illustration_blocks(study: Study) -> list[Block]:
+def illustration_blocks(study: SegmentationStudy) -> list[Block]:
     """What a cell's network makes of a scan that is no part of the study."""
     options = study.config.illustration
     path = study.folder.cell(illustrated_cell(study).name) / _BEST
@@ -90,7 +90,7 @@ def illustration_blocks(study: Study) -> list[Block]:
         stated = f"Dice {100 * dice(predicted, truth):.1f} points."
     low, high = study.settings[options["task"]]["window"]
     name = Path(options["image"]).name
-    example = figures.Example(
+    example = figures.SegmentationExample(
         scan.affine, np.asarray(scan.dataobj), truth, {path.parent.name: predicted}, (low, high)
     )
     caption = f"{name}: the network of cell {path.parent.name}. {stated} Truth green, prediction red."
@@ -100,7 +100,7 @@ def illustration_blocks(study: Study) -> list[Block]:
     ]
 
 
-def illustrated_cell(study: Study) -> Cell:
+def illustrated_cell(study: SegmentationStudy) -> Cell:
     """Of the options, or by default the primary comparison's initialization at the largest fraction, first seed."""
     config, options = study.config, study.config.illustration
     wanted: dict[str, Any] = {

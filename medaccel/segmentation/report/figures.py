@@ -127,7 +127,7 @@ def volume_plot(groups: Sequence[Group]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Example:
+class SegmentationExample:
     """A scan with the truth and predictions, to be shown as axial slices.
 
     Args:
@@ -146,7 +146,7 @@ class Example:
 
 
 @styled
-def contour_figure(example: Example) -> bytes:
+def contour_figure(example: SegmentationExample) -> bytes:
     """The axial slice with most foreground, a picture a prediction, with contours of truth and prediction."""
     hu, spacing = to_canonical(example.hu, example.affine)
     truth = None if example.truth is None else to_canonical(example.truth > 0, example.affine)[0]

@@ -34,7 +34,7 @@ from medaccel.segmentation.report.examples import example_blocks, illustration_b
 from medaccel.segmentation.statistics import Comparison, spread
 
 if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import Study
+    from medaccel.segmentation.pipeline import SegmentationStudy
 
 _HEADERS = {
     "dice": ("Dice", "points"),
@@ -46,7 +46,7 @@ _HEADERS = {
 }
 
 
-def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
+def write_outcome(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
     """Writes all that the cells found into the study's folder.
 
     Args:
@@ -87,7 +87,7 @@ def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
     return folder.path / "report.html"
 
 
-def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:
+def primary(study: SegmentationStudy, outcome: Outcome) -> tuple[Comparison | None, str]:
     """The primary comparison and its sentence; None where its runs aren't all there, or none was asked for."""
     wanted = study.config.comparison
     if wanted is None:
@@ -107,7 +107,7 @@ def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:
     return found, words.primary_sentence(wanted, first.spread("dice"), second.spread("dice"), found)
 
 
-def pretraining_figures(study: Study) -> dict[str, Any]:
+def pretraining_figures(study: SegmentationStudy) -> dict[str, Any]:
     """What the study's own pretrainings reached on held-out scans, by their folders' names."""
     found = {}
     root = study.folder.path / "pretraining"
@@ -116,7 +116,7 @@ def pretraining_figures(study: Study) -> dict[str, Any]:
     return found
 
 
-def build_page(study: Study, outcome: Outcome, sentence: str, pretraining: dict[str, Any]) -> Page:
+def build_page(study: SegmentationStudy, outcome: Outcome, sentence: str, pretraining: dict[str, Any]) -> Page:
     """The report's content, before it is HTML."""
     config = study.config
     summary = [sentence]
@@ -151,7 +151,7 @@ def build_page(study: Study, outcome: Outcome, sentence: str, pretraining: dict[
     return Page("Segmentation from pretrained and random weights", summary, sections, facts)
 
 
-def _primary_blocks(study: Study, outcome: Outcome) -> list[Block]:
+def _primary_blocks(study: SegmentationStudy, outcome: Outcome) -> list[Block]:
     wanted = study.config.comparison or {}
     groups = [g for g in outcome.of(wanted["task"]) if g.fraction == wanted["fraction"]]
     groups = [g for init in (wanted["against"], wanted["init"]) for g in groups if g.init == init]
@@ -169,7 +169,7 @@ def _primary_blocks(study: Study, outcome: Outcome) -> list[Block]:
     return [*blocks, Note(words.STATISTICS)]
 
 
-def _task_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
+def _task_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
     groups = outcome.of(task)
     blocks: list[Block] = [_score_table(outcome, task), Text(words.MEASURES)]
     if any(g.init != RANDOM and (task, RANDOM, g.fraction) in outcome.groups for g in groups):

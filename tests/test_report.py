@@ -36,7 +36,7 @@ from medaccel.restoration.evaluation.metrics import body_mask, oracle
 from medaccel.restoration.evaluation.noise import analyse_noise
 from medaccel.restoration.evaluation.study_scores import evaluate, summarize
 from medaccel.restoration.report.figures import RestorationExample
-from medaccel.restoration.report.scores import RestorationResults, build_page, write_report
+from medaccel.restoration.report.scores import RestorationResults, build_page
 from medaccel.restoration.report.text import LABELS, finding
 from medaccel.restoration.statistics import ratio_score
 from tests.restoration.test_evaluation import SimulatedStudy
@@ -123,7 +123,7 @@ def results() -> RestorationResults:
 @pytest.fixture(scope="module")
 def html(results: RestorationResults, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, results)
+    write_html(path, build_page(results))
     return path.read_text(encoding="utf-8")
 
 
@@ -197,6 +197,7 @@ def test_a_real_study_gives_a_report_without_the_truth(results: RestorationResul
     )
     titles = [section.title for section in page.sections]
     assert "Against the noise-free truth" not in titles
+    assert [section.key for section in page.sections] == ["target", "each_study", "published", "run"]
     assert page.facts["Test studies"] == "2, measured exposures"
     assert not any("oracle" in paragraph for paragraph in page.summary)
     _read(render(page))

@@ -159,7 +159,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
     from medaccel.pretraining.evaluation import evaluate
     from medaccel.pretraining.fit import PretrainingFit
     from medaccel.pretraining.items import Items
-    from medaccel.pretraining.report import write_report
+    from medaccel.pretraining.report.write import write_report
     from medaccel.training.fit import train
 
     settings, tasks, net = plan.settings, plan.tasks, plan.net

@@ -172,10 +172,17 @@ Block = Table | Figure | Text | Note | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what stands under it.
+
+    Args:
+        title: the heading, for readers.
+        blocks: what stands under it.
+        key: names the section for the code that arranges a page, however its heading is worded.
+    """
 
     title: str
     blocks: Sequence[Block]
+    key: str = ""
 
     @property
     def anchor(self) -> str:

@@ -35,7 +35,7 @@ from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.evaluation.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
-from medaccel.restoration.methods.base import Method, check_volume
+from medaccel.restoration.methods.base import Method, RestorationRequest, check_volume
 from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.uptake import check_suv
 from medaccel.training.memory import expect
@@ -135,7 +135,9 @@ def apply(
     if progress:
         print(f"medaccel: {needed.sentence}", file=sys.stderr)
     restored = method.restore(
-        volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
+        RestorationRequest(
+            volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
+        )
     )
     del volume, hounsfield
     bad = int(np.count_nonzero(~np.isfinite(restored.volume)))

@@ -26,7 +26,7 @@ from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
 from medaccel.restoration.methods.base import Method, RestorationTask
 from medaccel.restoration.report.text import REFERENCES
-from medaccel.restoration.report.write import write_outcome
+from medaccel.restoration.report.write import write_report
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
 from medaccel.restoration.sources import (
@@ -128,7 +128,7 @@ def _run(config: RestorationConfig, folder: RunFolder, say: Say) -> Path:
         choices[name] = choices[name] | {"calibration": {t: json.loads(c.to_json()) for t, c in found.items()}}
     folder.freeze(config, choices, best)
     say(f"chosen on validation: {best}")
-    report = write_outcome(
+    report = write_report(
         config.output,
         config,
         scorer,
@@ -224,7 +224,7 @@ def _score(
         one_patient=chosen.dicom is not None,
     )
     scored = [scorer.score(paths, seconds, config.target_seconds) for seconds in config.exposures]
-    report = write_outcome(
+    report = write_report(
         output,
         config,
         scorer,

@@ -28,7 +28,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration, Item, fit_calibration
 from medaccel.restoration.evaluation.noise_effects import NoiseLevel, noise_level
 from medaccel.restoration.evaluation.study_scores import StudyEvaluator
-from medaccel.restoration.methods.base import Method, Restoration
+from medaccel.restoration.methods.base import Method, Restoration, RestorationRequest
 from medaccel.restoration.report.text import IDENTITY, NOISE_FREE, ORACLE
 from medaccel.restoration.statistics import block_errors
 from medaccel.restoration.study import PETStudy, load_study
@@ -143,6 +143,7 @@ class Scorer:
         study = load_study(path, (seconds, target_seconds))
         evaluator = StudyEvaluator(study, seconds, target_seconds)
         image = study.exposures[seconds]
+        request = RestorationRequest(image, study.spacing, seconds, study.ct, samples=self.samples)
         images, times = {IDENTITY: image}, {}
         skipped = []
         for name, method in tqdm(self.methods.items(), desc=study.name, leave=False, disable=not self.progress):
@@ -150,7 +151,7 @@ class Scorer:
                 skipped.append(name)
                 continue
             start = time.perf_counter()
-            found = method.restore(image, study.spacing, seconds=seconds, ct=study.ct, samples=self.samples)
+            found = method.restore(request)
             times[name] = time.perf_counter() - start
             images[name] = found.volume
             self._keep(path, position, seconds, name, found, study, evaluator.mask)

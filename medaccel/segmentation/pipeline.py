@@ -211,9 +211,9 @@ def _run(
         failed = _run_cells(study, chosen, say, run_cell, "of the study")
     report = folder.path / "report.html"
     if ranks.rank() == 0:
-        from medaccel.segmentation.report.write import write_outcome
+        from medaccel.segmentation.report.write import write_report
 
-        report = write_outcome(study, say)
+        report = write_report(study, say)
     ranks.leave()
     if failed:
         raise ValueError(_failures(failed, folder.path, say))

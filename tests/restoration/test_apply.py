@@ -21,7 +21,7 @@ from medaccel.restoration import methods
 from medaccel.restoration.apply import TRAINING_RANGE, apply
 from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level
 from medaccel.restoration.methods import load_method
-from medaccel.restoration.methods.base import Method, Restoration, RestorationTask
+from medaccel.restoration.methods.base import Method, Restoration, RestorationRequest, RestorationTask
 from medaccel.restoration.study import PETStudy, save_study
 from tests.data.dicom_series import write_series
 
@@ -39,21 +39,10 @@ class Smoother(Method):
     def fit(self, studies: Sequence[Path], validation: Sequence[Path], **options: Any) -> None:
         raise NotImplementedError("these tests only load it")
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
+    def restore(self, request: RestorationRequest) -> Restoration:
         self.handed.clear()
-        self.handed.update(volume=volume, spacing=spacing, seconds=seconds, ct=ct, samples=samples)
-        return Restoration(ndimage.gaussian_filter(volume, self.settings["sigma"]))
+        self.handed.update(vars(request))
+        return Restoration(ndimage.gaussian_filter(request.volume, self.settings["sigma"]))
 
     def state(self) -> dict[str, Any]:
         return {"weight": torch.ones(2)}
@@ -69,17 +58,17 @@ class Drawer(Smoother):
     name: ClassVar[str] = "drawer"
     samples: ClassVar[bool] = True
 
-    def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
-        mean = super().restore(volume, spacing, **options).volume
-        noise = np.random.default_rng(options["seed"]).random(volume.shape).astype(np.float32)
-        return Restoration(mean, activity=mean, weight=self.seconds(options.get("seconds")) / 90, std=noise)
+    def restore(self, request: RestorationRequest) -> Restoration:
+        mean = super().restore(request).volume
+        noise = np.random.default_rng(request.seed).random(request.volume.shape).astype(np.float32)
+        return Restoration(mean, activity=mean, weight=self.seconds(request.seconds) / 90, std=noise)
 
 
 class Broken(Smoother):
     name: ClassVar[str] = "broken"
 
-    def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
-        return Restoration(np.full_like(volume, np.nan))
+    def restore(self, request: RestorationRequest) -> Restoration:
+        return Restoration(np.full_like(request.volume, np.nan))
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import scipy.ndimage
 import torch
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.methods.base import Method, RestorationTask
+from medaccel.restoration.methods.base import Method, RestorationRequest, RestorationTask
 from medaccel.restoration.methods.classical import (
     BM4D,
     Classical,
@@ -71,7 +71,7 @@ def test_a_fitted_method_takes_most_of_the_noise_of_another_study(
     study = load_study(paths[2])
     image, target = study.exposures[seconds], study.exposures[90]
     mask = metrics.body_mask(target, SPACING)
-    restored = fits[name].restore(image, SPACING, seconds=seconds).volume
+    restored = fits[name].restore(RestorationRequest(image, SPACING, seconds=seconds)).volume
     gain = metrics.score(metrics.mse(restored, target, mask), metrics.mse(image, target, mask))
     assert restored.dtype == np.float32
     assert metrics.share_of_limit(gain, seconds, 90) > 0.6
@@ -80,7 +80,7 @@ def test_a_fitted_method_takes_most_of_the_noise_of_another_study(
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS])
 def test_a_hot_lesion_keeps_its_uptake(fits: dict[str, Classical], paths: list[Path], name: str):
     image = load_study(paths[2]).exposures[60]
-    restored = fits[name].restore(image, SPACING).volume
+    restored = fits[name].restore(RestorationRequest(image, SPACING)).volume
     hot = scipy.ndimage.binary_erosion(make_truth() == 8)
     assert restored[hot].mean() == pytest.approx(image[hot].mean(), rel=0.1)
 
@@ -119,11 +119,11 @@ def test_a_combined_restoration_tells_the_activity_it_rests_on(fits: dict[str, C
     method = NonLocalMeans(TASK)
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": True}}})
     image = load_study(paths[2]).exposures[60]
-    result = method.restore(image, SPACING, seconds=60)
+    result = method.restore(RestorationRequest(image, SPACING, seconds=60))
     assert result.activity is not None
     np.testing.assert_allclose(result.volume, (60 * image + 30 * result.activity) / 90, rtol=1e-5)
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": False}}})
-    direct = method.restore(image, SPACING, seconds=60)
+    direct = method.restore(RestorationRequest(image, SPACING, seconds=60))
     assert direct.activity is None
     np.testing.assert_array_equal(direct.volume, result.activity)
 
@@ -134,14 +134,14 @@ def test_the_largest_value_is_not_clipped(stabiliser: str):
     volume[4:9, 4:9, 4:9] += 900
     method = NonLocalMeans(RestorationTask(), {"stabiliser": stabiliser})
     method.load_state({"choices": {"60": {"strength": 0.5, "combined": False}}})
-    assert method.restore(volume, SPACING).volume[6, 6, 6] == pytest.approx(900.5, rel=0.01)
+    assert method.restore(RestorationRequest(volume, SPACING)).volume[6, 6, 6] == pytest.approx(900.5, rel=0.01)
 
 
 def test_a_volume_without_noise_comes_back_as_it_is():
     volume = np.ones((8, 8, 8), np.float32)
     method = TotalVariation(RestorationTask())
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": True}}})
-    np.testing.assert_array_equal(method.restore(volume, SPACING).volume, volume)
+    np.testing.assert_array_equal(method.restore(RestorationRequest(volume, SPACING)).volume, volume)
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS])
@@ -155,7 +155,8 @@ def test_a_stored_method_restores_the_same_bits(
     again.load_state(content["state"])
     image = load_study(paths[0]).exposures[30]
     np.testing.assert_array_equal(
-        again.restore(image, SPACING, seconds=30).volume, method.restore(image, SPACING, seconds=30).volume
+        again.restore(RestorationRequest(image, SPACING, seconds=30)).volume,
+        method.restore(RestorationRequest(image, SPACING, seconds=30)).volume,
     )
 
 
@@ -210,7 +211,10 @@ def test_bm4d_takes_correlated_noise_away_and_is_stored_with_its_correlation(pat
     again = BM4D(RestorationTask())
     again.load_state(method.state())
     image = load_study(paths[2]).exposures[60]
-    np.testing.assert_array_equal(again.restore(image, SPACING).volume, method.restore(image, SPACING).volume)
+    np.testing.assert_array_equal(
+        again.restore(RestorationRequest(image, SPACING)).volume,
+        method.restore(RestorationRequest(image, SPACING)).volume,
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,7 +238,7 @@ def test_what_can_not_be_fitted_or_restored_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no training studies"):
         method.fit([], [], folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="not fitted to 60 s yet"):
-        method.restore(np.ones((8, 8, 8), np.float32), SPACING)
+        method.restore(RestorationRequest(np.ones((8, 8, 8), np.float32), SPACING))
     study = make_study(0)
     study.exposures[60] = study.exposures[90]
     save_study(tmp_path / "same", study)

@@ -11,7 +11,7 @@ import torch
 from medaccel.report.html import Page, Section, render
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods import load_method, make_method
-from medaccel.restoration.methods.base import RestorationTask
+from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
 from medaccel.restoration.methods.network import Candidates, body_box
 from medaccel.restoration.methods.sdedit import _NoiseShown
@@ -67,13 +67,13 @@ def test_a_restoration_is_the_blend_that_was_chosen_and_survives_storing(
     method, image = fits["methods"][name], study.exposures[60]
     weight = method.fitted.choices["weight"]["60"]
     assert weight == 0 or 0.66 < weight < 0.76
-    found = method.restore(image, SPACING)
+    found = method.restore(RestorationRequest(image, SPACING))
     assert found.volume.shape == image.shape
     assert found.volume.dtype == np.float32
     assert np.isfinite(found.volume).all()
     assert found.weight == pytest.approx(weight)
     np.testing.assert_allclose(found.volume, weight * image + (1 - weight) * found.activity, rtol=1e-5, atol=1e-6)
-    again = load_method(fits["folder"] / f"{name}.pt", name).restore(image, SPACING)
+    again = load_method(fits["folder"] / f"{name}.pt", name).restore(RestorationRequest(image, SPACING))
     np.testing.assert_array_equal(again.volume, found.volume)
 
 
@@ -89,19 +89,19 @@ def test_the_candidates_are_named_with_their_scores(fits: dict[str, Any]):
 def test_samples_depend_on_their_seed_and_their_mean_and_deviation_are_theirs(fits: dict[str, Any], study: PETStudy):
     method: DiffusionMethod = fits["methods"]["diffusion_conditional"]
     image = study.exposures[60]
-    found = method.restore(image, SPACING, samples=3, keep_samples=True)
+    found = method.restore(RestorationRequest(image, SPACING, samples=3, keep_samples=True))
     assert found.samples is not None
     assert found.samples.shape == (3, *image.shape)
     np.testing.assert_allclose(found.activity, found.samples.mean(axis=0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.std, found.samples.std(axis=0, ddof=1), rtol=1e-4, atol=1e-5)
     assert not np.array_equal(found.samples[0], found.samples[1])
-    again = method.restore(image, SPACING, samples=2, keep_samples=True)
+    again = method.restore(RestorationRequest(image, SPACING, samples=2, keep_samples=True))
     np.testing.assert_array_equal(again.samples, found.samples[:2])
-    other = method.restore(image, SPACING, samples=2, keep_samples=True, seed=1)
+    other = method.restore(RestorationRequest(image, SPACING, samples=2, keep_samples=True, seed=1))
     assert not np.array_equal(other.samples, again.samples)
-    assert method.restore(image, SPACING, samples=1).std is None
+    assert method.restore(RestorationRequest(image, SPACING, samples=1)).std is None
     with pytest.raises(ValueError, match="samples is 0; expected a whole number >= 1"):
-        method.restore(image, SPACING, samples=0)
+        method.restore(RestorationRequest(image, SPACING, samples=0))
 
 
 def test_windows_of_a_large_volume_agree_with_the_whole(fits: dict[str, Any], study: PETStudy):
@@ -158,12 +158,12 @@ def test_the_box_holds_the_body_and_is_the_whole_where_there_is_none():
 def test_a_volume_that_is_no_suv_is_refused(change: Any, message: str, fits: dict[str, Any], study: PETStudy):
     for method in fits["methods"].values():
         with pytest.raises(ValueError, match=message):
-            method.restore(change(study.exposures[60]), SPACING)
+            method.restore(RestorationRequest(change(study.exposures[60]), SPACING))
 
 
 def test_an_exposure_that_was_not_fitted_to_is_refused(fits: dict[str, Any], study: PETStudy):
     with pytest.raises(ValueError, match="seconds is 45; expected one of 60"):
-        fits["methods"]["swin_unetr"].restore(study.exposures[60], SPACING, seconds=45)
+        fits["methods"]["swin_unetr"].restore(RestorationRequest(study.exposures[60], SPACING, seconds=45))
 
 
 @pytest.mark.parametrize(("reference", "predict"), [("target", "activity"), ("noise_free", "target")])

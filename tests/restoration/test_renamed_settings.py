@@ -11,7 +11,7 @@ import torch
 from medaccel.restoration import config
 from medaccel.restoration.config import RestorationConfig
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
-from medaccel.restoration.methods.base import RestorationTask
+from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 from medaccel.restoration.pipeline import check, settings_of
 
 RENAMED = [(name, old, new) for name in METHODS for old, new in method_class(name).renamed.items()]
@@ -69,7 +69,10 @@ def test_a_checkpoint_with_an_old_name_restores_as_it_did(tmp_path: Path):
     before, today = (load_method(tmp_path / f"{which}.pt") for which in ("before", "today"))
     assert before.settings == today.settings
     volume = np.random.default_rng(0).random((12, 12, 12)).astype(np.float32)
-    assert np.array_equal(before.restore(volume, (4.0,) * 3).volume, today.restore(volume, (4.0,) * 3).volume)
+    assert np.array_equal(
+        before.restore(RestorationRequest(volume, (4.0,) * 3)).volume,
+        today.restore(RestorationRequest(volume, (4.0,) * 3)).volume,
+    )
 
 
 def test_the_config_class_has_its_old_name_too():

@@ -41,6 +41,31 @@ class RestorationTask:
             check_seconds(seconds, self.target_seconds)
 
 
+@dataclass(frozen=True, eq=False)
+class RestorationRequest:
+    """One PET to restore, and how.
+
+    Args:
+        volume: (i, j, k), SUV, float32.
+        spacing: mm.
+        seconds: its exposure; None: the task's primary one.
+        ct: HU on the same grid, for the methods that look at it.
+        samples: how many to draw, for the methods that draw; None: the setting.
+        keep_samples: return them, not their mean and deviation alone.
+        seed: of the samples.
+        progress: show a progress bar.
+    """
+
+    volume: np.ndarray
+    spacing: Sequence[float]
+    seconds: int | None = None
+    ct: np.ndarray | None = None
+    samples: int | None = None
+    keep_samples: bool = False
+    seed: int = 0
+    progress: bool = False
+
+
 @dataclass(frozen=True)
 class Restoration:
     """What a method makes of one PET; arrays (i, j, k) in SUV, float32.
@@ -152,28 +177,11 @@ class Method(abc.ABC):
         """
 
     @abc.abstractmethod
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        """One PET.
+    def restore(self, request: RestorationRequest) -> Restoration:
+        """Restores one PET.
 
-        Args:
-            volume: (i, j, k), SUV, float32.
-            spacing: mm.
-            seconds: its exposure; None: the task's primary one.
-            ct: HU on the same grid, for the methods that look at it.
-            samples: how many to draw, for the methods that draw; None: the setting.
-            keep_samples: return them, not their mean and deviation alone.
-            seed: of the samples.
+        Raises:
+            ValueError: the volume is no SUV (`check_volume`), or of an exposure that the task doesn't have.
         """
 
     @abc.abstractmethod
@@ -199,7 +207,7 @@ class Method(abc.ABC):
             torch.save(content, temporary)
 
     def seconds(self, seconds: int | None) -> int:
-        """The exposure that `restore` was told, or the primary one; refuses one that the task doesn't have."""
+        """The exposure that a request names, or the primary one; refuses one that the task doesn't have."""
         chosen = self.task.input_seconds[0] if seconds is None else seconds
         if chosen not in self.task.input_seconds:
             raise ValueError(

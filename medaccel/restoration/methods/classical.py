@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
 from medaccel.restoration.evaluation.noise import normalised_noise
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, check_volume
+from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
 from medaccel.restoration.study import load_study
 
 # Name: to the domain with even noise, and back. Denoised values may fall below 0, SUV may not.
@@ -135,18 +135,7 @@ class Classical(Method):
                 self._search(seconds, [self._example(path, seconds) for path in paths], bar)
         self.fitted.seconds = time.monotonic() - start
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
+    def restore(self, request: RestorationRequest) -> Restoration:
         """One PET; see `Method.restore`. The CT is not looked at and nothing is drawn.
 
         Raises:
@@ -154,8 +143,9 @@ class Classical(Method):
             ValueError: the method is not available.
         """
         self._check_available()
+        volume, spacing = request.volume, request.spacing
         check_volume(self.name, volume, spacing)
-        seconds = self.seconds(seconds)
+        seconds = self.seconds(request.seconds)
         choice = self.fitted.choices.get(str(seconds))
         if choice is None:
             raise ValueError(f"{self.name}: not fitted to {seconds} s yet (fit it, or load a fitted one)")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medaccel.diffusion.samplers import Sampler
-from medaccel.restoration.methods.base import Fitted, RestorationTask
+from medaccel.restoration.methods.base import Fitted, RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.network import Candidates, as_batch, weights
 from medaccel.restoration.methods.networks import Conditioning
@@ -47,21 +47,15 @@ class DiffusionConditional(DiffusionMethod):
         return residual / self.settings["spread"], [known]
 
     @torch.no_grad()
-    def draw(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        seconds: int,
-        ct: np.ndarray | None,
-        seeds: Sequence[int],
-        progress: bool,
-    ) -> Iterator[np.ndarray]:
+    def draw(self, request: RestorationRequest, seeds: Sequence[int]) -> Iterator[np.ndarray]:
         from tqdm import tqdm
 
-        around = ct if self.settings["use_ct"] else None
-        known, base = self.conditioning(*as_batch(volume, spacing, seconds, around, self.settings["base"]))
+        around = request.ct if self.settings["use_ct"] else None
+        known, base = self.conditioning(
+            *as_batch(request.volume, request.spacing, self.seconds(request.seconds), around, self.settings["base"])
+        )
         sampler = Sampler(self.sde, "ancestral", prediction="v_prediction", check_finite=True)
-        for seed in tqdm(seeds, desc="samples", disable=not progress, leave=False):
+        for seed in tqdm(seeds, desc="samples", disable=not request.progress, leave=False):
             start = sampler.start(tuple(base.shape), seed=seed, like=base)
             drawn = sampler.sample(
                 lambda x, time: self.evaluate(x, time, known), start, seed=seed, steps=self.settings["sampling_steps"]
@@ -75,7 +69,8 @@ class DiffusionConditional(DiffusionMethod):
         for seconds in self.task.input_seconds:
             for study in validation:
                 image = study.exposures[seconds]
-                mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress)
+                request = RestorationRequest(image, study.spacing, seconds, study.ct, progress=progress)
+                mean, _ = self.moments(request, seeds)
                 for weight in (0.0, *weights(seconds, self.task.target_seconds)):
                     candidates.add(f"weight {weight:g}", study, seconds, weight * image + (1 - weight) * mean)
             best = candidates.best(seconds)

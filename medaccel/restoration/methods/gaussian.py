@@ -25,7 +25,14 @@ from medaccel.data.files import atomic_path
 from medaccel.data.tensors import load_tensors
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.evaluation.metrics import body_mask
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationTask, check_volume
+from medaccel.restoration.methods.base import (
+    Fitted,
+    Method,
+    Restoration,
+    RestorationRequest,
+    RestorationTask,
+    check_volume,
+)
 from medaccel.restoration.study import PETStudy, load_study
 
 
@@ -326,20 +333,10 @@ class _Gaussian(Method):
             record = asdict(found)
             self.fitted.parameters[str(seconds)] = {key: record[key] for key in ("sigma_mm", "weights")}
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        check_volume(self.name, volume, spacing)
-        return Restoration(restore(self.filters[self.seconds(seconds)], volume, spacing))
+    def restore(self, request: RestorationRequest) -> Restoration:
+        check_volume(self.name, request.volume, request.spacing)
+        chosen = self.filters[self.seconds(request.seconds)]
+        return Restoration(restore(chosen, request.volume, request.spacing))
 
     def state(self) -> dict[str, Any]:
         return {str(seconds): method.state_dict() for seconds, method in self.filters.items()}

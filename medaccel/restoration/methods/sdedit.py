@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from medaccel.diffusion import SDEdit
 from medaccel.ops import gaussian_filter
-from medaccel.restoration.methods.base import Fitted, RestorationTask
+from medaccel.restoration.methods.base import Fitted, RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.network import Candidates
 from medaccel.restoration.methods.scaling import scaling
@@ -92,25 +92,16 @@ class DiffusionSDEdit(DiffusionMethod):
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
         return scaling(self.settings["scaling"]).forward(batch["noise_free"]), []
 
-    def draw(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        seconds: int,
-        ct: np.ndarray | None,
-        seeds: Sequence[int],
-        progress: bool,
-        t0: int | None = None,
-    ) -> Iterator[np.ndarray]:
+    def draw(self, request: RestorationRequest, seeds: Sequence[int], t0: int | None = None) -> Iterator[np.ndarray]:
         if t0 is None:
             middle = self.settings["t0"][len(self.settings["t0"]) // 2]
-            t0 = int(self.fitted.choices.get("t0", {}).get(str(seconds), middle))
+            t0 = int(self.fitted.choices.get("t0", {}).get(str(self.seconds(request.seconds)), middle))
         scale = scaling(self.settings["scaling"])
-        guide = scale.forward(torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None])
+        guide = scale.forward(torch.from_numpy(np.ascontiguousarray(request.volume, dtype=np.float32))[None, None])
         steps = min(t0, self.settings["sampling_steps"])
         edit = SDEdit(self.evaluate, self.sde, t0, steps, prediction="v_prediction", check_finite=True)
         for seed in seeds:
-            drawn = edit(guide, seeds=[seed], progress=progress).samples[0, 0, 0]
+            drawn = edit(guide, seeds=[seed], progress=request.progress).samples[0, 0, 0]
             yield scale.inverse(drawn).clamp_min(0).numpy()
 
     def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
@@ -121,7 +112,8 @@ class DiffusionSDEdit(DiffusionMethod):
             for t0 in self.settings["t0"]:
                 for study in validation:
                     image = study.exposures[seconds]
-                    mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress, t0=t0)
+                    request = RestorationRequest(image, study.spacing, seconds, study.ct, progress=progress)
+                    mean, _ = self.moments(request, seeds, t0=t0)
                     for weight in _weights(seconds, self.task.target_seconds):
                         name = f"t0 {t0}, weight {weight:g}"
                         candidates.add(name, study, seconds, weight * image + (1 - weight) * mean)

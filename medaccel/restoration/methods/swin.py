@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.restoration.methods import losses
-from medaccel.restoration.methods.base import Fitted, Restoration, RestorationTask, check_volume
+from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, RestorationTask, check_volume
 from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
 from medaccel.restoration.methods.networks import ActivityNet, Conditioning, blend, swin_unetr
 from medaccel.restoration.study import PETStudy
@@ -149,21 +149,11 @@ class SwinUNETRMethod(NetworkMethod):
             else self.shrunk_residual_added(volume, predicted, spacing)
         )
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        check_volume(self.name, volume, spacing)
-        t = self.seconds(seconds)
-        predicted = self.predict(volume, spacing, t, ct)
+    def restore(self, request: RestorationRequest) -> Restoration:
+        volume = request.volume
+        check_volume(self.name, volume, request.spacing)
+        t = self.seconds(request.seconds)
+        predicted = self.predict(volume, request.spacing, t, request.ct)
         if self.settings["predict"] == "target":
             return Restoration(predicted)
         chosen = self.fitted.choices.get("weight", {})

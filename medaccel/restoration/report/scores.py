@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration report: fill `RestorationResults`, call `write_report`, get one HTML file."""
+"""The scores of one exposure as a page: fill `RestorationResults`, call `build_page`."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +20,6 @@ from medaccel.report.html import (
     Table,
     Text,
     versions,
-    write_html,
 )
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.noise import AXES, NoiseAnalysis
@@ -31,6 +29,9 @@ from medaccel.restoration.report.figures import RestorationExample, example_figu
 from medaccel.restoration.report.text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
 from medaccel.restoration.statistics import Agreement, Statistic
 
+# Keys of the page's sections.
+TARGET, TRUTH, WITHIN_PATIENT, IMAGES, NOISE = "target", "truth", "within_patient", "images", "noise"
+EACH_STUDY, PUBLISHED, RUN = "each_study", "published", "run"
 _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 for white noise. Axes are the volume's own."
 
 
@@ -80,16 +81,6 @@ class RestorationResults:
             )
 
 
-def write_report(path: str | os.PathLike[str], results: RestorationResults, *, force: bool = False) -> None:
-    """Write the report to `path`, atomically.
-
-    Raises:
-        OSError: as `medaccel.data.files.atomic_path`: the file exists and `force` is False, the disk is full,
-            …
-    """
-    write_html(path, build_page(results), force=force)
-
-
 def build_page(results: RestorationResults) -> Page:
     """The report's content, before it is HTML."""
     rows = summarize(results.per_study)
@@ -104,11 +95,11 @@ def build_page(results: RestorationResults) -> Page:
         target_seconds=results.target_seconds,
         chosen=results.best or None,
     )
-    sections = [Section(f"Against the {target_name} image", _target_blocks(results, rows))]
+    sections = [Section(f"Against the {target_name} image", _target_blocks(results, rows), TARGET)]
     if any(math.isfinite(row.metrics["truth_mse"].mean) for row in rows):
-        sections.append(Section("Against the noise-free truth", _truth_blocks(results, rows)))
+        sections.append(Section("Against the noise-free truth", _truth_blocks(results, rows), TRUTH))
     if results.within_patient:
-        sections.append(Section("Within the patient", [_within_patient_table(results)]))
+        sections.append(Section("Within the patient", [_within_patient_table(results)], WITHIN_PATIENT))
     if results.examples:
         names = {m: label(m, results.labels) for e in results.examples for m in e.restored}
         pictures = [
@@ -116,20 +107,20 @@ def build_page(results: RestorationResults) -> Page:
             for example in results.examples
             for figure in example_figures(example, names, input_name, target_name)
         ]
-        sections.append(Section("Images", pictures))
+        sections.append(Section("Images", pictures, IMAGES))
     if results.noise:
         difference = f"PET{results.input_seconds} − PET{results.target_seconds}"
         plots = [noise_figure(name, analysis, difference) for name, analysis in results.noise.items()]
-        sections.append(Section("Noise", [*plots, _noise_table(results)]))
-    sections.append(Section("Each study", [_study_table(results, key) for key in ("mse", "ssim")]))
-    sections.append(Section("Published results", [report_text.published_table()]))
+        sections.append(Section("Noise", [*plots, _noise_table(results)], NOISE))
+    sections.append(Section("Each study", [_study_table(results, key) for key in ("mse", "ssim")], EACH_STUDY))
+    sections.append(Section("Published results", [report_text.published_table()], PUBLISHED))
     found = versions()
     run: list[Block] = [
         Table("", [Column("Version")], [Row(name, [version]) for name, version in found.items()], "Software")
     ]
     if results.config:
         run.append(Code("Configuration (YAML)", results.config))
-    sections.append(Section("This run", run))
+    sections.append(Section("This run", run, RUN))
     facts = {
         "Restored": f"{input_name} → {target_name}",
         "Test studies": f"{len(results.studies)}, {kind}",

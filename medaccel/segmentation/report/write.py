@@ -46,7 +46,7 @@ _HEADERS = {
 }
 
 
-def write_outcome(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
+def write_report(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
     """Writes all that the cells found into the study's folder.
 
     Args:

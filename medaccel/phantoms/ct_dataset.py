@@ -15,7 +15,8 @@ import numpy as np
 
 from medaccel.data import make_nifti, save_nifti, write_text
 from medaccel.data.msd import DATASET_JSON, MSDDataset, read_dataset
-from medaccel.phantoms.ct import ORGANS, SHIFTED, STANDARD, TUMOUR, PhantomCT, Population, make_phantom
+from medaccel.phantoms.ct import PhantomCT, make_phantom
+from medaccel.phantoms.ct_anatomy import ORGANS, SHIFTED, STANDARD, TUMOUR, Population
 
 # Persons of one task are none of another's, nor of the pool's.
 _POOL_SEED = 900_000

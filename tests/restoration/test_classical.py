@@ -12,15 +12,8 @@ import torch
 
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods.base import Method, RestorationRequest, RestorationTask
-from medaccel.restoration.methods.classical import (
-    BM4D,
-    Classical,
-    NonLocalMeans,
-    TotalVariation,
-    autocorrelation,
-    noise_level,
-    power_spectrum,
-)
+from medaccel.restoration.methods.bm4d import BM4D, autocorrelation, power_spectrum
+from medaccel.restoration.methods.classical import Classical, NonLocalMeans, TotalVariation, noise_level
 from medaccel.restoration.study import PETStudy, load_study, save_study
 
 SPACING = (4.0, 4.0, 4.0)

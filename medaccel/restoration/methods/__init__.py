@@ -18,7 +18,7 @@ METHODS = {
     "gaussian_mix": "medaccel.restoration.methods.gaussian:GaussianMixture",
     "nlm": "medaccel.restoration.methods.classical:NonLocalMeans",
     "tv": "medaccel.restoration.methods.classical:TotalVariation",
-    "bm4d": "medaccel.restoration.methods.classical:BM4D",
+    "bm4d": "medaccel.restoration.methods.bm4d:BM4D",
     "swin_unetr": "medaccel.restoration.methods.swin:SwinUNETRMethod",
     "diffusion_sdedit": "medaccel.restoration.methods.sdedit:DiffusionSDEdit",
     "diffusion_conditional": "medaccel.restoration.methods.conditional:DiffusionConditional",

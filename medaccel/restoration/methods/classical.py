@@ -29,11 +29,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
-from medaccel.restoration.evaluation.noise import normalised_noise
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
 from medaccel.restoration.study import load_study
 
@@ -44,7 +42,6 @@ STABILISERS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]
 }
 # A best strength at the end of the grid moves the end outward, this many times at most.
 EXTENSIONS = 3
-LAGS = 5  # voxels; further apart, the noise of these scanners' images is uncorrelated (0.02 and less)
 
 
 @dataclass(frozen=True)
@@ -314,86 +311,6 @@ class TotalVariation(Classical):
         return np.asarray(denoised)
 
 
-class BM4D(Classical):
-    """Block matching and 4-D collaborative filtering (Maggioni et al. 2013), told how the noise correlates.
-
-    The noise's autocorrelation comes from PET_t − PET_T of training studies, in voxels: it holds for inputs on their
-    grid. It gains little: told of white noise, BM4D scores the same (27.3 and 27.2 %) at 2.2 times the strength.
-    Needs the package `bm4d`, which is free for non-commercial use only and so is no dependency of this one. It runs
-    on one thread, since its results vary with their number.
-
-    Further settings:
-        threshold: of the hard-thresholding stage, and
-        wiener: the μ² of the Wiener stage; both are what bm4d's own estimate gives for such noise (3.04 and 1.01). It
-            is not asked, since it calls a function that NumPy 2.4 has no more.
-        search_window: half the side of the cube where blocks are looked for, voxels.
-        variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
-            the time and gains nothing (27.1 and 27.1 % on a training phantom).
-    """
-
-    name = "bm4d"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "stabiliser": "sqrt",
-        "search_slices": 64,
-        "strengths": (1.2, 1.8),
-        "threshold": 3.0,
-        "wiener": 1.0,
-        "search_window": 4,
-        "variance_layers": 1,
-    }
-    least: ClassVar[Mapping[str, float]] = {"threshold": 0, "wiener": 0, "search_window": 1, "variance_layers": 0}
-
-    def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
-        super().__init__(task, settings)
-        self.correlation: Array | None = None  # (2·LAGS + 1,)*3, 1 in the middle
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        try:
-            import bm4d  # noqa: F401
-        except (ImportError, OSError) as error:  # OSError: its library can't be loaded
-            return f"the package bm4d can't be imported ({error}); pip install bm4d, if its licence allows your use"
-        return None
-
-    def _prepare(self, studies: Sequence[Path]) -> None:
-        forward, _ = STABILISERS[self.settings["stabiliser"]]
-        times = (self.task.input_seconds[0], self.task.target_seconds)
-        found = []
-        for path in list(studies)[: self.settings["search_studies"]]:
-            study = load_study(path, times)
-            image, target = (forward(study.exposures[t]) for t in times)
-            mask = body_mask(study.exposures[times[1]], study.spacing)
-            found.append(autocorrelation(normalised_noise(image - target, mask), mask))
-        self.correlation = np.mean(found, axis=0)
-
-    def denoise(self, mapped: Array, noise: float) -> Array:
-        import bm4d
-        from bm4d.profiles import BM4DProfile
-
-        if min(mapped.shape) < min(BM4DProfile.bs_wiener):
-            raise ValueError(
-                f"{self.name}: volume has shape {mapped.shape} (expected at least 5 voxels along each axis)"
-            )
-        assert self.correlation is not None
-        profile = BM4DProfile()
-        profile.num_threads = 1
-        profile.lambda_thr, profile.mu2 = self.settings["threshold"], self.settings["wiener"]
-        profile.search_window_ht = profile.search_window_wiener = (self.settings["search_window"],) * 3
-        profile.max_stack_size_wiener = 16  # as in bm4d's profile of low complexity
-        profile.k = self.settings["variance_layers"]
-        spectrum = noise**2 * power_spectrum(self.correlation, mapped.shape)
-        return np.asarray(bm4d.bm4d(mapped, spectrum, profile))
-
-    def state(self) -> dict[str, Any]:
-        assert self.correlation is not None
-        return super().state() | {"correlation": torch.from_numpy(self.correlation)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self.correlation = state["correlation"].numpy()
-
-
 def noise_level(mapped: Array, mask: Mask) -> float:
     """Standard deviation of the noise of a volume (i, j, k) within a mask, in its unit.
 
@@ -410,35 +327,3 @@ def noise_level(mapped: Array, mask: Mask) -> float:
     inside = mask[:, :, 1:-1]
     sizes = differences[inside] if inside.any() else differences
     return 1.4826 * float(np.median(sizes)) / math.sqrt(6)
-
-
-def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:
-    """Autocorrelation of noise (i, j, k) that is 0 outside the mask: (2·lags + 1,)*3, 1 in the middle."""
-    axes = (0, 1, 2)
-    padded = [n + lags for n in noise.shape]  # so that the far ends do not meet
-    near = np.ix_(*[np.arange(-lags, lags + 1)] * 3)
-
-    def products(values: Array) -> Array:
-        spectrum = np.fft.rfftn(values, padded, axes)
-        return np.asarray(np.fft.irfftn(np.abs(spectrum) ** 2, padded, axes)[near])
-
-    # A lag's sum is divided by the number of voxel pairs that it has within the mask.
-    result = products(noise) / np.maximum(products(mask.astype(np.float64)), 1)
-    return np.asarray(result / result[lags, lags, lags])
-
-
-def power_spectrum(correlation: Array, shape: Sequence[int]) -> Array:
-    """Power spectral density of noise of variance 1 with such an autocorrelation, on a grid; its mean is the size.
-
-    A Hann window fades the lags out: an autocorrelation that is cut off has a spectrum with negative values.
-    """
-    side = correlation.shape[0]
-    hann = np.hanning(side + 2)[1:-1]
-    tapered = correlation * hann[:, None, None] * hann[None, :, None] * hann[None, None, :]
-    kernel = np.zeros(shape)
-    lags = np.arange(side) - side // 2
-    # Lags wrap around, and more than once on a grid that is smaller than they reach.
-    where = np.meshgrid(*[lags % n for n in shape], indexing="ij")
-    np.add.at(kernel, tuple(where), tapered)
-    spectrum = np.maximum(np.fft.fftn(kernel).real, 1e-3)
-    return np.asarray(spectrum * (kernel.size / spectrum.mean()))

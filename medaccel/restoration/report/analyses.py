@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analyses that a report shows beside the scores: comparisons, coverage, resolution, noise, intervals of one patient."""
+"""Analyses that a report shows beside the scores: comparisons, coverage, resolution, noise, one patient's spread."""
 
 from __future__ import annotations
 

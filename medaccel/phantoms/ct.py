@@ -3,8 +3,8 @@
 
 A person is drawn from ranges (`ct_anatomy.Population`): body, bones, lungs with airway and vessels, heart, great
 vessels, liver, spleen, kidneys, stomach, bowel, and lesions in the lungs. Organs are superellipsoids in a randomly
-deformed space, with texture within and correlated noise over everything. `STANDARD` is what is labelled; `SHIFTED` has
-other shapes, contrast phases and noise, for the unlabelled pool and for tests of transfer.
+deformed space, with texture within and correlated noise over everything. `STANDARD` is what is labelled; `SHIFTED`
+has other shapes, contrast phases and noise, for the unlabelled pool and for tests of transfer.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from medaccel.restoration.evaluation.study_scores import evaluate, summarize
 from medaccel.restoration.report.figures import Example
 from medaccel.restoration.report.scores import RestorationResults, build_page, write_report
 from medaccel.restoration.report.text import LABELS, finding
-from medaccel.restoration.statistics import ratio_score
+from medaccel.studies.statistics import ratio_score
 from tests.restoration.test_evaluation import Study
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])

@@ -13,9 +13,6 @@ metrics.json|csv, report.html
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medaccel.data.files import atomic_path, read_json, write_text
+from medaccel.data.files import atomic_path, read_json
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
 from medaccel.studies.run_folder import REPORT, OptionsFolder
 from medaccel.studies.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
+from medaccel.studies.tables import write_csv, write_json
 from medaccel.training import ranks
 from medaccel.training.memory import Part, expect, local_processes, swin_unetr
 
@@ -182,7 +180,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
                 workers=settings["num_workers"],
                 found=plan.found,
             )
-            write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
+            write_json(folder / "scans.json", found)
     plain = read_json(folder / "scans.json")
     scans = Scans.of(plain, cache)
     if ranks.rank() == 0 and settings["cache"] == "memory":
@@ -224,8 +222,10 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
         "losses": losses,
     }
     _save_weights(weights(folder), config, net.trained_state(), metrics)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n", force=True)
-    write_text(folder / "metrics.csv", _csv(losses), force=True)
+    write_json(folder / "metrics.json", metrics)
+    epochs = (dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True))
+    rows = [{"epoch": number, **epoch} for number, epoch in enumerate(epochs, start=1)]
+    write_csv(folder / "metrics.csv", rows, ["epoch", *losses])
     write_report(report, config, metrics, held_out, plain)  # the last file: where it is, the run has ended
     say(f"weights: {weights(folder).resolve()}")
     say(f"report: {report.resolve()}")
@@ -281,12 +281,3 @@ def _save_weights(
     }
     with atomic_path(path, force=True) as temporary:
         torch.save(content, temporary)
-
-
-def _csv(losses: Mapping[str, list[float]]) -> str:
-    """Mean losses, a line an epoch."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["epoch", *losses])
-    writer.writerows([number + 1, *values] for number, values in enumerate(zip(*losses.values(), strict=True)))
-    return text.getvalue()

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import warnings
@@ -15,10 +13,12 @@ from typing import Any
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
-from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing, write_text
+from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing
 from medaccel.data.ct import Scan, find_scans, read_scan
 from medaccel.data.dicom_write import RESEARCH_ONLY
 from medaccel.data.files import check_input
+from medaccel.studies.digest import file_sha256
+from medaccel.studies.tables import write_json
 
 _META_IMAGE = (".mhd", ".mha")
 # A scan may have voxels that much smaller or larger than those of the training, and its body's mean that far off, HU.
@@ -97,13 +97,13 @@ def apply(
     content = {
         "input": str(input),
         "output": str(output),
-        "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "checkpoint_sha256": file_sha256(checkpoint),
         "shape": list(scan.shape),
         "spacing_mm": list(voxel_spacing(scan)),
         "structures": volumes(labels, trained.labels),
     }
     save_nifti(output, labels, force=force)
-    write_text(report, json.dumps(content, indent=1) + "\n", force=force)
+    write_json(report, content, force=force)
     return output, report
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from medaccel.restoration.evaluation.lesions import coefficient_of_variation
 from medaccel.restoration.evaluation.metrics import Array, Mask, check_volumes, mse_limit
 from medaccel.restoration.evaluation.noise import NoiseAnalysis, analyse_noise
-from medaccel.restoration.statistics import Statistic, mean_statistic
+from medaccel.studies.statistics import Statistic, mean_statistic
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from medaccel.restoration.evaluation import lesions as lesion_metrics
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.lesions import LesionUptake
 from medaccel.restoration.evaluation.metrics import Array, Mask
-from medaccel.restoration.statistics import Agreement, Statistic, agreement, mean_statistic, pool_agreement
+from medaccel.studies.statistics import Agreement, Statistic, agreement, mean_statistic, pool_agreement
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "large": ("suvmean", "suvmax", "suvpeak"),

@@ -29,7 +29,7 @@ from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
 from medaccel.restoration.report import text as report_text
 from medaccel.restoration.report.figures import Example, example_figures, noise_figure
 from medaccel.restoration.report.text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
-from medaccel.restoration.statistics import Agreement, Statistic
+from medaccel.studies.statistics import Agreement, Statistic
 
 _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 for white noise. Axes are the volume's own."
 

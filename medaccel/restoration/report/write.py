@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from medaccel.data.files import write_bytes, write_text
+from medaccel.data.files import write_bytes
 from medaccel.report.html import Block, Figure, Page, Section, versions, write_html
 from medaccel.restoration.config import RunConfig, ScoreConfig
 from medaccel.restoration.evaluation import metrics
@@ -41,10 +39,11 @@ from medaccel.restoration.report.figures import Example
 from medaccel.restoration.report.fits import fit_blocks
 from medaccel.restoration.report.scores import RestorationResults, build_page
 from medaccel.restoration.report.text import IDENTITY, REFERENCES
-from medaccel.restoration.scoring import EXAMPLES, Scored, Scorer, plain_json
+from medaccel.restoration.scoring import EXAMPLES, Scored, Scorer
 from medaccel.restoration.sources import notes_on
-from medaccel.restoration.statistics import Statistic, ratio_score
 from medaccel.restoration.study import load_study
+from medaccel.studies.statistics import Statistic, ratio_score
+from medaccel.studies.tables import write_csv, write_json
 
 # Blobs added to a PET for its resolution: of about the reconstruction's own width, well above the noise.
 _BLOB_FWHM, _BLOB_AMPLITUDE = 8.0, 4.0
@@ -136,12 +135,12 @@ def write_outcome(
         "fits": {name: asdict(method.fitted) for name, method in scorer.methods.items()},
         "versions": versions(),
     }
-    write_text(folder / "metrics.json", plain_json(content), force=True)
-    write_text(folder / "metrics.csv", _csv(flat), force=True)
-    write_text(folder / "metrics_per_study.csv", _csv(per_study), force=True)
+    write_json(folder / "metrics.json", content)
+    write_csv(folder / "metrics.csv", flat)
+    write_csv(folder / "metrics_per_study.csv", per_study)
     rows = [{"seconds": t, "method": m, **r.flat()} for t, f in covered.items() for m, c in f.items() for r in c.rows]
     if rows:
-        write_text(folder / "coverage.csv", _csv(rows), force=True)
+        write_csv(folder / "coverage.csv", rows)
     _write_figures(folder / "figures", page)
     report = folder / "report.html"
     write_html(report, page, force=True)
@@ -322,14 +321,6 @@ def _evaluation(
         factors = {name: calibrations[name][str(one.seconds)] for name in covered}
         sections.append(Section(f"{start}Uncertainty of the samples", calibration_blocks(covered, factors)))
     return sections
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _write_figures(folder: Path, page: Page) -> None:

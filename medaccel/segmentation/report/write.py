@@ -26,12 +26,13 @@ from medaccel.report.html import (
     versions,
     write_html,
 )
+from medaccel.segmentation.evaluation.curves import late_gain
 from medaccel.segmentation.evaluation.results import MEASURES, Group, Outcome, write_metrics
 from medaccel.segmentation.protocol import RANDOM, check_seeds
 from medaccel.segmentation.report import figures
 from medaccel.segmentation.report import text as words
 from medaccel.segmentation.report.examples import example_blocks, illustration_blocks
-from medaccel.segmentation.statistics import Comparison, spread
+from medaccel.studies.statistics import Comparison, spread
 
 if TYPE_CHECKING:
     from medaccel.segmentation.pipeline import Study
@@ -285,7 +286,7 @@ def _training_table(outcome: Outcome) -> Table:
                 max((run.curve[-1][0] for run in group.runs.values() if run.curve), default=0),
                 spread([step for step, _ in best]).mean,
                 words.mean_sd(spread([100 * dice for _, dice in best])),
-                spread([100 * words.late_gain(run.curve) for run in group.runs.values()]).mean,
+                spread([100 * late_gain(run.curve) for run in group.runs.values()]).mean,
                 ", ".join(dict.fromkeys(str(s["loaded"]) for s in starts if "loaded" in s)) or "none",
                 spread([content.get("seconds", float("nan")) for content in contents]).mean,
             ]

@@ -1,14 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel pretraining run`: prepare scans, train, evaluate on held-out ones, write weights and a report.
 
-config.yaml             the options
-scans/                  phantoms, where no scans were given
-cache/                  scans as they are trained on, unless another folder was named
-inputs.json             size, time and SHA-256 of the scans' files, where scans were given
-scans.json              what was trained on, held out, skipped, found twice
-training/               logs, and what an interrupted training goes on from
-checkpoints/weights.pt  the backbone's trained tensors, for `medaccel.nets.load_pretrained`
-metrics.json|csv, report.html
+See `run_folder` for what lies where.
 """
 
 from __future__ import annotations
@@ -23,8 +16,9 @@ import torch
 
 from medaccel.data.files import atomic_path, read_json
 from medaccel.pretraining.config import PretrainingConfig
+from medaccel.pretraining.run_folder import PretrainingFolder, weights
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
-from medaccel.studies.run_folder import REPORT, OptionsFolder
+from medaccel.studies.run_folder import REPORT
 from medaccel.studies.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
 from medaccel.studies.tables import write_csv, write_json
 from medaccel.training import ranks
@@ -36,18 +30,6 @@ if TYPE_CHECKING:
     from medaccel.pretraining.tasks import Task
 
 Say = Callable[[str], None]
-
-
-class PretrainingFolder(OptionsFolder):
-    """The folder of a pretraining."""
-
-    generated = ("scans", "training", "checkpoints", "metrics.json", "metrics.csv", "scans.json")
-    folders = ("checkpoints",)
-    worth = ("training/last.ckpt", "checkpoints/*.pt")
-
-    @property
-    def ended(self) -> bool:
-        return (self.path / REPORT).exists()
 
 
 def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
@@ -251,11 +233,6 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
         gpu=torch.cuda.is_available() and settings["accelerator"] != "cpu",
         processes=local_processes(),
     ).sentence
-
-
-def weights(output: Path) -> Path:
-    """Where a run leaves its weights."""
-    return output / "checkpoints" / "weights.pt"
 
 
 def _phantoms(config: PretrainingConfig) -> Path:

@@ -30,7 +30,7 @@ from medaccel.restoration.evaluation.calibration import Calibration, Item, fit_c
 from medaccel.restoration.evaluation.noise_effects import NoiseLevel, noise_level
 from medaccel.restoration.evaluation.study_scores import StudyEvaluator
 from medaccel.restoration.methods.base import Method, Restoration
-from medaccel.restoration.report.text import IDENTITY, NOISE_FREE, ORACLE
+from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE
 from medaccel.restoration.study import Study, load_study
 from medaccel.studies.tables import json_text, nan_for_null, write_json
 
@@ -44,7 +44,7 @@ class Scored:
     Attributes:
         seconds, target_seconds: what was restored to what.
         paths: study folders.
-        rows: method: rows of `evaluation.evaluate`; of a study that a method was not asked for, NaN.
+        rows: method: rows of `StudyEvaluator.evaluate`; of a study that a method was not asked for, NaN.
         noise: how noisy each input is.
         times: method: seconds of each restoration.
         blocks: distance ("mse", "ssim"): method: summed errors (studies, axial blocks).

@@ -17,6 +17,7 @@ from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing
 from medaccel.data.ct import Scan, find_scans, read_scan
 from medaccel.data.dicom_write import RESEARCH_ONLY
 from medaccel.data.files import check_input
+from medaccel.data.hounsfield import BODY_HU
 from medaccel.studies.digest import file_sha256
 from medaccel.studies.tables import write_json
 
@@ -24,7 +25,6 @@ _META_IMAGE = (".mhd", ".mha")
 # A scan may have voxels that much smaller or larger than those of the training, and its body's mean that far off, HU.
 _SPACING_FACTOR = 1.5
 _BODY_MARGIN = 100.0
-_BODY_HU = -500.0
 
 
 def apply(
@@ -161,9 +161,9 @@ def _unlike(scan: Nifti1Image, seen: Mapping[str, Any]) -> list[str]:
         size = " × ".join(f"{step:g}" for step in steps)
         sentences.append(f"has voxels of {size} mm, and the network was trained on {low:g} to {high:g} mm")
     values = np.asarray(scan.dataobj)
-    body = values[values > _BODY_HU]
+    body = values[values > BODY_HU]
     if not body.size:
-        sentences.append(f"nothing in it is above {_BODY_HU:g} HU (is it a CT in HU?)")
+        sentences.append(f"nothing in it is above {BODY_HU:g} HU (is it a CT in HU?)")
     elif seen["body_hu"]:
         mean, (least, most) = float(body.mean()), seen["body_hu"]
         if not least - _BODY_MARGIN <= mean <= most + _BODY_MARGIN:

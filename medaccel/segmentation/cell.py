@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from medaccel.data import voxel_spacing
+from medaccel.data.hounsfield import BODY_HU
 from medaccel.data.msd import Case, MSDDataset, load_case
 from medaccel.nets import load_pretrained
 from medaccel.segmentation.evaluation.metrics import score_case
@@ -39,17 +40,15 @@ from medaccel.segmentation.model.training import (
     validation_case,
 )
 from medaccel.segmentation.protocol import RANDOM, Cell, Split
+from medaccel.segmentation.run_folder import BEST, RESULT
 from medaccel.studies.digest import file_sha256
 from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 from medaccel.training.fit import train
 
-RESULT = "result.json"
-BEST = "best.pt"
 _LAST = "last.ckpt"
 # Of the network's tensors, those that give the classes: never taken from elsewhere.
 _HEAD = "out."
-_BODY_HU = -500.0
 # Settings that change where and how it is computed, not what.
 _MACHINE = ("accelerator", "strategy", "num_workers", "cache", "checkpoint_minutes", "sw_batch_size")
 
@@ -220,7 +219,7 @@ def _seen(dataset: MSDDataset, cases: Sequence[Case]) -> dict[str, Any]:
         scan, _ = load_case(dataset, case)
         values = np.asarray(scan.dataobj)
         sizes.append(voxel_spacing(scan))
-        body = values[values > _BODY_HU]
+        body = values[values > BODY_HU]
         if body.size:
             means.append(float(body.mean()))
     extent = [[min(axis), max(axis)] for axis in zip(*sizes, strict=True)]

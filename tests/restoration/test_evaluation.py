@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.evaluation.study_scores import StudyEvaluator, evaluate, summarize
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator, summarize
 
 SHAPE = (30, 28, 32)
 
@@ -25,6 +25,10 @@ class Study:
     lesions: np.ndarray | None = None
     organs: np.ndarray | None = None
     organ_names: dict[str, int] | None = None
+
+
+def evaluate(restored: np.ndarray, study: Study, *seconds: int) -> dict[str, float]:
+    return StudyEvaluator(study, *seconds).evaluate(restored)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def test_the_livers_variation_falls_with_smoothing(study: Study, evaluator: Stud
     assert 0 < smooth < 0.7 * noisy
 
 
-def test_the_row_of_one_call_is_that_of_the_evaluator(study: Study, evaluator: StudyEvaluator):
+def test_an_evaluator_of_its_own_gives_the_same_row(study: Study, evaluator: StudyEvaluator):
     restored = ndimage.gaussian_filter(study.exposures[60], 0.5)
     assert evaluate(restored, study, 60, 90) == evaluator.evaluate(restored)
 

@@ -137,7 +137,7 @@ def share_against_noise(
     """A method's share of the limit in each study beside the study's noise level.
 
     Args:
-        rows: the method's, of `evaluation.evaluate`, a row a study.
+        rows: the method's, of `StudyEvaluator.evaluate`, a row a study.
 
     Raises:
         ValueError: no study, or not a level and a row for each.

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration report: fill `RestorationResults`, call `write_report`, get one HTML file."""
+"""The restoration report: fill `RestorationResults`, call `build_page`."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,14 +20,14 @@ from medaccel.report.html import (
     Table,
     Text,
     versions,
-    write_html,
 )
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.noise import AXES, NoiseAnalysis
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
+from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE, REFERENCES, label
 from medaccel.restoration.report import text as report_text
 from medaccel.restoration.report.figures import Example, example_figures, noise_figure
-from medaccel.restoration.report.text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
+from medaccel.restoration.report.text import subscripts
 from medaccel.studies.statistics import Agreement, Statistic
 
 _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 for white noise. Axes are the volume's own."
@@ -41,7 +40,7 @@ class RestorationResults:
     Attributes:
         input_seconds, target_seconds: the exposures compared, such as 60 and 90.
         studies: names of the test studies.
-        per_study: method: its rows of `evaluation.evaluate`, one a study in the order of `studies`. The keys
+        per_study: method: its rows of `StudyEvaluator.evaluate`, one a study in the order of `studies`. The keys
             "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order
             given.
         data: what the test studies are, to complete "scored on 20 studies …: ", such as "phantoms of the
@@ -78,16 +77,6 @@ class RestorationResults:
                 f"per_study has rows {wrong or dict(self.per_study)} for {len(self.studies)} studies "
                 "(expected at least one study and one method, and a row a study for each method)"
             )
-
-
-def write_report(path: str | os.PathLike[str], results: RestorationResults, *, force: bool = False) -> None:
-    """Write the report to `path`, atomically.
-
-    Raises:
-        OSError: as `medaccel.data.files.atomic_path`: the file exists and `force` is False, the disk is full,
-            …
-    """
-    write_html(path, build_page(results), force=force)
 
 
 def build_page(results: RestorationResults) -> Page:
@@ -280,7 +269,7 @@ def _noise_table(results: RestorationResults) -> Table:
 
 
 def _study_table(results: RestorationResults, distance: str) -> Table:
-    methods = [m for m in results.per_study if m != report_text.IDENTITY]
+    methods = [m for m in results.per_study if m != IDENTITY]
     columns = [Column(label(m, results.labels), "%", signed=True) for m in methods]
     rows = [
         Row(study, [results.per_study[m][index][f"score_{distance}"] for m in methods])

@@ -28,6 +28,7 @@ from medaccel.restoration.evaluation.noise_effects import (
 from medaccel.restoration.evaluation.resolution import PointResponse, point_response
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
 from medaccel.restoration.methods.base import Method
+from medaccel.restoration.methods.names import IDENTITY, REFERENCES
 from medaccel.restoration.report.evaluation import (
     calibration_blocks,
     comparison_blocks,
@@ -38,10 +39,10 @@ from medaccel.restoration.report.evaluation import (
 from medaccel.restoration.report.figures import Example
 from medaccel.restoration.report.fits import fit_blocks
 from medaccel.restoration.report.scores import RestorationResults, build_page
-from medaccel.restoration.report.text import IDENTITY, REFERENCES
 from medaccel.restoration.scoring import EXAMPLES, Scored, Scorer
 from medaccel.restoration.sources import notes_on
 from medaccel.restoration.study import load_study
+from medaccel.studies.run_folder import REPORT
 from medaccel.studies.statistics import Statistic, ratio_score
 from medaccel.studies.tables import write_csv, write_json
 
@@ -50,7 +51,7 @@ _BLOB_FWHM, _BLOB_AMPLITUDE = 8.0, 4.0
 _BLOB_SAMPLES = 4  # that a drawing method draws for each: a response's width needs no fine average
 
 
-def write_outcome(
+def write_report(
     folder: Path,
     config: RunConfig,
     scorer: Scorer,
@@ -142,7 +143,7 @@ def write_outcome(
     if rows:
         write_csv(folder / "coverage.csv", rows)
     _write_figures(folder / "figures", page)
-    report = folder / "report.html"
+    report = folder / REPORT
     write_html(report, page, force=True)
     return report
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -32,10 +32,9 @@ from medaccel.segmentation.protocol import RANDOM, check_seeds
 from medaccel.segmentation.report import figures
 from medaccel.segmentation.report import text as words
 from medaccel.segmentation.report.examples import example_blocks, illustration_blocks
+from medaccel.segmentation.study import Study
+from medaccel.studies.run_folder import REPORT
 from medaccel.studies.statistics import Comparison, spread
-
-if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import Study
 
 _HEADERS = {
     "dice": ("Dice", "points"),
@@ -47,7 +46,7 @@ _HEADERS = {
 }
 
 
-def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
+def write_report(study: Study, say: Callable[[str], None]) -> Path:
     """Writes all that the cells found into the study's folder.
 
     Args:
@@ -82,10 +81,11 @@ def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
     ):
         (folder.path / "figures").mkdir(exist_ok=True)
         write_bytes(folder.path / "figures" / f"{number:02d}.png", figure.png, force=True)
-    write_html(folder.path / "report.html", page, force=True)
+    report = folder.path / REPORT
+    write_html(report, page, force=True)
     say(sentence)
-    say(f"report on {len(outcome.runs)} of {len(cells)} cells: {(folder.path / 'report.html').resolve()}")
-    return folder.path / "report.html"
+    say(f"report on {len(outcome.runs)} of {len(cells)} cells: {report.resolve()}")
+    return report
 
 
 def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:

@@ -18,6 +18,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check medaccel tests benchmarks setup.py
 	$(BIN)/ruff format --check medaccel tests benchmarks setup.py
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # Tests in two processes, one thread each: kernels are tested with other thread counts where they set them.

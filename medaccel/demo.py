@@ -48,9 +48,10 @@ def demo(output: Path, *, force: bool = False, say: Callable[[str], None] = prin
     from medaccel.restoration.pipeline import score
     from medaccel.restoration.run_folder import RunFolder
     from medaccel.segmentation.config import SegmentationConfig
-    from medaccel.segmentation.pipeline import check, options_of
+    from medaccel.segmentation.pipeline import check
     from medaccel.segmentation.pipeline import run as segment
     from medaccel.segmentation.run_folder import StudyFolder
+    from medaccel.segmentation.study import options_of
     from medaccel.studies.settings import before_work
 
     restoration = output / "restoration"

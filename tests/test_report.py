@@ -34,11 +34,12 @@ from medaccel.report.html import (
 )
 from medaccel.restoration.evaluation.metrics import body_mask, oracle
 from medaccel.restoration.evaluation.noise import analyse_noise
-from medaccel.restoration.evaluation.study_scores import evaluate, summarize
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator, summarize
+from medaccel.restoration.methods.names import LABELS
 from medaccel.restoration.report.figures import RestorationExample
 from medaccel.restoration.report.scores import RestorationResults, build_page
-from medaccel.restoration.report.text import LABELS, finding
-from medaccel.restoration.statistics import ratio_score
+from medaccel.restoration.report.text import finding
+from medaccel.studies.statistics import ratio_score
 from tests.restoration.test_evaluation import SimulatedStudy
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
@@ -106,7 +107,7 @@ def results() -> RestorationResults:
             "noise_free": truth,
         }
         for method, volume in restored.items():
-            per_study.setdefault(method, []).append(evaluate(volume, study, 60, 90))
+            per_study.setdefault(method, []).append(StudyEvaluator(study, 60, 90).evaluate(volume))
         fitted = {key: restored[key] for key in ("gaussian1", "gaussian_mix")}
         examples.append(RestorationExample(name, AFFINE, image, target, fitted, truth, lesions))
         noise[name] = analyse_noise(image, target, body_mask(target, study.spacing), study.spacing)

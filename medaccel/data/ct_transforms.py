@@ -16,8 +16,7 @@ from monai.transforms import CropForeground, Orientation, Spacing
 from nibabel.nifti1 import Nifti1Image
 from torch import Tensor
 
-# Between air and everything that is a person, HU.
-_BODY_HU = -500.0
+from medaccel.data.hounsfield import BODY_HU
 
 
 def canonical(
@@ -54,8 +53,8 @@ def canonical(
             values = torch.from_numpy(np.asarray(scan.dataobj, dtype=np.float32))[None]
             oriented = orient(MetaTensor(values, affine=torch.from_numpy(np.asarray(scan.affine, dtype=np.float64))))
             result[name] = Spacing(steps, mode=mode, padding_mode="border", dtype=np.float32)(oriented)
-    if foreground and bool((result["image"] > _BODY_HU).any()):
-        crop = CropForeground(select_fn=lambda x: x > _BODY_HU, margin=margin, allow_smaller=True)
+    if foreground and bool((result["image"] > BODY_HU).any()):
+        crop = CropForeground(select_fn=lambda x: x > BODY_HU, margin=margin, allow_smaller=True)
         start, end = crop.compute_bounding_box(result["image"])
         result = {name: crop.crop_pad(volume, start, end) for name, volume in result.items()}
     return result

@@ -165,7 +165,7 @@ def _equipment() -> Dataset:
     """This package, as the last that had a part in the image."""
     from pydicom import Dataset
 
-    from medaccel import __version__
+    from medaccel._version import __version__
 
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [_code(*_PROCESSING)]

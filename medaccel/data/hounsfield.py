@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+#: Between air and everything that is a person, HU.
+BODY_HU = -500.0
 _SAMPLE = 250_000  # voxels that a judgement rests on
 _ENOUGH = 1000  # voxels; fewer tell nothing by their distribution
 _CROP = 20_000  # voxels; fewer may lie within one organ

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.phantoms.attenuation import hu_to_attenuation
 from medaccel.phantoms.pet_anatomy import ORGANS, PhantomConfig, Range, paint_person
 from medaccel.phantoms.pet_lesions import LesionConfig, add_lesions
-from medaccel.restoration.simulation.activity import hu_to_attenuation
 
 MIN_EXTENT = (300.0, 220.0, 180.0)  # mm along i, j, k
 DEFAULT_SHAPE = (96, 72, 112)

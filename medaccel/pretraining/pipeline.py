@@ -1,21 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel pretraining run`: prepare scans, train, evaluate on held-out ones, write weights and a report.
 
-config.yaml             the options
-scans/                  phantoms, where no scans were given
-cache/                  scans as they are trained on, unless another folder was named
-inputs.json             size, time and SHA-256 of the scans' files, where scans were given
-scans.json              what was trained on, held out, skipped, found twice
-training/               logs, and what an interrupted training goes on from
-checkpoints/weights.pt  the backbone's trained tensors, for `medaccel.nets.load_pretrained`
-metrics.json|csv, report.html
+See `run_folder` for what lies where.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medaccel.data.files import atomic_path, read_json, write_text
+from medaccel.data.files import atomic_path, read_json
 from medaccel.pretraining.config import PretrainingConfig
+from medaccel.pretraining.run_folder import PretrainingFolder, weights
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
-from medaccel.studies.run_folder import REPORT, OptionsFolder
+from medaccel.studies.run_folder import REPORT
 from medaccel.studies.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
+from medaccel.studies.tables import write_csv, write_json
 from medaccel.training import ranks
 from medaccel.training.memory import Part, expect, local_processes, swin_unetr
 
@@ -38,18 +30,6 @@ if TYPE_CHECKING:
     from medaccel.pretraining.tasks import PretextTask
 
 Say = Callable[[str], None]
-
-
-class PretrainingFolder(OptionsFolder):
-    """The folder of a pretraining."""
-
-    generated = ("scans", "training", "checkpoints", "metrics.json", "metrics.csv", "scans.json")
-    folders = ("checkpoints",)
-    worth = ("training/last.ckpt", "checkpoints/*.pt")
-
-    @property
-    def ended(self) -> bool:
-        return (self.path / REPORT).exists()
 
 
 def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
@@ -182,7 +162,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
                 workers=settings["num_workers"],
                 found=plan.found,
             )
-            write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
+            write_json(folder / "scans.json", found)
     plain = read_json(folder / "scans.json")
     scans = Scans.of(plain, cache)
     if ranks.rank() == 0 and settings["cache"] == "memory":
@@ -224,8 +204,10 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
         "losses": losses,
     }
     _save_weights(weights(folder), config, net.trained_state(), metrics)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n", force=True)
-    write_text(folder / "metrics.csv", _csv(losses), force=True)
+    write_json(folder / "metrics.json", metrics)
+    epochs = (dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True))
+    rows = [{"epoch": number, **epoch} for number, epoch in enumerate(epochs, start=1)]
+    write_csv(folder / "metrics.csv", rows, ["epoch", *losses])
     write_report(report, config, metrics, held_out, plain)  # the last file: where it is, the run has ended
     say(f"weights: {weights(folder).resolve()}")
     say(f"report: {report.resolve()}")
@@ -253,11 +235,6 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
     ).sentence
 
 
-def weights(output: Path) -> Path:
-    """Where a run leaves its weights."""
-    return output / "checkpoints" / "weights.pt"
-
-
 def _phantoms(config: PretrainingConfig) -> Path:
     """The folder of the pool, which is written where it isn't there."""
     from medaccel.phantoms.ct_dataset import write_pool
@@ -281,12 +258,3 @@ def _save_weights(
     }
     with atomic_path(path, force=True) as temporary:
         torch.save(content, temporary)
-
-
-def _csv(losses: Mapping[str, list[float]]) -> str:
-    """Mean losses, a line an epoch."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["epoch", *losses])
-    writer.writerows([number + 1, *values] for number, values in enumerate(zip(*losses.values(), strict=True)))
-    return text.getvalue()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import warnings
@@ -38,6 +37,7 @@ from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, RestorationRequest, check_volume
 from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.uptake import check_suv
+from medaccel.studies.digest import file_sha256
 from medaccel.training.memory import expect
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def apply(
     if is_nifti_name(output) or read.series is None:
         save_nifti(output, _image(restored.volume, read, what), force=force)
     else:
-        derivation = f"Checkpoint with SHA-256 {_digest(checkpoint)}, seed {seed}."
+        derivation = f"Checkpoint with SHA-256 {file_sha256(checkpoint)}, seed {seed}."
         write_derived_pet(output, restored.volume, read.series, description=what, derivation=derivation, force=force)
     return (*written, output)
 
@@ -187,14 +187,6 @@ def _deviation_path(output: Path) -> Path:
     if is_nifti_name(output):
         name = name[: name.lower().rindex(".nii")]
     return output.with_name(f"{name}_std.nii.gz")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _Input:

@@ -137,7 +137,7 @@ class RestorationConfig:
         return cls(**{**values, "output": output})
 
 
-RunConfig = RestorationConfig  # its name in earlier versions
+RestorationConfig = RestorationConfig  # its name in earlier versions
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
 from medaccel.restoration.methods.base import Method, RestorationTask
-from medaccel.restoration.report.text import REFERENCES
+from medaccel.restoration.methods.names import REFERENCES
 from medaccel.restoration.report.write import write_report
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
@@ -41,7 +41,7 @@ from medaccel.restoration.study import read_parameters
 from medaccel.studies.digest import digest
 from medaccel.studies.inputs import check_inputs
 from medaccel.studies.lock import locked
-from medaccel.studies.run_folder import remove_temporaries
+from medaccel.studies.run_folder import REPORT, remove_temporaries
 from medaccel.studies.settings import before_work, check_accelerator, check_group
 from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
@@ -116,7 +116,7 @@ def _run(config: RestorationConfig, folder: RunFolder, say: Say) -> Path:
     fitted = {name: _fit(config, folder, name, train, validation, trained_on, say) for name in config.methods}
     if ranks.rank() != 0:
         ranks.leave()
-        return config.output / "report.html"
+        return config.output / REPORT
     say(f"scoring on the {len(validation)} validation studies")
     _discard_other_rows(config.output / "validation", {"checkpoints": folder.hashes(config)})
     scorer = Scorer(fitted, config.output / "validation")

@@ -13,19 +13,18 @@ metrics.json|csv, figures/, report.html    on the validation studies
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from medaccel.data.files import read_json, write_text
+from medaccel.data.files import read_json
 from medaccel.restoration.config import RestorationConfig
-from medaccel.studies.digest import digest
+from medaccel.studies.digest import digest, file_sha256
 from medaccel.studies.lock import LOCK
 from medaccel.studies.run_folder import OptionsFolder
+from medaccel.studies.tables import write_json
 
 
 class RunFolder(OptionsFolder):
@@ -104,7 +103,7 @@ class RunFolder(OptionsFolder):
             entries = read_json(path) if path.exists() else []
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             entries.append({"time": now, **entry})
-            write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)
+            write_json(path, entries)
             lock.unlink(missing_ok=True)
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
@@ -114,5 +113,5 @@ class RunFolder(OptionsFolder):
         for name in config.methods:
             path = self.checkpoint(name)
             if path.exists():
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                found[name] = file_sha256(path)
         return found

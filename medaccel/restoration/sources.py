@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from medaccel.data import open_series, read_nifti, read_pet_series, voxel_spacing, write_text
+from medaccel.data import open_series, read_nifti, read_pet_series, voxel_spacing
 from medaccel.data.files import read_json
 from medaccel.data.hounsfield import check_hu
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
@@ -27,6 +26,7 @@ from medaccel.restoration.uptake import check_suv
 from medaccel.studies.inputs import Record, differences, refuse_changes
 from medaccel.studies.inputs import record as inputs_of
 from medaccel.studies.settings import converted, hints_of
+from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 
 VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
@@ -169,7 +169,7 @@ def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> t
     if "inputs" in before and any(before[role] != names[role] for role in names):
         refuse_changes(config.output, "run", ["the studies or their patients are others"])
     content = {**names, "units_checked": config.check_units, "inputs": inputs}
-    write_text(record, json.dumps(content, indent=1) + "\n", force=True)
+    write_json(record, content)
     return train, validation
 
 

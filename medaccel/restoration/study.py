@@ -16,7 +16,6 @@ an interrupted writing shows.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -26,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from medaccel.data import make_nifti, read_nifti, resample, save_nifti, voxel_spacing, write_text
+from medaccel.data import make_nifti, read_nifti, resample, save_nifti, voxel_spacing
 from medaccel.data.files import read_json
+from medaccel.studies.tables import write_json
 
 STUDY_JSON = "study.json"
 FORMAT = 1
@@ -226,7 +226,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_text(folder / STUDY_JSON, json.dumps(record, indent=2) + "\n", force=True)
+    write_json(folder / STUDY_JSON, record, indent=2)
 
 
 def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: bool) -> np.ndarray:

@@ -14,22 +14,23 @@ Several devices within a cell are Lightning's: `torchrun … -m medaccel.cli seg
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medaccel.data.msd import DATASET_JSON, MSDDataset, read_dataset
+from medaccel.data.msd import DATASET_JSON, MSDDataset
 from medaccel.phantoms.ct_dataset import write_pool, write_task
 from medaccel.pretraining.names import PRESETS
-from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
-from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, check_backend, run_grid
+from medaccel.segmentation.config import SUPERVISED, SegmentationConfig
+from medaccel.segmentation.grid import RunCell, attempt, check_backend, run_grid
 from medaccel.segmentation.memory import expected_of_study, on_gpu
-from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
-from medaccel.segmentation.run_folder import StudyFolder
+from medaccel.segmentation.protocol import RANDOM, Cell, write_splits
+from medaccel.segmentation.run_folder import ERROR, RESULT, StudyFolder
+from medaccel.segmentation.study import SegmentationStudy, check_data, options_of, settings_of
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.studies.run_folder import REPORT
 from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
@@ -37,8 +38,6 @@ from medaccel.training.memory import expect, local_processes
 Say = Callable[[str], None]
 #: As `pretrain_preset`.
 Pretrain = Callable[[SegmentationConfig, str, int, StudyFolder, int, Say], None]
-WEIGHTS = Path("checkpoints") / "weights.pt"  # of a pretraining
-BEST = "best.pt"  # of a cell
 _NAMED = 5  # of many failed cells, this many are named
 
 
@@ -148,19 +147,6 @@ def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, An
     ).sentence
 
 
-def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
-    """The tasks' data that are given, checked.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
-    """
-    given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
-    found = {name: read_dataset(path) for name, path in given.items()}
-    for name, dataset in found.items():
-        check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
-    return found
-
-
 def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[Path]:
     """The files that a study is given: volumes and labels of its tasks, and weights."""
     files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
@@ -209,7 +195,7 @@ def _run(
     failed = _run_cells(study, list(donors), say, run_cell, "to be fine-tuned from")
     if not failed and config.jobs:
         failed = _run_cells(study, chosen, say, run_cell, "of the study")
-    report = folder.path / "report.html"
+    report = folder.path / REPORT
     if ranks.rank() == 0:
         from medaccel.segmentation.report.write import write_report
 
@@ -278,33 +264,6 @@ def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
     )
 
 
-def settings_of(config: SegmentationConfig, task: str, fraction: float | None = None) -> dict[str, Any]:
-    """All settings of a task's cells, or of those at one fraction.
-
-    Raises:
-        ValueError: an unknown preset or setting, or a value out of range.
-    """
-    from medaccel.segmentation.model.presets import make_settings
-
-    options = config.tasks[task]
-    preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
-    try:
-        settings = make_settings({"preset": preset, **config.overrides(task, fraction)})
-        if settings["steps"] % settings["steps_per_epoch"]:
-            raise ValueError(
-                f"steps is {settings['steps']}; expected a multiple of steps_per_epoch, {settings['steps_per_epoch']}"
-            )
-    except ValueError as error:
-        raise ValueError(f"task {task}: {error}") from error
-    return settings
-
-
-def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a study is: its options, and the cells' settings, which another version's presets could change."""
-    plain: dict[str, Any] = json.loads(json.dumps({"cells": settings}))
-    return config.plain() | plain
-
-
 def pretrain_preset(
     config: SegmentationConfig, init: str, number: int, folder: StudyFolder, width: int, say: Say
 ) -> None:
@@ -336,65 +295,3 @@ def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[C
     pretrained = any(cell.init not in (RANDOM, SUPERVISED, *config.weights) for cell in cells)
     if pretrained and not config.pretraining.get("scans"):
         write_pool(folder.pool, options["pool"], seed=options["seed"], spacing=options["pool_spacing"])
-
-
-class SegmentationStudy:
-    """What the cells share: data, splits, settings, and what each starts from.
-
-    Args:
-        config, folder: of the study.
-        settings: of each task.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case. Phantoms may be missing.
-    """
-
-    def __init__(
-        self, config: SegmentationConfig, folder: StudyFolder, settings: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        self.config, self.folder, self.settings = config, folder, settings
-        self.data: dict[str, MSDDataset] = {}
-        for name, task in config.tasks.items():
-            given = task.get("data")
-            path = folder.task(name) if given is None else Path(given)
-            if given is not None or path.exists():
-                self.data[name] = read_dataset(path, check_units=task.get("check_units", True))
-                check_fractions([case.name for case in self.data[name].cases], config.fractions, f"task {name}")
-        self.splits = {
-            name: {seed: split_cases([case.name for case in dataset.cases], seed) for seed in config.seeds}
-            for name, dataset in self.data.items()
-        }
-
-    def supervised(self, cell: Cell) -> bool:
-        """Whether it starts from what another task's labels taught."""
-        return cell.init == SUPERVISED and SUPERVISED not in self.config.weights
-
-    def pretrained(self, cell: Cell) -> bool:
-        """Whether it starts from a pretraining of the study's own."""
-        return cell.init not in (RANDOM, SUPERVISED, *self.config.weights)
-
-    def donor(self, cell: Cell) -> Cell:
-        """The cell whose network a supervised one starts from: the other task's, trained on all of its labels."""
-        seed = self.config.seeds[cell.pretraining % len(self.config.seeds)]
-        return Cell(self.config.donor(cell.task), RANDOM, 1.0, seed)
-
-    def weights(self, cell: Cell) -> Path | None:
-        """The file that a cell starts from, there or not."""
-        if cell.init == RANDOM:
-            return None
-        if cell.init in self.config.weights:
-            return Path(self.config.weights[cell.init][cell.pretraining])
-        if self.supervised(cell):
-            return self.folder.cell(self.donor(cell).name) / BEST
-        return self.folder.pretraining(f"{cell.init}-{cell.pretraining}") / WEIGHTS
-
-    def work(self, cell: Cell) -> Work:
-        """With all that another process needs to run it."""
-        return Work(
-            cell,
-            self.data[cell.task],
-            self.splits[cell.task][cell.seed],
-            self.folder.cell(cell.name),
-            settings_of(self.config, cell.task, cell.fraction),
-            self.weights(cell),
-        )

@@ -8,17 +8,16 @@ same one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from medaccel.data.files import write_text
+from medaccel.studies.digest import file_sha256
+from medaccel.studies.tables import write_json
 
 INPUTS = "inputs.json"
-_CHUNK = 1 << 20
 _READERS = 4  # hashing releases the interpreter's lock; more readers than this gain nothing from a disk
 _ADVICE = "choose another --output, or --force to start clean"
 _NAMED = 3  # of many files that differ, this many are named
@@ -111,13 +110,9 @@ def read(path: Path) -> Record:
 
 def save(path: Path, found: Mapping[str, Any]) -> None:
     """Writes a record, atomically."""
-    write_text(path, json.dumps(found, indent=1) + "\n", force=True)
+    write_json(path, found)
 
 
 def _known_by(path: Path) -> dict[str, Any]:
     stat = path.stat()
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            content.update(chunk)
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": content.hexdigest()}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_sha256(path)}

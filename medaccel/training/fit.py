@@ -160,7 +160,7 @@ def train(
 
     Args:
         module: its settings say how long, on what devices and in which precision.
-        items: endless and numbered, such as `medaccel.restoration.methods.patches.Patches`.
+        items: endless and numbered, such as `medaccel.restoration.methods.networks.patches.Patches`.
         folder: for checkpoints, TensorBoard and CSV logs.
         seed: of dropout and the like; the items have their own.
         progress: show Lightning's bar.

@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.evaluation.study_scores import StudyEvaluator, evaluate, summarize
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator, summarize
 
 SHAPE = (30, 28, 32)
 
@@ -25,6 +25,10 @@ class SimulatedStudy:
     lesions: np.ndarray | None = None
     organs: np.ndarray | None = None
     organ_names: dict[str, int] | None = None
+
+
+def evaluate(restored: np.ndarray, study: SimulatedStudy, *seconds: int) -> dict[str, float]:
+    return StudyEvaluator(study, *seconds).evaluate(restored)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods import load_method, make_method
 from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
-from medaccel.restoration.methods.network import Candidates, body_box
+from medaccel.restoration.methods.networks.method import Candidates, body_box
 from medaccel.restoration.methods.sdedit import _NoiseShown
 from medaccel.restoration.report.fits import fit_blocks
 from medaccel.restoration.study import PETStudy, save_study
@@ -170,8 +170,8 @@ def test_an_exposure_that_was_not_fitted_to_is_refused(fits: dict[str, Any], stu
 def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str, studies: list[Path]):
     from torch.utils.data import default_collate
 
-    from medaccel.restoration.methods.networks import blend
-    from medaccel.restoration.methods.patches import Patches
+    from medaccel.restoration.methods.networks.nets import blend
+    from medaccel.restoration.methods.networks.patches import Patches
 
     method = make_method("swin_unetr", RestorationTask((60,), 90), {"predict": predict, "loss": "mse"})
     batch = default_collate([Patches(studies, method.task, roi_size=(16, 16, 16), reference=reference)[0]])

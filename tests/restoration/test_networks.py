@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.methods import losses
 from medaccel.restoration.methods.base import RestorationTask
-from medaccel.restoration.methods.base_image import base_image
-from medaccel.restoration.methods.networks import ActivityNet, Conditioning, blend
-from medaccel.restoration.methods.patches import Patches, PrepareStudy
-from medaccel.restoration.methods.scaling import SCALINGS, scaling
+from medaccel.restoration.methods.networks import losses
+from medaccel.restoration.methods.networks.base_image import base_image
+from medaccel.restoration.methods.networks.nets import ActivityNet, Conditioning, blend
+from medaccel.restoration.methods.networks.patches import Patches, PrepareStudy
+from medaccel.restoration.methods.networks.scaling import SCALINGS, scaling
 from medaccel.restoration.study import load_study, save_study
 from medaccel.training.sampler import Numbered
 from tests.restoration.test_gaussian_methods import SPACING, make_study

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from medaccel.restoration.methods.residual import residual_shrinkage
+from medaccel.restoration.methods.networks.residual import residual_shrinkage
 
 SPACING = (4.0, 4.0, 4.0)
 SHAPE = (40, 36, 32)

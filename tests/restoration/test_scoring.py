@@ -10,7 +10,7 @@ import torch
 
 from medaccel.restoration.methods import make_method
 from medaccel.restoration.methods.base import RestorationTask
-from medaccel.restoration.methods.patches import Patches
+from medaccel.restoration.methods.networks.patches import Patches
 from medaccel.restoration.scoring import Scorer, read_volume
 from medaccel.restoration.study import save_study
 from tests.restoration.test_gaussian_methods import make_study

@@ -16,7 +16,7 @@ import torch
 from medaccel.restoration.methods import load_method, make_method
 from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.conditional import DiffusionConditional
-from medaccel.restoration.methods.patches import Patches
+from medaccel.restoration.methods.networks.patches import Patches
 from medaccel.restoration.study import save_study
 from medaccel.training.fit import train
 from tests.restoration.test_gaussian_methods import make_study

@@ -20,8 +20,9 @@ import yaml
 from medaccel.cli import parse
 from medaccel.phantoms.ct_dataset import write_task
 from medaccel.segmentation.config import SegmentationConfig
-from medaccel.segmentation.pipeline import run, settings_of
+from medaccel.segmentation.pipeline import run
 from medaccel.segmentation.report import examples as report_examples
+from medaccel.segmentation.study import settings_of
 from medaccel.studies.lock import locked
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 

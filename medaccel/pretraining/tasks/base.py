@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,18 @@ from medaccel.studies.settings import check_group, nearest
 
 if TYPE_CHECKING:
     from medaccel.nets import SwinUNETR
-    from medaccel.pretraining.network import PretrainingNet
+
+
+class Network(Protocol):
+    """The part of `medaccel.pretraining.network.PretrainingNet` that tasks know."""
+
+    @property
+    def backbone(self) -> SwinUNETR: ...
+
+    @property
+    def heads(self) -> nn.ModuleDict: ...
+
+    def features(self, x: Tensor, levels: Collection[str]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Step:
         progress: the share of the training that is done, 0 … 1.
     """
 
-    net: PretrainingNet
+    net: Network
     maps: Mapping[str, Tensor]
     batch: Mapping[str, Tensor]
     progress: float

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import gaussian_filter
-from medaccel.pretraining.network import STRIDES, channels, check_level
-from medaccel.pretraining.tasks.base import PretextTask, Step
+from medaccel.pretraining.levels import STRIDES, channels, check_level
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 _LEAST_WEIGHT = 1e-6  # of what is visible; below it there is nothing to take a mean of
 
@@ -128,7 +128,7 @@ class Inpainting(PretextTask):
         noise = torch.from_numpy(rng.random(view.shape, dtype=np.float32))
         return mask, torch.where(mask, noise, view)
 
-    def predict(self, net: Any, features: Tensor, view: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, net: Network, features: Tensor, view: Tensor, mask: Tensor) -> Tensor:
         """Views (B, 1, *roi_size), fp32, from their maps at `level`, what is visible of them, and the masks."""
         return self.fill(view, mask) + net.heads[self.name](features).float()
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
-from medaccel.pretraining.network import channels, elements
-from medaccel.pretraining.tasks.base import PretextTask, Step, process_group
+from medaccel.pretraining.levels import channels, elements
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step, process_group
 from medaccel.pretraining.tasks.standardise import StandardisedMap
 
 _LEVEL = "encoder4"
@@ -49,7 +49,7 @@ class Instance(PretextTask):
             nn.Linear(width, self.settings["dimensions"]),
         )
 
-    def embed(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
         """(B, dimensions) of the maps of all views that are compared."""
         embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
         return embedding

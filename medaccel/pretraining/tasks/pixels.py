@@ -16,8 +16,8 @@ from medaccel.data.views import feature_affine
 from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss
 from medaccel.nets import SwinUNETR
 from medaccel.ops import pixel_propagation
-from medaccel.pretraining.network import channels, check_level, features
-from medaccel.pretraining.tasks.base import PretextTask, Step
+from medaccel.pretraining.levels import channels, check_level, features
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 #: PixPro's momentum in the first step; it rises to 1.
 FIRST_MOMENTUM = 0.99
@@ -50,9 +50,11 @@ class _PixelTask(PretextTask):
         first, second = (feature_affine(batch[f"affine{n}"].float(), self.roi_size, size) for n in (1, 2))
         return first, second
 
-    def project(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
+    def project(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
         """(B, dimensions, *spatial) of views' maps."""
-        projected: Tensor = net.heads[self.name].projector(maps[self.level]).float()
+        head = net.heads[self.name]
+        assert isinstance(head, _Projecting | PixProHead)
+        projected: Tensor = head.projector(maps[self.level]).float()
         return projected
 
 

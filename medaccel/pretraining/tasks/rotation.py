@@ -13,8 +13,8 @@ from monai.transforms import RandSpatialCrop, SpatialPad
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
-from medaccel.pretraining.network import elements
-from medaccel.pretraining.tasks.base import PretextTask, Step
+from medaccel.pretraining.levels import elements
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 _NOISE = 0.03  # of the window; its strength is drawn
 
@@ -59,7 +59,7 @@ class Rotation(PretextTask):
         """(1, i, j, k), turned by right angles about the patient's long axis."""
         return torch.rot90(crop, turns, (1, 2)).contiguous()
 
-    def logits(self, net: Any, x: Tensor) -> Tensor:
+    def logits(self, net: Network, x: Tensor) -> Tensor:
         """(B, 1, *roi_size) to (B, 4)."""
         scores: Tensor = net.heads[self.name](net.features(x, {"encoder4"})["encoder4"])
         return scores

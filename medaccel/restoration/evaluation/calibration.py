@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, check_volumes
-from medaccel.restoration.statistics import Statistic, mean_statistic
+from medaccel.studies.statistics import Statistic, mean_statistic
 
 LEVEL = 0.9
 EDGES = (0.5, 1.0, 2.0, 4.0, 8.0)  # SUV; lung and fat lie below 1, most organs at 1–4, brain and bladder above

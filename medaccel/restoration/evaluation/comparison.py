@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medaccel.restoration.statistics import LEVEL, Statistic, mean_statistic
+from medaccel.studies.statistics import LEVEL, Statistic, holm, mean_statistic, paired_t_test
 
 
 @dataclass(frozen=True)
@@ -101,33 +101,12 @@ def compare_methods(
     ]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction: the k-th smallest of m times m − k + 1, never decreasing, at most 1.
-
-    NaN are no tests: they stay, and don't count.
-
-    Raises:
-        ValueError: a value outside [0, 1].
-    """
-    p = np.asarray(p_values, dtype=np.float64)
-    tests = np.flatnonzero(np.isfinite(p))
-    if ((p < 0) | (p > 1)).any() or np.isinf(p).any():
-        raise ValueError(f"p_values={list(p_values)} (expected values of 0 to 1, or NaN)")
-    order = tests[np.argsort(p[tests], kind="stable")]
-    corrected = p.copy()
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
-    return [float(value) for value in corrected]
-
-
 def _t_test(difference: NDArray[np.float64]) -> float:
-    from scipy.stats import ttest_rel
-
     if len(difference) < 2:
         return math.nan
-    # Equal but for rounding: SciPy would divide by a deviation of 0, or of what rounding left.
-    if np.ptp(difference) <= 1e-12 * np.abs(difference).max():
-        return 0.0 if difference.any() else 1.0
-    return float(ttest_rel(difference, np.zeros_like(difference)).pvalue)
+    p = paired_t_test(difference, np.zeros_like(difference))[1]
+    # Equal but for rounding: certainly different, or not at all.
+    return p if math.isfinite(p) else (0.0 if difference.any() else 1.0)
 
 
 def _wilcoxon(difference: NDArray[np.float64]) -> float:

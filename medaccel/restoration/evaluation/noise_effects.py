@@ -22,7 +22,7 @@ import numpy as np
 from medaccel.restoration.evaluation.lesions import coefficient_of_variation
 from medaccel.restoration.evaluation.metrics import Array, Mask, check_volumes, mse_limit
 from medaccel.restoration.evaluation.noise import NoiseAnalysis, analyse_noise
-from medaccel.restoration.statistics import Statistic, mean_statistic
+from medaccel.studies.statistics import Statistic, mean_statistic
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def share_against_noise(
     """A method's share of the limit in each study beside the study's noise level.
 
     Args:
-        rows: the method's, of `evaluation.evaluate`, a row a study.
+        rows: the method's, of `StudyEvaluator.evaluate`, a row a study.
 
     Raises:
         ValueError: no study, or not a level and a row for each.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All metrics of one method on one study as a flat row, and a table's rows from those of many studies.
 
-The keys of a row (`evaluate`); NaN where a study doesn't allow one (no noise-free image, no lesions, no
+The keys of a row (`StudyEvaluator.evaluate`); NaN where a study doesn't allow one (no noise-free image, no lesions, no
 liver):
 
     mse, psnr, ssim_distance[_range|_axial]            against the target
@@ -32,7 +32,7 @@ from medaccel.restoration.evaluation import lesions as lesion_metrics
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.lesions import LesionUptake
 from medaccel.restoration.evaluation.metrics import Array, Mask
-from medaccel.restoration.statistics import Agreement, Statistic, agreement, mean_statistic, pool_agreement
+from medaccel.studies.statistics import Agreement, Statistic, agreement, mean_statistic, pool_agreement
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "large": ("suvmean", "suvmax", "suvpeak"),
@@ -51,7 +51,7 @@ TOTALS = (
 
 
 class StudyLike(Protocol):
-    """What `evaluate` reads of a study: arrays (i, j, k); exposures and noise_free in SUV, spacing in mm."""
+    """The part of a study that `StudyEvaluator` reads: arrays (i, j, k); exposures and noise_free in SUV, spacing in mm."""
 
     @property
     def name(self) -> str: ...
@@ -212,15 +212,6 @@ class StudyEvaluator:
         return row
 
 
-def evaluate(restored: Array, study: StudyLike, input_seconds: int, target_seconds: int) -> dict[str, float]:
-    """One method on one study. For several methods, make one `StudyEvaluator`: it shares what it can.
-
-    Raises:
-        ValueError: as `StudyEvaluator`.
-    """
-    return StudyEvaluator(study, input_seconds, target_seconds).evaluate(restored)
-
-
 @dataclass(frozen=True)
 class SummaryRow:
     """One method over all studies.
@@ -228,7 +219,7 @@ class SummaryRow:
     Attributes:
         method: its key.
         studies: how many.
-        metrics: key of `evaluate`: mean over studies, standard deviation, bootstrap interval.
+        metrics: key of a row: mean over studies, standard deviation, bootstrap interval.
         agreement: (group, measure), such as ("small", "suvmax"): bias and limits over all studies' lesions,
             %.
         totals: sums over studies of lesions, lost lesions and created hot spots; NaN if unknown.
@@ -257,7 +248,7 @@ class SummaryRow:
 
 
 def summarize(per_study: Mapping[str, Sequence[Mapping[str, float]]], *, seed: int = 0) -> list[SummaryRow]:
-    """A row a method, in the order given, from each method's rows of `evaluate`, a row a study.
+    """A row a method, in the order given, from each method's rows, a row a study.
 
     Scores are the mean of the studies' scores (see `statistics`); lesions are pooled over studies.
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from medaccel.diffusion.samplers import Sampler
 from medaccel.restoration.methods.base import Fitted, RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
-from medaccel.restoration.methods.network import Candidates, as_batch, weights
-from medaccel.restoration.methods.networks import Conditioning
+from medaccel.restoration.methods.networks.method import Candidates, as_batch, weights
+from medaccel.restoration.methods.networks.nets import Conditioning
 from medaccel.restoration.study import PETStudy
 
 

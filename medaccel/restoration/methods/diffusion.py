@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from medaccel.diffusion import VPSDE, noised, small_unet
 from medaccel.diffusion.sde import _Sde
 from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, RestorationTask, check_volume
-from medaccel.restoration.methods.network import NetworkMethod, body_box
-from medaccel.restoration.methods.networks import whole
+from medaccel.restoration.methods.networks.method import NetworkMethod, body_box
+from medaccel.restoration.methods.networks.nets import whole
 from medaccel.training.fit import NetworkFit
 
 # Voxels that the U-Net sees at once: a torso of 4 mm voxels has half a million, and two take 1–2 GB.

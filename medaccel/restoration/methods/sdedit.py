@@ -20,8 +20,8 @@ from medaccel.diffusion import SDEdit
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.methods.base import Fitted, RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
-from medaccel.restoration.methods.network import Candidates
-from medaccel.restoration.methods.scaling import scaling
+from medaccel.restoration.methods.networks.method import Candidates
+from medaccel.restoration.methods.networks.scaling import scaling
 from medaccel.restoration.study import PETStudy
 
 _SMOOTH = 1.0  # voxels

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medaccel.restoration.methods import losses
 from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, RestorationTask, check_volume
-from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
-from medaccel.restoration.methods.networks import ActivityNet, Conditioning, blend, swin_unetr
+from medaccel.restoration.methods.networks import losses
+from medaccel.restoration.methods.networks.method import Candidates, NetworkMethod, as_batch, body_box, weights
+from medaccel.restoration.methods.networks.nets import ActivityNet, Conditioning, blend, swin_unetr
 from medaccel.restoration.study import PETStudy
 from medaccel.training.fit import NetworkFit
 

@@ -19,10 +19,10 @@ from medaccel.restoration.evaluation.noise_effects import (
 )
 from medaccel.restoration.evaluation.resolution import PointResponse, point_response
 from medaccel.restoration.methods.base import Method, RestorationRequest
-from medaccel.restoration.report.text import IDENTITY, REFERENCES
+from medaccel.restoration.methods.names import IDENTITY, REFERENCES
 from medaccel.restoration.scoring import EXAMPLES, Scored, Scorer
-from medaccel.restoration.statistics import Statistic, ratio_score
 from medaccel.restoration.study import load_study
+from medaccel.studies.statistics import Statistic, ratio_score
 
 # Blobs added to a PET for its resolution: of about the reconstruction's own width, well above the noise.
 _BLOB_FWHM, _BLOB_AMPLITUDE = 8.0, 4.0

@@ -14,6 +14,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.noise import analyse_noise
 from medaccel.restoration.evaluation.noise_effects import share_against_noise
+from medaccel.restoration.methods.names import REFERENCES
 from medaccel.restoration.report.analyses import Analyses
 from medaccel.restoration.report.evaluation import (
     calibration_blocks,
@@ -34,7 +35,6 @@ from medaccel.restoration.report.scores import (
     RestorationResults,
     build_page,
 )
-from medaccel.restoration.report.text import REFERENCES
 from medaccel.restoration.scoring import Scored, Scorer
 from medaccel.restoration.study import load_study
 

@@ -24,10 +24,11 @@ from medaccel.report.html import (
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.noise import AXES, NoiseAnalysis
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
+from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE, REFERENCES, label
 from medaccel.restoration.report import text as report_text
 from medaccel.restoration.report.figures import RestorationExample, example_figures, noise_figure
-from medaccel.restoration.report.text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
-from medaccel.restoration.statistics import Agreement, Statistic
+from medaccel.restoration.report.text import subscripts
+from medaccel.studies.statistics import Agreement, Statistic
 
 # Keys of the page's sections.
 TARGET, TRUTH, WITHIN_PATIENT, IMAGES, NOISE = "target", "truth", "within_patient", "images", "noise"
@@ -42,7 +43,7 @@ class RestorationResults:
     Attributes:
         input_seconds, target_seconds: the exposures compared, such as 60 and 90.
         studies: names of the test studies.
-        per_study: method: its rows of `evaluation.evaluate`, one a study in the order of `studies`. The keys
+        per_study: method: its rows of `StudyEvaluator.evaluate`, one a study in the order of `studies`. The keys
             "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order
             given.
         data: what the test studies are, to complete "scored on 20 studies …: ", such as "phantoms of the
@@ -271,7 +272,7 @@ def _noise_table(results: RestorationResults) -> Table:
 
 
 def _study_table(results: RestorationResults, distance: str) -> Table:
-    methods = [m for m in results.per_study if m != report_text.IDENTITY]
+    methods = [m for m in results.per_study if m != IDENTITY]
     columns = [Column(label(m, results.labels), "%", signed=True) for m in methods]
     rows = [
         Row(study, [results.per_study[m][index][f"score_{distance}"] for m in methods])

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medaccel.data.files import write_bytes, write_text
+from medaccel.data.files import write_bytes
 from medaccel.report.html import Figure, Page, versions, write_html
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.evaluation import metrics
@@ -21,8 +19,10 @@ from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
 from medaccel.restoration.report.analyses import analyse
 from medaccel.restoration.report.page import build_report
-from medaccel.restoration.scoring import Scored, Scorer, plain_json
+from medaccel.restoration.scoring import Scored, Scorer
 from medaccel.restoration.sources import notes_on
+from medaccel.studies.run_folder import REPORT
+from medaccel.studies.tables import write_csv, write_json
 
 
 def write_report(
@@ -94,9 +94,9 @@ def write_report(
         "fits": {name: asdict(method.fitted) for name, method in scorer.methods.items()},
         "versions": versions(),
     }
-    write_text(folder / "metrics.json", plain_json(content), force=True)
-    write_text(folder / "metrics.csv", _csv(flat), force=True)
-    write_text(folder / "metrics_per_study.csv", _csv(per_study), force=True)
+    write_json(folder / "metrics.json", content)
+    write_csv(folder / "metrics.csv", flat)
+    write_csv(folder / "metrics_per_study.csv", per_study)
     rows = [
         {"seconds": t, "method": m, **r.flat()}
         for t, f in analyses.coverage.items()
@@ -104,9 +104,9 @@ def write_report(
         for r in c.rows
     ]
     if rows:
-        write_text(folder / "coverage.csv", _csv(rows), force=True)
+        write_csv(folder / "coverage.csv", rows)
     _write_figures(folder / "figures", page)
-    report = folder / "report.html"
+    report = folder / REPORT
     write_html(report, page, force=True)
     return report
 
@@ -129,14 +129,6 @@ def printed(table: Sequence[SummaryRow], one: Scored) -> str:
         )
         lines.append(f"{row.method:<22}" + "".join(cells))
     return "\n".join(lines)
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _write_figures(folder: Path, page: Page) -> None:

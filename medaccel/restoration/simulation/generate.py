@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.phantoms.attenuation import hu_to_attenuation
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING, make_phantom
 from medaccel.phantoms.pet_anatomy import ORGANS
-from medaccel.restoration.simulation.activity import denoise_activity, hu_to_attenuation
+from medaccel.restoration.simulation.activity import denoise_activity
 from medaccel.restoration.simulation.simulator import SIMULATOR_VERSION, Progress, SimulatorConfig, simulate
 from medaccel.restoration.study import PETStudy, is_complete, read_parameters, save_study
 

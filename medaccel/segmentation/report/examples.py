@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +17,9 @@ from medaccel.segmentation.evaluation.metrics import dice
 from medaccel.segmentation.evaluation.results import Outcome
 from medaccel.segmentation.protocol import Cell
 from medaccel.segmentation.report import figures
-
-if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import SegmentationStudy
+from medaccel.segmentation.study import SegmentationStudy
 
 _CASES = 2
-_BEST = "best.pt"
 
 
 def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
@@ -36,7 +33,7 @@ def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> lis
     wanted = (study.config.comparison or {}).get("fraction")
     fraction = wanted if wanted in fractions else fractions[0]
     runs = [figures.representative(group) for group in groups if group.fraction == fraction]
-    files = {run.cell: study.folder.cell(run.cell.name) / _BEST for run in runs}
+    files = {run.cell: study.folder.network(run.cell) for run in runs}
     runs = [run for run in runs if files[run.cell].is_file()]
     if not runs or task not in study.data:
         return []
@@ -68,7 +65,7 @@ def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> lis
 def illustration_blocks(study: SegmentationStudy) -> list[Block]:
     """What a cell's network makes of a scan that is no part of the study."""
     options = study.config.illustration
-    path = study.folder.cell(illustrated_cell(study).name) / _BEST
+    path = study.folder.network(illustrated_cell(study))
     if not path.is_file():
         return [Text(f"The cell that is to be shown, {path.parent.name}, has not ended yet.")]
     try:

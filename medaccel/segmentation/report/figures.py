@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from medaccel.report.figures import COLOURS, axial_slice, new_figure, styled, to_canonical, to_png
+from medaccel.segmentation.evaluation.curves import mean_curve
 from medaccel.segmentation.evaluation.metrics import bland_altman
 from medaccel.segmentation.evaluation.results import Group, Run, volumes
-from medaccel.segmentation.statistics import mean_curve
 
 GREY = "#9aa3ad"
 TRUTH, PREDICTION = "#2e8b57", "#d1495b"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -26,15 +26,15 @@ from medaccel.report.html import (
     versions,
     write_html,
 )
+from medaccel.segmentation.evaluation.curves import late_gain
 from medaccel.segmentation.evaluation.results import MEASURES, Group, Outcome, write_metrics
 from medaccel.segmentation.protocol import RANDOM, check_seeds
 from medaccel.segmentation.report import figures
 from medaccel.segmentation.report import text as words
 from medaccel.segmentation.report.examples import example_blocks, illustration_blocks
-from medaccel.segmentation.statistics import Comparison, spread
-
-if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import SegmentationStudy
+from medaccel.segmentation.study import SegmentationStudy
+from medaccel.studies.run_folder import REPORT
+from medaccel.studies.statistics import Comparison, spread
 
 _HEADERS = {
     "dice": ("Dice", "points"),
@@ -81,10 +81,11 @@ def write_report(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
     ):
         (folder.path / "figures").mkdir(exist_ok=True)
         write_bytes(folder.path / "figures" / f"{number:02d}.png", figure.png, force=True)
-    write_html(folder.path / "report.html", page, force=True)
+    report = folder.path / REPORT
+    write_html(report, page, force=True)
     say(sentence)
-    say(f"report on {len(outcome.runs)} of {len(cells)} cells: {(folder.path / 'report.html').resolve()}")
-    return folder.path / "report.html"
+    say(f"report on {len(outcome.runs)} of {len(cells)} cells: {report.resolve()}")
+    return report
 
 
 def primary(study: SegmentationStudy, outcome: Outcome) -> tuple[Comparison | None, str]:
@@ -285,7 +286,7 @@ def _training_table(outcome: Outcome) -> Table:
                 max((run.curve[-1][0] for run in group.runs.values() if run.curve), default=0),
                 spread([step for step, _ in best]).mean,
                 words.mean_sd(spread([100 * dice for _, dice in best])),
-                spread([100 * words.late_gain(run.curve) for run in group.runs.values()]).mean,
+                spread([100 * late_gain(run.curve) for run in group.runs.values()]).mean,
                 ", ".join(dict.fromkeys(str(s["loaded"]) for s in starts if "loaded" in s)) or "none",
                 spread([content.get("seconds", float("nan")) for content in contents]).mean,
             ]

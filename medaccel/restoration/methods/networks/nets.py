@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medaccel.ops import gaussian_filter
-from medaccel.restoration.methods.scaling import scaling
+from medaccel.restoration.methods.networks.scaling import scaling
 
 # σ in mm of the smoothed copies that a network sees beside the PET: about the width of the noise, and twice that.
 # With the base "gaussian" the narrower one is what its output is added to: a network then starts as a filter.
@@ -111,7 +111,7 @@ def swin_unetr(channels: int, settings: Mapping[str, Any]) -> nn.Module:
     """MONAI's Swin UNETR with our kernels in it, its last layer near zero: the residual starts small."""
     from monai.networks.nets import SwinUNETR
 
-    import medaccel
+    from medaccel._accelerate import accelerate
 
     network = SwinUNETR(
         in_channels=channels,
@@ -127,7 +127,7 @@ def swin_unetr(channels: int, settings: Mapping[str, Any]) -> nn.Module:
         assert last.bias is not None
         last.bias.zero_()
     if settings.get("accelerate", True):
-        medaccel.accelerate(network)
+        accelerate(network)
     return network
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.metrics import Array, Mask
 from medaccel.restoration.methods.base import Fitted, Method, RestorationTask
-from medaccel.restoration.methods.base_image import base_image
-from medaccel.restoration.methods.residual import residual_shrinkage
+from medaccel.restoration.methods.networks.base_image import base_image
+from medaccel.restoration.methods.networks.residual import residual_shrinkage
 from medaccel.restoration.study import PETStudy, load_study
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit, train
@@ -62,9 +62,9 @@ class NetworkMethod(Method):
         for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
             if self.settings[key] < 1:
                 raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
-        from medaccel.restoration.methods.networks import BASES
-        from medaccel.restoration.methods.patches import CACHES, REFERENCES
-        from medaccel.restoration.methods.scaling import SCALINGS
+        from medaccel.restoration.methods.networks.nets import BASES
+        from medaccel.restoration.methods.networks.patches import CACHES, REFERENCES
+        from medaccel.restoration.methods.networks.scaling import SCALINGS
 
         for key, known in (
             *(("cache", CACHES), ("reference", REFERENCES)),
@@ -115,7 +115,7 @@ class NetworkMethod(Method):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        from medaccel.restoration.methods.patches import Patches
+        from medaccel.restoration.methods.networks.patches import Patches
 
         torch.manual_seed(seed)
         self.network = self.build()

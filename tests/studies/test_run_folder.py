@@ -172,7 +172,7 @@ def test_what_is_refused_makes_and_removes_nothing(tmp_path: Path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tests.training.test_run_folder import Folder, OLD
+from tests.studies.test_run_folder import Folder, OLD
 with Folder(Path(sys.argv[1])).session(OLD, False, False, lambda _: None):
     print("held", flush=True)
     time.sleep(60)

@@ -28,8 +28,8 @@ from monai.transforms import (
 from medaccel.data.tensors import check_tensors
 from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.methods.base import RestorationTask
-from medaccel.restoration.methods.base_image import base_image
-from medaccel.restoration.methods.losses import ssim_distance
+from medaccel.restoration.methods.networks.base_image import base_image
+from medaccel.restoration.methods.networks.losses import ssim_distance
 from medaccel.restoration.study import load_study
 
 REFERENCES = ("auto", "noise_free", "target")

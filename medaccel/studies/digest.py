@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells one set of options from another."""
+"""Computes a short digest that differs wherever two sets of options differ."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from typing import Any
 
 
 def digest(values: Any) -> str:
-    """12 hexadecimal digits of the SHA-256 of plain values."""
+    """Returns 12 hexadecimal digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RESEARCH_ONLY = "research only"
 _MAX_LO = 64  # characters of a DICOM long string, such as the description of a series
-_MAX_ST = 1024 # characters of a DICOM short text
+_MAX_ST = 1024  # characters of a DICOM short text
 _SMOOTHING = ("113087", "Smoothing")  # the standard's derivation (CID 7203) that comes nearest to removing noise
 _SOURCE_IMAGE = ("121322", "Source image for image processing operation")
 _PROCESSING = ("109102", "Processing Equipment")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""medaccel: fast kernels for 3-D medical imaging, and the pipelines built on them.
+"""Provides fast kernels for 3-D medical imaging, and the pipelines built on them.
 
 ``import medaccel`` loads torch and the compiled CPU kernels and nothing else: MONAI, Lightning and the pipelines are
 imported when they are first used.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between a command line and jsonargparse: names and values are checked first, so that a mistake is one
-sentence, and lists may be written as people write them: `--methods a b`, `--methods a,b`, `--methods "[a, b]"`.
+"""Checks a command line's names and values before jsonargparse sees them, so that a mistake gets one sentence, and
+lists may be written as people write them: `--methods a b`, `--methods a,b`, `--methods "[a, b]"`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Formatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A command's parser, whose errors are a sentence without the usage of all options."""
+    """Parses a command's arguments; its errors are a sentence without the usage of all options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sentence = " ".join(message.replace("Parser key ", "").split())
@@ -38,11 +38,11 @@ class Parser(ArgumentParser):
 
 
 def prepared(parser: Parser, arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
-    """A command's arguments as its parser takes them: values checked and written as JSON.
+    """Returns a command's arguments as its parser takes them: values checked and written as JSON.
 
     Args:
-        parser: of the command; its `error` is called for what is refused.
-        arguments: of the command, without its name.
+        parser: the command's parser; its `error` is called for refused arguments.
+        arguments: the command's arguments, without its name.
         hints: types of options by name, such as `hints_of` gives.
     """
     try:
@@ -85,7 +85,7 @@ class _Line:
                 while at < len(self.arguments) and self._belongs(name, values, self.arguments[at]):
                     values.append(self.arguments[at])
                     at += 1
-                # Those that the command needs at its end are not the list's.
+                # Words that the command needs at its end don't belong to the list.
                 while len(values) > 1 and at == len(self.arguments) and len(free) < self.positionals:
                     free.append(values.pop())
             if not values:
@@ -94,15 +94,15 @@ class _Line:
         return [*result, *free]
 
     def _belongs(self, name: str, values: Sequence[str], word: str) -> bool:
-        """Whether a word is a value of the option before it."""
+        """Tells whether a word is a value of the option before it."""
         if word.startswith("-") and word != "-" and not _is_number(word):
             return False
         if not values:
             return True
         kind = "list" if "." in name else _kind(self.hints.get(name))
-        if kind == "scalar or list":  # of numbers, as a filter's widths
+        if kind == "scalar or list":  # one number or several, such as a filter's widths
             return _is_number(word) and _is_number(values[0])
-        # What is in brackets is the whole list, unless the list is one of lists.
+        # Brackets hold the whole list, unless it is a list of lists.
         hint = self.hints.get(name)
         nested = hint is not None and _kind(next(iter(typing.get_args(hint)), None)) == "list"
         return kind == "list" and (nested or not values[0].startswith(("[", "{")))
@@ -122,13 +122,14 @@ class _Line:
         return json.dumps(converted(name, given, hint), default=str)
 
     def _entry(self, name: str) -> Any:
-        """The type of a list within settings, as `--select.init`; None of what has none here."""
+        """Returns the type of a list within settings, such as `--select.init`; None for settings without a type
+        here."""
         base, _, key = name.partition(".")
         inner = typing.get_args(self.hints.get(base))
         return inner[1] if key and "." not in key and len(inner) == 2 and _kind(inner[1]) == "list" else None
 
     def _config(self, path: str) -> str:
-        """A YAML file as JSON, whose keys and values are those of the command."""
+        """Converts a YAML file, whose keys and values are the command's, to JSON."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -164,7 +165,7 @@ class _Line:
 
 
 def _given(values: Sequence[str], hint: Any) -> Any:
-    """What the words after an option mean."""
+    """Returns the value that the words after an option mean."""
     if len(values) == 1:
         listed = _kind(hint) == "list" and not values[0].startswith(("[", "{"))  # one entry, or several with commas
         return values[0] if listed else _loaded(values[0])
@@ -175,7 +176,7 @@ def _given(values: Sequence[str], hint: Any) -> Any:
 
 
 def _loaded(text: str) -> Any:
-    """What a value means as YAML; itself where it is none."""
+    """Parses a value as YAML; returns the text itself if it is no YAML."""
     try:
         return get_loader("yaml")(text)
     except yaml.YAMLError as error:
@@ -191,7 +192,7 @@ def _is_number(word: str) -> bool:
 
 
 def _kind(hint: Any) -> str:
-    """What a type's values look like: list, settings, scalar, or scalar or list."""
+    """Says which form a type's values have: list, settings, scalar, or scalar or list."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (tuple, list):
         return "list"
@@ -208,7 +209,7 @@ def _optional(hint: Any) -> bool:
 
 
 def _is_text(hint: Any) -> bool:
-    """Whether values are taken letter by letter, as a path that is called 1e3."""
+    """Tells whether values are taken letter by letter, such as a path that is called 1e3."""
     kinds = set(typing.get_args(hint)) - {type(None)} if typing.get_origin(hint) is not Literal else {str}
     return hint in (str, Path) or (bool(kinds) and kinds <= {str, Path})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `medaccel`. Each sub-command has --help with examples and takes a YAML --config with overrides."""
+"""Runs the command `medaccel`. Each sub-command has --help with examples and takes a YAML --config with overrides."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ DEMO_EXAMPLES = """examples:
 """
 
 
-# What each command imports beyond the kernels' own needs, and the package that brings it.
+# Each command imports these beyond the kernels' own needs; the value is the package that brings the import.
 _PACKAGES = {
     "monai": "monai",
     "einops": "einops",
@@ -294,7 +294,7 @@ def _call_demo(arguments: Namespace) -> None:
 def _run(
     arguments: Namespace, config: Callable[..., Any], run: Callable[..., Any], apart: Sequence[str] = ()
 ) -> None:
-    """A pipeline's run, with its options as their class has them."""
+    """Runs a pipeline, with its options converted to their class."""
     options = _options(arguments)
     others = {name: options.pop(name) for name in ("force", "resume", *apart)}
     with before_work():
@@ -314,14 +314,14 @@ def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:
 
 @dataclass(frozen=True)
 class _Command:
-    """One command.
+    """Describes one command.
 
     Args:
-        help: what it does, in a few words.
-        parser: makes its parser.
-        call: runs it; None is 0.
-        options: the class or function that its options are those of, as module:name.
-        packages: that it imports, of `_PACKAGES`.
+        help: its purpose in a few words.
+        parser: a function that makes its parser.
+        call: a function that runs it; a result of None counts as 0.
+        options: the class or function that defines its options, as module:name.
+        packages: the packages of `_PACKAGES` that it imports.
         hints: types of further options.
     """
 
@@ -333,7 +333,7 @@ class _Command:
     hints: tuple[tuple[str, Any], ...] = ()
 
     def types(self) -> dict[str, Any]:
-        """Of its options, by name."""
+        """Returns the types of its options, by name."""
         found = dict(self.hints)
         if self.options is not None:
             module, _, name = self.options.partition(":")
@@ -407,10 +407,11 @@ _GROUPS = {
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Namespace]:
-    """A command's name, such as "restoration run", and its options; ends the process with status 2 where it can't.
+    """Returns a command's name, such as "restoration run", and its options; ends the process with status 2 if they
+    can't be parsed.
 
-    Each command has a parser of its own: jsonargparse's nested ones answer a mistyped key of a file with the name of
-    the command alone, and all of them would be made for every call.
+    Each command has a parser of its own: jsonargparse's nested parsers answer a mistyped key in a file with the
+    command's name alone, and all of them would be built for every call.
     """
     words = list(argv)
     name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in _COMMANDS), None)
@@ -425,7 +426,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Namespace]:
 
 
 def _listing(words: Sequence[str]) -> NoReturn:
-    """Answers what names no command: help, the version, or the commands that there are."""
+    """Answers words that name no command: with the help, the version, or a list of the commands."""
     import medaccel
 
     group = words[0] if words and words[0] in _GROUPS else None
@@ -452,7 +453,7 @@ def _listing(words: Sequence[str]) -> NoReturn:
 
 
 def _require(name: str, packages: Sequence[str]) -> None:
-    """Ends the process with a sentence where a package that a command imports is not installed."""
+    """Ends the process with a sentence if a package that a command imports is not installed."""
     missing = [package for package in packages if not _installed(package)]
     if missing:
         print(_without(f"medaccel {name}", missing), file=sys.stderr)
@@ -462,7 +463,7 @@ def _require(name: str, packages: Sequence[str]) -> None:
 def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # ValueError: in sys.modules without a spec
+    except (ImportError, ValueError):  # ValueError: the module is in sys.modules without a spec
         return False
 
 
@@ -476,8 +477,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 where it ended well; with a sentence on stderr 2 where it was refused before anything was made or removed,
-        1 where it failed later, and 130 after Ctrl-C.
+        0 if it ended well; 2, with a sentence on stderr, if it was refused before anything was made or removed; 1,
+        with a sentence, if it failed later; 130 after Ctrl-C.
     """
     name, arguments = parse(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warning_line

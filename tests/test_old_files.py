@@ -14,6 +14,7 @@ import yaml
 from medaccel.nets import SwinUNETR, load_pretrained
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.restoration.methods import load_method
+from medaccel.restoration.methods.base import RestorationRequest
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.model import checkpoint
@@ -65,7 +66,7 @@ def test_a_restoration_method_of_an_earlier_version_restores_what_it_did(name: s
     assert (method.task.input_seconds, method.task.target_seconds) == ((60,), 90)
     given = _options("restoration")["settings"].get(name, {})
     assert {key: method.settings[key] for key in given} == given
-    restored = method.restore(_pet(), (4.0, 4.0, 4.0))
+    restored = method.restore(RestorationRequest(_pet(), (4.0, 4.0, 4.0)))
     _compare(restored.volume, METHODS[name]["volume"])
     if "std" in METHODS[name]:
         _compare(restored.std, METHODS[name]["std"])
@@ -74,7 +75,8 @@ def test_a_restoration_method_of_an_earlier_version_restores_what_it_did(name: s
 def test_a_method_stored_again_restores_the_same(tmp_path: Path):
     method = load_method(_unpacked("gaussian_mix.pt", tmp_path))
     method.save(tmp_path / "again.pt")
-    _compare(load_method(tmp_path / "again.pt").restore(_pet(), (4.0,) * 3).volume, METHODS["gaussian_mix"]["volume"])
+    request = RestorationRequest(_pet(), (4.0,) * 3)
+    _compare(load_method(tmp_path / "again.pt").restore(request).volume, METHODS["gaussian_mix"]["volume"])
 
 
 def test_a_run_folder_of_an_earlier_version_is_the_run_that_was_frozen(tmp_path: Path):

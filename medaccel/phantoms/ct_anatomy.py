@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What phantom CTs are drawn from: organs, their CT numbers with and without contrast agent, and populations.
+"""Lists what phantom CTs are drawn from: organs, their CT numbers with and without contrast agent, and populations.
 
-CT numbers of `MEASURED` are those of the abdominal CT of the TotalSegmentator example (3 mm, Apache-2.0), organ by
-organ, eroded by two voxels; the others are textbook values. Contrast agent adds to them.
+The CT numbers in `MEASURED` were measured in the abdominal CT of the TotalSegmentator example (3 mm, Apache-2.0),
+organ by organ, eroded by two voxels; the others are textbook values. Contrast agent adds to them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-#: Mean and standard deviation, HU, in that CT; the liver's and the muscle's deviation is about its noise.
+#: Mean and standard deviation were measured in that CT, HU; the deviation of liver and muscle is about its noise.
 MEASURED: Mapping[str, tuple[float, float]] = {
     "spleen": (34, 12),
     "kidney": (17, 20),
@@ -47,7 +47,7 @@ HU = {name: mean for name, (mean, _) in MEASURED.items()} | {
     "heart": 40.0,
     "lesion": 35.0,
 }
-# What contrast agent adds, HU: none; arterial; portal venous, as the Decathlon's spleens are.
+# Contrast agent adds so many HU: none; arterial; portal venous, which is the phase of the Decathlon's spleens.
 ENHANCEMENT: Mapping[str, Mapping[str, float]] = {
     "none": {},
     "arterial": {"blood": 230, "heart": 160, "spleen": 75, "kidney": 120, "liver": 20, "bowel": 25, "lesion": 20},
@@ -59,23 +59,23 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Population:
-    """Ranges that persons and scans are drawn from, uniformly; lengths in mm.
+    """Holds the ranges that persons and scans are drawn from, uniformly; lengths in mm.
 
     Args:
-        name: as in the files.
-        half_width, half_depth: of the torso.
+        name: the population's name in the files.
+        half_width, half_depth: semi-axes of the torso.
         fat: thickness under the skin.
         organ_scale: factor on organ sizes, drawn for each organ and axis.
         organ_shift: standard deviation of an organ's place along each axis.
-        exponent: of the organs' superellipsoids.
+        exponent: exponent of the organs' superellipsoids.
         deformation, deformation_size: standard deviation of the displacements, and their smoothness.
         phases: probabilities of the contrast phases.
-        contrast: factor on what contrast agent adds.
+        contrast: factor on the HU that contrast agent adds.
         noise: standard deviation, HU, and its blur, mm.
         texture: standard deviation within an organ, HU.
-        lesions: how many are in the lungs, from and to.
+        lesions: least and greatest number in the lungs.
         lesion_diameter: drawn evenly in its logarithm; painted at least a voxel wide.
-        tumour_diameter: the same of the first lesion, where it is another than the others.
+        tumour_diameter: diameter of the first lesion, if it differs from the others.
     """
 
     name: str
@@ -97,8 +97,8 @@ class Population:
 
 
 STANDARD = Population("standard")
-#: Patients with a lung tumour, as all of Task06_Lung are. With lesions from 3 mm on alone, three in ten would have
-#: none of more than five voxels of 4 mm.
+#: These patients have a lung tumour, as all of Task06_Lung do. With lesions from 3 mm on alone, three in ten would
+#: have no lesion of more than five voxels of 4 mm.
 TUMOUR = Population("tumour", tumour_diameter=(10.0, 30.0))
 SHIFTED = Population(
     "shifted",

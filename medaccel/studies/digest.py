@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SHA-256 of options and of files."""
+"""Computes SHA-256 digests of options and of files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHUNK = 1 << 20
 
 
 def digest(values: Any) -> str:
-    """12 hexadecimal digits of the SHA-256 of plain values, which tell one set of options from another."""
+    """Returns 12 hexadecimal digits of the SHA-256 of plain values; they differ wherever two sets of options do."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings are checked before any work: their names, the type of each value, and what this machine can do.
+"""Checks settings before any work: their names, the type of each value, and the abilities of this machine.
 
 Types come from annotations (`check_fields`, `converted`) or from the defaults that a group of settings has
 (`check_group`). A value that does not fit is refused in a sentence with its name, itself and what was expected.
@@ -27,8 +27,8 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "weight_decay": 0.01,
     "warm_up": 30,  # steps
-    "ema_decay": 0.99,  # of the running average of the weights; 0: none
-    "gradient_clip": 1.0,  # None and 0: none
+    "ema_decay": 0.99,  # decay of the running average of the weights; 0: no average
+    "gradient_clip": 1.0,  # None or 0: no clipping
     "checkpoint_minutes": 2.0,
     "cache": "memory",
     "num_workers": 0,
@@ -36,7 +36,7 @@ TRAINING: dict[str, Any] = {
     "strategy": "auto",
     "precision": "32-true",
 }
-# Lightning's names; what a device can't do of them Lightning says itself.
+# These are Lightning's names; Lightning itself says if a device doesn't support one.
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -53,13 +53,13 @@ _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator": (lambda v: v in _ACCELERATORS, f"one of {', '.join(_ACCELERATORS)}"),
     "precision": (lambda v: v in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}"),
 }
-_LARGEST_SEED = 2**31 - 1  # leaves room for what is added to it
+_LARGEST_SEED = 2**31 - 1  # leaves room for numbers that are added to a seed
 _COUNTED = {2: "two", 3: "three", 4: "four"}
 
 
 @contextmanager
 def before_work() -> Iterator[None]:
-    """Marks what the block refuses as refused before anything was made or removed: the command's exit status is 2."""
+    """Marks errors of the block as raised before anything was made or removed: the command's exit status is 2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -68,7 +68,7 @@ def before_work() -> Iterator[None]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A question after the known name that is most like an unknown one; empty where none is."""
+    """Returns a question after the known name that is most like an unknown one; empty if no name is like it."""
     found = difflib.get_close_matches(str(name), [str(other) for other in known], n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
@@ -84,14 +84,14 @@ def check_keys(whose: str, given: Any, known: Collection[str]) -> None:
 
 
 def check_seeds_range(name: str, *seeds: int) -> None:
-    """Raises ValueError for seeds that no generator takes, such as Lightning's, whose have 32 bits."""
+    """Raises ValueError for seeds that some generator refuses, such as Lightning's with its 32 bits."""
     for seed in seeds:
         if not 0 <= seed <= _LARGEST_SEED:
             raise ValueError(f"{name} is {seed}; expected a whole number from 0 to {_LARGEST_SEED}")
 
 
 def check_written(record: Path, values: Mapping[str, Any], config: Any) -> None:
-    """Raises ValueError where a run's record holds options that the dataclass `config` doesn't have."""
+    """Raises ValueError if a run's record holds options that the dataclass `config` doesn't have."""
     known = [field.name for field in dataclasses.fields(config)]
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
@@ -101,17 +101,19 @@ def check_written(record: Path, values: Mapping[str, Any], config: Any) -> None:
 
 
 def check_group(whose: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A group of settings, each of its default's type; those of `TRAINING` are in their range.
+    """Completes and checks a group of settings: each has its default's type, and those of `TRAINING` are in their
+    range.
 
-    Whether this machine has the accelerator is `check_accelerator`'s to say: a checkpoint comes from another one.
+    The accelerator is not checked here but by `check_accelerator`, because a checkpoint may come from another
+    machine.
 
     Args:
-        whose: what a message begins with.
-        given: by name. A default of None has a type that is not known here, so its setting is not looked at.
+        whose: the beginning of a message.
+        given: values by name. A default of None has an unknown type, so its setting is not checked.
         defaults: names and defaults of the group.
 
     Raises:
-        ValueError: no mapping, an unknown name, a value of another type or out of range.
+        ValueError: `given` is no mapping, has an unknown name, or a value of another type or out of range.
     """
     check_keys(whose, given, defaults)
     values: dict[str, Any] = {}
@@ -138,7 +140,7 @@ def check_group(whose: str, given: Any, defaults: Mapping[str, Any]) -> dict[str
 
 
 def check_accelerator(name: str, value: str) -> None:
-    """Raises ValueError where an accelerator is asked for that this machine doesn't have."""
+    """Raises ValueError if this machine doesn't have the accelerator that is asked for."""
     if value in ("gpu", "cuda"):
         import torch
 
@@ -155,7 +157,7 @@ def _check_strategy(name: str, value: str) -> None:
 
 
 def hint_of(default: Any) -> Any:
-    """The type that a default stands for."""
+    """Returns the type that a default stands for."""
     if default is None:
         return Any
     if isinstance(default, list | tuple):
@@ -165,10 +167,10 @@ def hint_of(default: Any) -> Any:
 
 
 def check_fields(options: Any) -> None:
-    """Brings the fields of a frozen dataclass to their annotated types, as lists to tuples and text to paths.
+    """Converts the fields of a frozen dataclass to their annotated types, such as lists to tuples and text to paths.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: a value has another type.
     """
     kind: Any = type(options)
     for name, hint in hints_of(kind).items():
@@ -177,7 +179,7 @@ def check_fields(options: Any) -> None:
 
 @cache
 def hints_of(target: Any) -> dict[str, Any]:
-    """Annotations of a dataclass's fields or of a function's parameters, as types."""
+    """Returns the annotations of a dataclass's fields or of a function's parameters, as types."""
     if dataclasses.is_dataclass(target):
         return typing.get_type_hints(target)
     function = target.__init__ if inspect.isclass(target) else target
@@ -194,12 +196,12 @@ def hints_of(target: Any) -> dict[str, Any]:
 
 
 def converted(name: str, value: Any, hint: Any) -> Any:
-    """The value as `hint` has it: lists may be given as lists, as text with commas, or as their only entry.
+    """Converts a value to the type `hint`: lists may be given as lists, as text with commas, or as their only entry.
 
     Args:
-        name: what a message begins with.
-        value: plain, such as YAML gives.
-        hint: a type. One that is not known here, such as a class, takes any value.
+        name: the beginning of a message.
+        value: a plain value, such as YAML gives.
+        hint: a type. A type that is unknown here, such as a class, takes any value.
 
     Raises:
         ValueError: the value isn't of that type.
@@ -212,7 +214,7 @@ def converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type in words."""
+    """Describes a type in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(one) for one in inner if one is not type(None))
@@ -309,7 +311,7 @@ def _listed(value: Any, hint: Any, inner: Sequence[Any]) -> Any:
 
 
 def _scalar(text: str, hint: Any) -> Any:
-    """A part of a text with commas: a number where the list has numbers."""
+    """Converts a part of a text with commas: to a number if the list holds numbers."""
     if hint in (int, float, Any) or _is_list(hint):
         for kind in (int, float):
             try:

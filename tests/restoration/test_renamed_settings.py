@@ -76,4 +76,4 @@ def test_a_checkpoint_with_an_old_name_restores_as_it_did(tmp_path: Path):
 
 
 def test_the_config_class_has_its_old_name_too():
-    assert config.RestorationConfig is RestorationConfig
+    assert config.RunConfig is RestorationConfig

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods compared in pairs over the same studies: is one better than another, or was it luck with the studies?
+"""Compares methods in pairs over the same studies: is one better than another, or was it luck with the studies?
 
 Studies differ far more than methods do, so the difference is taken within each study first. The bootstrap interval
-says how large it is; the paired t-test and Wilcoxon's (1945) signed-rank test, which asks no normal differences, say
-whether it can be chance. Of many comparisons one looks significant by chance: Holm's (1979) correction holds the
-chance of any false claim at the level of each test. All test studies of one patient are one patient: then the
-p-values say nothing about others.
+says how large it is; the paired t-test and Wilcoxon's (1945) signed-rank test, which does not assume normal
+differences, say whether it can be chance. Among many comparisons one looks significant by chance: Holm's (1979)
+correction holds the chance of any false claim at the level of each test. If all test studies are of one patient, the
+p-values say nothing about other patients.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from medaccel.studies.statistics import LEVEL, Statistic, holm, mean_statistic, 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A method against another over the studies that have a value of both.
+    """Compares a method with another over the studies that have a value for both.
 
     Attributes:
         method, against: the two.
         difference: method − against, in the values' unit: mean, deviation and bootstrap interval over studies.
-        larger, smaller: studies in which the method's value is the larger, the smaller one.
-        t_p: two-sided, paired t-test. NaN below two studies; 1 where all differences are 0, and 0 where all are the
-            same other value, t being infinite.
-        wilcoxon_p: two-sided, signed-rank test. NaN without a study, 1 where all differences are 0.
+        larger, smaller: number of studies in which the method's value is larger, or smaller.
+        t_p: two-sided p-value of the paired t-test. NaN below two studies; 1 if all differences are 0, and 0 if all
+            are the same other value, t being infinite.
+        wilcoxon_p: two-sided p-value of the signed-rank test. NaN without a study, 1 if all differences are 0.
         t_holm, wilcoxon_holm: the same, corrected for the number of methods compared.
     """
 
@@ -46,7 +46,8 @@ class PairedComparison:
     wilcoxon_holm: float
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON: `difference`, `difference_sd`, `difference_low`, `difference_high`, `studies`, …"""
+        """Returns a flat row for CSV and JSON: `difference`, `difference_sd`, `difference_low`, `difference_high`,
+        `studies`, …"""
         row = asdict(self)
         found = row.pop("difference")
         row |= {"difference": found.pop("mean"), "studies": found.pop("count")}
@@ -56,14 +57,14 @@ class PairedComparison:
 def compare_methods(
     values: Mapping[str, Sequence[float]], against: str, *, level: float = LEVEL, seed: int = 0
 ) -> list[PairedComparison]:
-    """Each method against the named one, in the order given.
+    """Compares each method with the named one, in the order given.
 
     Args:
-        values: method: one value a study, such as the share of the limit, studies in the same order for all;
-            where either value is not finite, the study is left out of the comparison.
+        values: one value per study for each method, such as the share of the limit, studies in the same order for
+            all; if either value is not finite, the study is left out of the comparison.
         against: the method that the others are compared with.
-        level: of the bootstrap interval.
-        seed: of the bootstrap.
+        level: level of the bootstrap interval.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: `against` is not among the methods, there is no other, a method has another number of studies
@@ -105,7 +106,7 @@ def _t_test(difference: NDArray[np.float64]) -> float:
     if len(difference) < 2:
         return math.nan
     p = paired_t_test(difference, np.zeros_like(difference))[1]
-    # Equal but for rounding: certainly different, or not at all.
+    # Values that are equal but for rounding differ certainly, or not at all.
     return p if math.isfinite(p) else (0.0 if difference.any() else 1.0)
 
 

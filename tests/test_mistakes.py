@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from medaccel.cli import _COMMANDS, _PACKAGES, main, parse
+from medaccel._commands import COMMANDS, PACKAGES
+from medaccel.cli import main, parse
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, method_class
@@ -111,7 +112,7 @@ def wrong_values(hint: Any) -> list[str]:
 OPTIONS = [
     (command, name, value)
     for command in (*RUNS, "restoration score")
-    for name, hint in _COMMANDS[command].types().items()
+    for name, hint in COMMANDS[command].types().items()
     for value in wrong_values(hint)
 ]
 
@@ -397,7 +398,7 @@ def test_the_extras_are_those_of_the_package():
     listed = re.search(r"^pipelines = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert listed is not None
     declared = {re.split(r"[<>=]", name)[0] for name in re.findall(r'^    "([^"]+)"', listed[1], re.MULTILINE)}
-    assert set(_PACKAGES.values()) == declared
+    assert set(PACKAGES.values()) == declared
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "config.yaml", "report.html"])

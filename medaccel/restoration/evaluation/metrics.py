@@ -50,7 +50,9 @@ def check_seconds(input_seconds: float, target_seconds: float) -> None:
 def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: float = 0.2, fwhm: float = 8.0) -> Mask:
     """The patient: the largest connected part above `threshold` after smoothing, with its holes filled.
 
-    Scores are taken over it; all that attenuates is more, `medaccel.restoration.simulation.activity.attenuating_body`.
+    Scores are taken over it. All that attenuates is a larger mask,
+    `medaccel.restoration.simulation.activity.attenuating_body`.
+
     Smoothing keeps the noise outside the patient below the threshold. On a real whole-body FDG PET of a 71 kg
     patient, thresholds from 0.1 to 0.3 SUV change the volume by ±8 %, since the skin is a steep edge.
 

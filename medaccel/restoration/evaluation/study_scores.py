@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All metrics of one method on one study as a flat row, and a table's rows from those of many studies.
 
-The keys of a row (`StudyEvaluator.evaluate`); NaN where a study doesn't allow one (no noise-free image, no lesions, no
-liver):
+The keys of a row (`StudyEvaluator.evaluate`); NaN where a study doesn't allow one (no noise-free image, no lesions,
+no liver):
 
     mse, psnr, ssim_distance[_range|_axial]            against the target
     score_mse, score_ssim[_range|_axial]               percent, 0 = the unrestored input
@@ -51,7 +51,7 @@ TOTALS = (
 
 
 class StudyLike(Protocol):
-    """The part of a study that `StudyEvaluator` reads: arrays (i, j, k); exposures and noise_free in SUV, spacing in mm."""
+    """The arrays (i, j, k) that `StudyEvaluator` reads; exposures and noise_free in SUV, spacing in mm."""
 
     @property
     def name(self) -> str: ...

@@ -258,7 +258,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _pigeonhole(shape: tuple[int, ...], seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """How often each row and each column of a table is drawn in each resample: (RESAMPLES, rows), (RESAMPLES, columns)."""
+    """How often each row and each column of a table is drawn: (RESAMPLES, rows) and (RESAMPLES, columns)."""
     generator = np.random.default_rng(seed)
     rows, columns = (
         generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64) for size in shape

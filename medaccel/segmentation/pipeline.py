@@ -24,6 +24,7 @@ from typing import Any
 from medaccel.data.msd import DATASET_JSON, MSDDataset, read_dataset
 from medaccel.phantoms.ct_dataset import write_pool, write_task
 from medaccel.pretraining.names import PRESETS
+from medaccel.pretraining.settings import NetworkSettings
 from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
 from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, check_backend, run_grid
 from medaccel.segmentation.memory import expected_of_study, on_gpu
@@ -154,7 +155,7 @@ def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
     Raises:
         FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
     """
-    given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
+    given = {name: task.data for name, task in config.tasks.items() if task.data is not None}
     found = {name: read_dataset(path) for name, path in given.items()}
     for name, dataset in found.items():
         check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
@@ -165,7 +166,7 @@ def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[
     """The files that a study is given: volumes and labels of its tasks, and weights."""
     files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
     for name, dataset in data.items():
-        if config.tasks[name].get("data") is not None:
+        if config.tasks[name].data is not None:
             files.append(dataset.folder / DATASET_JSON)
             files += [file for case in dataset.cases for file in (case.image, case.label)]
     return files
@@ -287,7 +288,7 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
     from medaccel.segmentation.model.presets import make_settings
 
     options = config.tasks[task]
-    preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
+    preset = options.preset or ("generic" if options.data is not None else f"phantom_{task}")
     try:
         settings = make_settings({"preset": preset, **config.overrides(task, fraction)})
         if settings["steps"] % settings["steps_per_epoch"]:
@@ -321,21 +322,21 @@ def pretrain_preset(
 
     more = {"scans": [str(folder.pool)], "cache_folder": folder.path / "pretraining" / "cache"}
     options = config.pretraining_of(init, number, folder.pretraining(f"{init}-{number}"), more)
-    pretrain(replace(options, network={"feature_size": width, **options.network}), say=say)
+    pretrain(replace(options, network=NetworkSettings(**{"feature_size": width, **options.network})), say=say)
 
 
 def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[Cell]) -> None:
     """Writes the phantoms that the cells need, and those of a task that was begun."""
-    options = config.phantom_options
+    options = config.phantoms
     needed = {cell.task for cell in cells}
     needed |= {config.donor(cell.task) for cell in cells if cell.init == SUPERVISED}
     for name, task in config.tasks.items():
         path = folder.task(name)
-        if task.get("data") is None and (name in needed or (path / DATASET_JSON).exists()):
-            write_task(path, name, options["cases"], seed=options["seed"], spacing=options["spacing"])
+        if task.data is None and (name in needed or (path / DATASET_JSON).exists()):
+            write_task(path, name, options.cases, seed=options.seed, spacing=options.spacing)
     pretrained = any(cell.init not in (RANDOM, SUPERVISED, *config.weights) for cell in cells)
-    if pretrained and not config.pretraining.get("scans"):
-        write_pool(folder.pool, options["pool"], seed=options["seed"], spacing=options["pool_spacing"])
+    if pretrained and not config.pretraining.scans:
+        write_pool(folder.pool, options.pool, seed=options.seed, spacing=options.pool_spacing)
 
 
 class SegmentationStudy:
@@ -355,10 +356,9 @@ class SegmentationStudy:
         self.config, self.folder, self.settings = config, folder, settings
         self.data: dict[str, MSDDataset] = {}
         for name, task in config.tasks.items():
-            given = task.get("data")
-            path = folder.task(name) if given is None else Path(given)
-            if given is not None or path.exists():
-                self.data[name] = read_dataset(path, check_units=task.get("check_units", True))
+            path = folder.task(name) if task.data is None else task.data
+            if task.data is not None or path.exists():
+                self.data[name] = read_dataset(path, check_units=task.check_units)
                 check_fractions([case.name for case in self.data[name].cases], config.fractions, f"task {name}")
         self.splits = {
             name: {seed: split_cases([case.name for case in dataset.cases], seed) for seed in config.seeds}

@@ -19,7 +19,7 @@ from medaccel.pretraining.config import PretrainingConfig
 from medaccel.pretraining.run_folder import PretrainingFolder, weights
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
 from medaccel.studies.run_folder import REPORT
-from medaccel.studies.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
+from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.studies.tables import write_csv, write_json
 from medaccel.training import ranks
 from medaccel.training.memory import Part, expect, local_processes, swin_unetr
@@ -88,41 +88,24 @@ def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
     """
     from medaccel.data.ct import find_scans
     from medaccel.data.views import TwoViews
-    from medaccel.nets import SwinUNETR
     from medaccel.pretraining.fit import settings_of
     from medaccel.pretraining.network import PretrainingNet
-    from medaccel.pretraining.tasks import TASKS, make_tasks
+    from medaccel.pretraining.tasks import make_tasks
 
     settings = settings_of(config.trainer)
     check_accelerator("trainer: accelerator", settings["accelerator"])
-    for name, task in TASKS.items():
-        check_group(name, config.settings.get(name, {}), task.defaults)
     tasks = make_tasks(list(config.weights), config.settings, config.roi_size)
-    _check_options("views", config.views, TwoViews, ("roi_size", "intensity"))
     try:
         TwoViews(config.roi_size, **config.views)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"views is {config.views}: {error}") from error
-    _check_options("network", config.network, SwinUNETR, ("in_channels", "out_channels"))
+        raise ValueError(f"views is {dict(config.views)}: {error}") from error
     torch.manual_seed(config.seed)  # of the weights
     try:
         net = PretrainingNet(tasks, **config.network)
     except Exception as error:  # what a network stumbles over depends on what is wrong
-        raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
+        raise ValueError(f"network is {dict(config.network)}; expected options of SwinUNETR ({error})") from error
     found = find_scans(*config.scans, check_units=config.check_units) if config.scans and with_scans else None
     return Plan(settings, tasks, net, found)
-
-
-def _check_options(group: str, given: Mapping[str, Any], target: Any, own: Sequence[str]) -> None:
-    """Refuses options that a class doesn't have, that are set here, or that are of another type than its own."""
-    hints = {name: hint for name, hint in hints_of(target).items() if name not in ("self", "args", "kwargs", *own)}
-    for name, value in given.items():
-        if name not in hints:
-            raise ValueError(
-                f"{group} is {dict(given)}; expected options of {target.__name__}, of which {name} is none"
-                f"{nearest(name, hints)}"
-            )
-        converted(f"{group}.{name}", value, hints[name])
 
 
 def _refuse_changed_scans(config: PretrainingConfig) -> None:
@@ -221,7 +204,7 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
     parts = swin_unetr(
         config.roi_size,
         2 * settings["batch_size"] / max(ranks.world_size(), 1),
-        int(config.network.get("feature_size", 24)),
+        config.network.feature_size,
         training=True,
     )
     if kept:

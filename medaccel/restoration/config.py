@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.restoration.methods import METHODS
-from medaccel.studies.digest import digest
-from medaccel.studies.settings import (
-    TRAINING,
-    check_fields,
-    check_group,
-    check_keys,
-    check_seeds_range,
-    check_written,
+from medaccel.restoration.settings import (
+    ConditionalSettings,
+    GaussianSettings,
+    SDEditSettings,
+    SettingsByMethod,
+    SwinSettings,
+    TrainerSettings,
 )
+from medaccel.restoration.simulation.config import SimulatorConfig
+from medaccel.studies.digest import digest
+from medaccel.studies.settings import check_seeds_range, check_written
+from medaccel.studies.typed import check_fields, plain
 
 # A scoring's folder has such a name: it doesn't lead elsewhere, isn't hidden, and doesn't begin like an option.
 _NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
@@ -51,13 +54,12 @@ class RestorationConfig:
         target_seconds: exposure to predict, s.
         methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (if that package is installed),
             swin_unetr, diffusion_sdedit, diffusion_conditional.
-        settings: settings of methods, by name, that differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
-        trainer: settings of every network's training: accelerator, strategy, precision, num_workers, cache,
-            checkpoint_minutes and the others of `medaccel.training.fit`. For several devices, start it with
-            `torchrun`.
+        settings: settings of single methods, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
+        trainer: settings of all methods that have them, unless a method's own say otherwise. For several devices,
+            start the command with `torchrun`.
         check_units: refuse `train_studies` and `validation_studies` that can't be in SUV, or whose CT is not in HU.
         seed: seed of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
-        simulator: physical parameters that differ from the frozen defaults, by name.
+        simulator: physical parameters of the simulated scanner; the defaults are frozen.
     """
 
     output: Path = Path("runs/restoration")
@@ -71,11 +73,11 @@ class RestorationConfig:
     also_seconds: tuple[int, ...] = ()
     target_seconds: int = 90
     methods: tuple[str, ...] = ("gaussian1", "gaussian3", "gaussian_mix")
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    settings: SettingsByMethod = field(default_factory=SettingsByMethod)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
     check_units: bool = True
     seed: int = 0
-    simulator: dict[str, Any] = field(default_factory=dict)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -87,9 +89,6 @@ class RestorationConfig:
                 )
         if not self.methods or set(self.methods) - set(METHODS) or len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods is {list(self.methods)}; expected some of {', '.join(METHODS)}, each once")
-        check_keys("settings", self.settings, METHODS)
-        # All networks share these; further names of `trainer` are known where the methods are imported.
-        check_group("trainer", {k: v for k, v in self.trainer.items() if k in TRAINING}, TRAINING)
         for name in ("train_phantoms", "validation_phantoms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
@@ -118,7 +117,7 @@ class RestorationConfig:
     def plain(self) -> dict[str, Any]:
         """Returns the options as plain YAML and JSON values; paths are absolute, so that a run can be continued from
         anywhere."""
-        values = _plain(dataclasses.asdict(self))
+        values = _plain(self)
         if self.check_units:  # runs from before the option existed can continue
             del values["check_units"]
         del values["output"]  # a run may be moved: its folder does not identify it
@@ -204,20 +203,18 @@ class ScoreConfig:
 
     def plain(self) -> dict[str, Any]:
         """Returns the options as plain YAML and JSON values, without the run that they are applied to."""
-        values = _plain(dataclasses.asdict(self))
+        values = _plain(self)
         if self.check_units:
             del values["check_units"]
         del values["run"]
         return values
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    result = {}
-    for name, value in values.items():
-        if isinstance(value, Path):
-            value = str(value.resolve())
-        result[name] = json.loads(json.dumps(value))
-    return result
+def _plain(config: Any) -> dict[str, Any]:
+    values = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    resolved = {name: str(v.resolve()) if isinstance(v, Path) else plain(v) for name, v in values.items()}
+    found: dict[str, Any] = json.loads(json.dumps(resolved))
+    return found
 
 
 # The demo has enough steps to show in a minute or two that everything works; far too few for a good network.
@@ -233,29 +230,29 @@ DEMO_RUN = RestorationConfig(
         "diffusion_sdedit",
         "diffusion_conditional",
     ),
-    settings={
-        "gaussian1": {"epochs": 4},
-        "gaussian3": {"epochs": 4},
-        "gaussian_mix": {"epochs": 4},
-        # So few steps can't do much; small ones keep the network near the denoised copy that it starts from.
-        "swin_unetr": {"steps": 15, "steps_per_epoch": 5, "learning_rate": 1e-4, "base": "nlm"},
-        "diffusion_sdedit": {
-            "steps": 20,
-            "steps_per_epoch": 5,
-            "roi_size": [32, 32, 32],
-            "channels": [8, 16, 32],
-            "t0": [10, 40],
-            "samples": 2,
-            "sampling_steps": 3,
-        },
-        "diffusion_conditional": {
-            "steps": 20,
-            "steps_per_epoch": 5,
-            "roi_size": [32, 32, 32],
-            "channels": [8, 16, 32],
-            "samples": 2,
-            "sampling_steps": 3,
-        },
-    },
+    settings=SettingsByMethod(
+        gaussian1=GaussianSettings(epochs=4),
+        gaussian3=GaussianSettings(epochs=4),
+        gaussian_mix=GaussianSettings(epochs=4),
+        # So few steps can't do much; small ones keep it near the denoised copy that it starts from.
+        swin_unetr=SwinSettings(steps=15, steps_per_epoch=5, learning_rate=1e-4, base="nlm"),
+        diffusion_sdedit=SDEditSettings(
+            steps=20,
+            steps_per_epoch=5,
+            roi_size=(32, 32, 32),
+            channels=(8, 16, 32),
+            t0=(10, 40),
+            samples=2,
+            sampling_steps=3,
+        ),
+        diffusion_conditional=ConditionalSettings(
+            steps=20,
+            steps_per_epoch=5,
+            roi_size=(32, 32, 32),
+            channels=(8, 16, 32),
+            samples=2,
+            sampling_steps=3,
+        ),
+    ),
 )
 DEMO_TEST_PHANTOMS = 3

@@ -42,7 +42,7 @@ from medaccel.studies.digest import digest
 from medaccel.studies.inputs import check_inputs
 from medaccel.studies.lock import locked
 from medaccel.studies.run_folder import REPORT, remove_temporaries
-from medaccel.studies.settings import before_work, check_accelerator, check_group
+from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
 
@@ -73,7 +73,7 @@ def run(config: RestorationConfig, *, force: bool = False, resume: bool = False,
         stages = memory.expected_of_run(config, own)
         expected = expect("the run", *stages, gpu=memory.on_gpu(own), processes=local_processes())
     folder = RunFolder(config.output)
-    ranks.join(str(config.trainer.get("accelerator", "auto")))
+    ranks.join(config.trainer.accelerator)
     alone = folder.session(config.plain(), force, resume, say) if ranks.rank() == 0 else nullcontext()
     with alone:
         if ranks.rank() == 0:
@@ -87,12 +87,6 @@ def check(config: RestorationConfig) -> None:
     Raises:
         ValueError, OSError: so.
     """
-    known: dict[str, Any] = {}
-    for name in METHODS:
-        kind = method_class(name)
-        known.update(kind.defaults)
-        known.update({old: kind.defaults[new] for old, new in kind.renamed.items()})
-    check_group("trainer", config.trainer, known)
     for name in METHODS:
         # Also the settings of methods that this run leaves out: a mistake in them would be found by the next one.
         if name in config.methods or name in config.settings:
@@ -103,7 +97,7 @@ def check(config: RestorationConfig) -> None:
         reason = getattr(method_class(name), "unavailable", lambda: None)()
         if reason is not None:
             raise ValueError(f"methods: {name} can't run here: {reason}")
-    check_accelerator("trainer: accelerator", str(config.trainer.get("accelerator", "auto")))
+    check_accelerator("trainer: accelerator", config.trainer.accelerator)
     check_sources(config)
 
 
@@ -248,8 +242,8 @@ def task_of(config: RestorationConfig) -> RestorationTask:
 def settings_of(config: RestorationConfig, name: str) -> dict[str, Any]:
     """A method's settings: the trainer's, where it takes them, then its own."""
     kind = method_class(name)
-    shared = {k: v for k, v in kind.with_current_names(config.trainer).items() if k in kind.defaults}
-    return shared | kind.with_current_names(config.settings.get(name, {}))
+    shared = {key: value for key, value in config.trainer.items() if key in kind.defaults}
+    return shared | dict(config.settings.get(name, {}))
 
 
 def choose_best(scored: Sequence[Scored]) -> str:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,13 +18,13 @@ from medaccel.data.hounsfield import check_hu
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods.base import check_volume
+from medaccel.restoration.simulation.config import SimulatorConfig
 from medaccel.restoration.simulation.generate import simulate_study, write_studies
-from medaccel.restoration.simulation.simulator import Progress, SimulatorConfig
+from medaccel.restoration.simulation.simulator import Progress
 from medaccel.restoration.study import STUDY_JSON, find_studies, is_complete, read_parameters, save_study
 from medaccel.restoration.uptake import check_suv
 from medaccel.studies.inputs import Record, differences, refuse_changes
 from medaccel.studies.inputs import record as inputs_of
-from medaccel.studies.settings import converted, hints_of
 from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 
@@ -85,15 +84,9 @@ def simulator_of(config: RestorationConfig) -> SimulatorConfig:
     """The simulator that the options describe.
 
     Raises:
-        ValueError: an unknown or impossible parameter, or one of the run's exposures is not simulated.
+        ValueError: one of the run's exposures is not simulated.
     """
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.simulator.items()}
-    hints = hints_of(SimulatorConfig)
-    values = {k: converted(f"simulator.{k}", v, hints[k]) if k in hints else v for k, v in values.items()}
-    try:
-        simulator = SimulatorConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"simulator has an unknown parameter: {error}") from error
+    simulator = config.simulator
     missing = {*config.exposures, config.target_seconds} - set(simulator.durations)
     if missing:
         raise ValueError(

@@ -23,6 +23,7 @@ from typing import Any
 from medaccel.data.msd import DATASET_JSON, MSDDataset
 from medaccel.phantoms.ct_dataset import write_pool, write_task
 from medaccel.pretraining.names import PRESETS
+from medaccel.pretraining.settings import NetworkSettings
 from medaccel.segmentation.config import SUPERVISED, SegmentationConfig
 from medaccel.segmentation.grid import RunCell, attempt, check_backend, run_grid
 from medaccel.segmentation.memory import expected_of_study, on_gpu
@@ -151,7 +152,7 @@ def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[
     """The files that a study is given: volumes and labels of its tasks, and weights."""
     files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
     for name, dataset in data.items():
-        if config.tasks[name].get("data") is not None:
+        if config.tasks[name].data is not None:
             files.append(dataset.folder / DATASET_JSON)
             files += [file for case in dataset.cases for file in (case.image, case.label)]
     return files
@@ -280,18 +281,18 @@ def pretrain_preset(
 
     more = {"scans": [str(folder.pool)], "cache_folder": folder.path / "pretraining" / "cache"}
     options = config.pretraining_of(init, number, folder.pretraining(f"{init}-{number}"), more)
-    pretrain(replace(options, network={"feature_size": width, **options.network}), say=say)
+    pretrain(replace(options, network=NetworkSettings(**{"feature_size": width, **options.network})), say=say)
 
 
 def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[Cell]) -> None:
     """Writes the phantoms that the cells need, and those of a task that was begun."""
-    options = config.phantom_options
+    options = config.phantoms
     needed = {cell.task for cell in cells}
     needed |= {config.donor(cell.task) for cell in cells if cell.init == SUPERVISED}
     for name, task in config.tasks.items():
         path = folder.task(name)
-        if task.get("data") is None and (name in needed or (path / DATASET_JSON).exists()):
-            write_task(path, name, options["cases"], seed=options["seed"], spacing=options["spacing"])
+        if task.data is None and (name in needed or (path / DATASET_JSON).exists()):
+            write_task(path, name, options.cases, seed=options.seed, spacing=options.spacing)
     pretrained = any(cell.init not in (RANDOM, SUPERVISED, *config.weights) for cell in cells)
-    if pretrained and not config.pretraining.get("scans"):
-        write_pool(folder.pool, options["pool"], seed=options["seed"], spacing=options["pool_spacing"])
+    if pretrained and not config.pretraining.scans:
+        write_pool(folder.pool, options.pool, seed=options.seed, spacing=options.pool_spacing)

@@ -25,7 +25,7 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
     from medaccel.segmentation.model.presets import make_settings
 
     options = config.tasks[task]
-    preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
+    preset = options.preset or ("generic" if options.data is not None else f"phantom_{task}")
     try:
         settings = make_settings({"preset": preset, **config.overrides(task, fraction)})
         if settings["steps"] % settings["steps_per_epoch"]:
@@ -49,7 +49,7 @@ def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
     Raises:
         FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
     """
-    given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
+    given = {name: task.data for name, task in config.tasks.items() if task.data is not None}
     found = {name: read_dataset(path) for name, path in given.items()}
     for name, dataset in found.items():
         check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
@@ -73,10 +73,9 @@ class SegmentationStudy:
         self.config, self.folder, self.settings = config, folder, settings
         self.data: dict[str, MSDDataset] = {}
         for name, task in config.tasks.items():
-            given = task.get("data")
-            path = folder.task(name) if given is None else Path(given)
-            if given is not None or path.exists():
-                self.data[name] = read_dataset(path, check_units=task.get("check_units", True))
+            path = folder.task(name) if task.data is None else task.data
+            if task.data is not None or path.exists():
+                self.data[name] = read_dataset(path, check_units=task.check_units)
                 check_fractions([case.name for case in self.data[name].cases], config.fractions, f"task {name}")
         self.splits = {
             name: {seed: split_cases([case.name for case in dataset.cases], seed) for seed in config.seeds}

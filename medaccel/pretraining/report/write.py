@@ -69,7 +69,7 @@ def write_report(
         )
     ]
     if losses.get(_BOUND):
-        most = math.log(config.trainer.get("batch_size", 4))
+        most = math.log(config.trainer.batch_size)
         bound = {"log N − L": losses[_BOUND], "log N": [most] * len(losses[_BOUND])}
         curves.append(
             Figure(

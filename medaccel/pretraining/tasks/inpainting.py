@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from medaccel.nets import SwinUNETR
 from medaccel.ops import gaussian_filter
 from medaccel.pretraining.levels import STRIDES, channels, check_level
+from medaccel.pretraining.settings import InpaintingSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 _LEAST_WEIGHT = 1e-6  # of what is visible; below it there is nothing to take a mean of
@@ -83,31 +84,21 @@ class Inpainting(PretextTask):
     knows how bright its surroundings are: the backbone's norms take that out of the features, and a network that was
     to predict the view itself gave the mean of two windows' greys in either. It is predicted at `level` by 1 × 1 × 1
     convolutions and a pixel shuffle: finer blocks of the U-Net, the costly ones, are not computed.
-
-    Settings: `level` (default "decoder2", stride 4), `share` masked, `sides` of blocks, `on` ("masked": the loss is
-    taken there; "all"), `hidden` channels of the head.
     """
 
     name = "inpainting"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "level": "decoder2",
-        "share": 0.3,
-        "sides": [0.05, 0.25],
-        "on": "masked",
-        "hidden": 64,
-    }
+    Settings = InpaintingSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
         self.level = check_level("inpainting: level", self.settings["level"])
-        self.share = self.number("share", 0, 0.9)
+        self.share = float(self.settings["share"])
         sides = self.settings["sides"]
-        if not isinstance(sides, list | tuple) or len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
+        if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
             raise ValueError(f"inpainting: sides is {sides!r}; expected two shares, 0 < smallest <= largest <= 1")
         self.sides = (float(sides[0]), float(sides[1]))
         if self.settings["on"] not in ("masked", "all"):
             raise ValueError(f"inpainting: on is {self.settings['on']!r}; expected 'masked' or 'all'")
-        self.count("hidden")
 
     @property
     def view_levels(self) -> frozenset[str]:

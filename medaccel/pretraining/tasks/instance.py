@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
 from medaccel.pretraining.levels import channels, elements
+from medaccel.pretraining.settings import InstanceSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step, process_group
 from medaccel.pretraining.tasks.standardise import StandardisedMap
 
@@ -23,17 +24,14 @@ class Instance(PretextTask):
 
     Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
     two views, in nats, which can't say more than log N, N the items of a step.
-
-    Settings: `temperature` (default 0.5), `dimensions` of the embedding (128).
     """
 
     name = "instance"
-    defaults: ClassVar[Mapping[str, Any]] = {"temperature": 0.5, "dimensions": 128}
+    Settings = InstanceSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
-        self.temperature = self.number("temperature", 0)
-        self.count("dimensions")
+        self.temperature = float(self.settings["temperature"])
 
     @property
     def view_levels(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss
 from medaccel.nets import SwinUNETR
 from medaccel.ops import pixel_propagation
 from medaccel.pretraining.levels import channels, check_level, features
+from medaccel.pretraining.settings import PixelSettings, PixProSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 #: PixPro's momentum in the first step; it rises to 1.
@@ -37,8 +38,8 @@ class _PixelTask(PretextTask):
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
         self.level = check_level(f"{self.name}: level", self.settings["level"])
-        self.count("dimensions")
-        self.radius = None if self.settings["radius"] is None else self.number("radius", 0)
+        radius = self.settings["radius"]
+        self.radius = None if radius is None else float(radius)
 
     @property
     def view_levels(self) -> frozenset[str]:
@@ -65,23 +66,14 @@ class _Projecting(nn.Module):
 
 
 class PixelContrast(_PixelTask):
-    """`medaccel.losses.PixelContrastiveLoss` in both directions: a place is told from all others of the other view.
-
-    Settings: `level` (default "decoder2", stride 4), `dimensions` of the projection (32; the loss costs in proportion
-    to them), `temperature` (0.3), `radius` in mm below which two pixels are the same place (None: about one bin).
-    """
+    """`medaccel.losses.PixelContrastiveLoss` in both directions: a place is told from all others of the other view."""
 
     name = "pixel"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "level": "decoder2",
-        "dimensions": 32,
-        "temperature": 0.3,
-        "radius": None,
-    }
+    Settings = PixelSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
-        self.loss = PixelContrastiveLoss(self.number("temperature", 0), self.radius)
+        self.loss = PixelContrastiveLoss(float(self.settings["temperature"]), self.radius)
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
         return _Projecting(projector(self.level, feature_size, self.settings["dimensions"]))
@@ -131,18 +123,13 @@ class PixPro(_PixelTask):
     The momentum is 1 − 0.01 · (cos(π k / K) + 1) / 2 in step k of K. The copies move at the beginning of a step, to
     the weights that the last one left. Beside the backbone's pass there is a second one without gradient, about a
     third of the step's cost.
-
-    Settings: `level` (default "decoder2"), `dimensions` (32), `radius` in mm (None: about one bin), `power` of the
-    propagation (2).
     """
 
     name = "pixpro"
-    defaults: ClassVar[Mapping[str, Any]] = {"level": "decoder2", "dimensions": 32, "radius": None, "power": 2.0}
+    Settings = PixProSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
-        if not self.number("power", 0) >= 1:
-            raise ValueError(f"pixpro: power is {self.settings['power']!r}; expected a number of at least 1")
         self.loss = PixelConsistencyLoss(self.radius)
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.pretraining.levels import elements
+from medaccel.pretraining.settings import RotationSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 _NOISE = 0.03  # of the window; its strength is drawn
@@ -28,7 +29,7 @@ class Rotation(PretextTask):
 
     name = "rotation"
     own_levels = frozenset({"encoder4"})
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    Settings = RotationSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)

@@ -14,7 +14,8 @@ import torch
 
 from medaccel.data.files import atomic_path
 from medaccel.restoration.evaluation.metrics import check_seconds, check_spacing
-from medaccel.studies.settings import check_group, nearest
+from medaccel.restoration.settings import MethodSettings
+from medaccel.studies.typed import UnfitError, settings_class
 
 FORMAT = 1  # of a method's checkpoint
 
@@ -116,40 +117,28 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
-    #: Settings and their defaults.
+    #: The method's settings: their names, types, defaults and meanings.
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    #: The defaults, plain. A subclass without `Settings` may say them here; the settings then have their types.
     defaults: ClassVar[Mapping[str, Any]] = {}
     #: Settings' names in configs and checkpoints of earlier versions, and their names today.
     renamed: ClassVar[Mapping[str, str]] = {}
-    optional: ClassVar[frozenset[str]] = frozenset()  # settings that may be None
     samples: ClassVar[bool] = False  # whether restore can draw several
     distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
-        settings = self.with_current_names(settings or {})
-        unknown = set(settings) - set(self.defaults)
-        if unknown:
-            raise ValueError(
-                f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
-                f"{nearest(min(unknown), self.defaults)}"
-            )
-        given = {k: v for k, v in settings.items() if v is not None or k not in self.optional}
-        given = check_group(self.name, given, self.defaults)
         self.task = task
-        self.settings: dict[str, Any] = {**self.defaults, **settings, **given}
+        try:
+            self.settings: dict[str, Any] = self.Settings.read(settings or {}).whole()
+        except UnfitError as unfit:
+            raise unfit.within(self.name, self.Settings.separator) from None
         self.fitted = Fitted()
 
-    @classmethod
-    def with_current_names(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings under today's names; those of earlier versions are accepted.
-
-        Raises:
-            ValueError: a setting is given under both of its names.
-        """
-        both = [(old, new) for old, new in cls.renamed.items() if old in settings and new in settings]
-        if both:
-            (old, new) = both[0]
-            raise ValueError(f"{cls.name}: {old} is given beside {new}, its name today; expected {new} alone")
-        return {cls.renamed.get(key, key): value for key, value in settings.items()}
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "defaults" in vars(cls) and "Settings" not in vars(cls):
+            cls.Settings = settings_class(f"{cls.__name__}Settings", cls.defaults, MethodSettings)
+        cls.defaults, cls.renamed = cls.Settings.defaults(), cls.Settings.renamed
 
     @abc.abstractmethod
     def fit(

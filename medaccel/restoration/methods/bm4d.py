@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask
 from medaccel.restoration.evaluation.noise import normalised_noise
 from medaccel.restoration.methods.classical import STABILISERS, Classical
+from medaccel.restoration.settings import BM4DSettings
 from medaccel.restoration.study import load_study
 
 LAGS = 5  # voxels; further apart, the noise of these scanners' images is uncorrelated (0.02 and less)
@@ -25,28 +26,10 @@ class BM4D(Classical):
     grid. It gains little: told of white noise, BM4D scores the same (27.3 and 27.2 %) at 2.2 times the strength.
     Needs the package `bm4d`, which is free for non-commercial use only and so is no dependency of this one. It runs
     on one thread, since its results vary with their number.
-
-    Further settings:
-        threshold: of the hard-thresholding stage, and
-        wiener: the μ² of the Wiener stage; both are what bm4d's own estimate gives for such noise (3.04 and 1.01). It
-            is not asked, since it calls a function that NumPy 2.4 has no more.
-        search_window: half the side of the cube where blocks are looked for, voxels.
-        variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
-            the time and gains nothing (27.1 and 27.1 % on a training phantom).
     """
 
     name = "bm4d"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "stabiliser": "sqrt",
-        "search_slices": 64,
-        "strengths": (1.2, 1.8),
-        "threshold": 3.0,
-        "wiener": 1.0,
-        "search_window": 4,
-        "variance_layers": 1,
-    }
-    least: ClassVar[Mapping[str, float]] = {"threshold": 0, "wiener": 0, "search_window": 1, "variance_layers": 0}
+    Settings = BM4DSettings
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)

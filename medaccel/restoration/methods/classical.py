@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
+from medaccel.restoration.settings import ClassicalSettings, NonLocalMeansSettings, TotalVariationSettings
 from medaccel.restoration.study import load_study
 
 # Name: to the domain with even noise, and back. Denoised values may fall below 0, SUV may not.
@@ -56,44 +57,15 @@ class _Example:
 
 
 class Classical(Method):
-    """A denoiser whose strength is searched for; subclasses say how they denoise.
+    """A denoiser whose strength is searched for; subclasses say how they denoise."""
 
-    Settings of all:
-        stabiliser: "sqrt" or "asinh".
-        strengths: multiples of the noise level where the search starts, increasing.
-        search_studies: so many studies are searched on, the first ones.
-        search_slices: of each, so many central slices; None: all. Hot organs lie at the ends, so that the strength
-            that is best in the middle need not be the best of the whole.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "stabiliser": "asinh",
-        "strengths": (0.5, 1.0, 2.0),
-        "search_studies": 3,
-        "search_slices": None,
-    }
-    optional = frozenset({"search_slices"})
-    #: Of further settings, the smallest values.
-    least: ClassVar[Mapping[str, float]] = {}
+    Settings: ClassVar[type[ClassicalSettings]] = ClassicalSettings
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        chosen = self.settings
-        if chosen["stabiliser"] not in STABILISERS:
-            raise ValueError(
-                f"{self.name}: stabiliser is {chosen['stabiliser']!r}; expected one of {', '.join(STABILISERS)}"
-            )
-        strengths = list(chosen["strengths"])
+        strengths = self.settings["strengths"]
         if not strengths or strengths[0] <= 0 or any(b <= a for a, b in itertools.pairwise(strengths)):
             raise ValueError(f"{self.name}: strengths is {strengths}; expected increasing positive numbers")
-        if chosen["search_studies"] < 1:
-            raise ValueError(f"{self.name}: search_studies is {chosen['search_studies']}; expected at least one")
-        slices = chosen["search_slices"]
-        if slices is not None and (not isinstance(slices, int) or slices < 3):
-            raise ValueError(f"{self.name}: search_slices is {slices}; expected at least three, or None")
-        for key, least in self.least.items():
-            if chosen[key] < least:
-                raise ValueError(f"{self.name}: {key} is {chosen[key]}; expected at least {least}")
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -241,22 +213,10 @@ class Classical(Method):
 
 
 class NonLocalMeans(Classical):
-    """Non-local means (Buades et al. 2005) with cubic patches, scikit-image's fast mode.
-
-    Further settings:
-        patch_size: side of a patch, voxels. 3 instead of 5 costs 4 points of the MSE score, 7 one point.
-        patch_distance: patches are looked for so far away along each axis, voxels. 2 costs 0.3 points; 4 as much, and
-            three times the time: in a body, what is near is more often alike.
-    """
+    """Non-local means (Buades et al. 2005) with cubic patches, scikit-image's fast mode."""
 
     name = "nlm"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "strengths": (0.6, 1.0, 1.6),
-        "patch_size": 5,
-        "patch_distance": 3,
-    }
-    least: ClassVar[Mapping[str, float]] = {"patch_size": 1, "patch_distance": 0}
+    Settings = NonLocalMeansSettings
 
     def denoise(self, mapped: Array, noise: float) -> Array:
         from skimage.restoration import denoise_nl_means
@@ -277,24 +237,10 @@ class TotalVariation(Classical):
 
     It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: what a round
     took away is added to the next one's input.
-
-    Further settings:
-        rounds: of Bregman's iteration; 1 is plain total variation, about 3 points of the MSE score below 2.
-        tolerance: it stops once the energy changes by less than this fraction of its start; scikit-image's own 2e-4
-            stops after a few steps, a point short.
-            The score of two rounds does not vary smoothly with the strength at any, mostly where hot organs are.
-        iterations: at most.
     """
 
     name = "tv"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "strengths": (1.0, 2.0, 4.0),
-        "rounds": 2,
-        "tolerance": 1e-5,
-        "iterations": 200,
-    }
-    least: ClassVar[Mapping[str, float]] = {"rounds": 1, "tolerance": 0, "iterations": 1}
+    Settings = TotalVariationSettings
 
     def denoise(self, mapped: Array, noise: float) -> Array:
         from skimage.restoration import denoise_tv_chambolle

@@ -9,32 +9,32 @@ spread says how unsure it is; the calibration of that spread is measured, not as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medaccel.diffusion.samplers import Sampler
-from medaccel.restoration.methods.base import Fitted, RestorationRequest, RestorationTask
+from medaccel.restoration.methods.base import Fitted, RestorationRequest
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.networks.method import Candidates, as_batch, weights
 from medaccel.restoration.methods.networks.nets import Conditioning
+from medaccel.restoration.settings import ConditionalSettings
 from medaccel.restoration.study import PETStudy
 
 
 class DiffusionConditional(DiffusionMethod):
-    """Settings beside `DiffusionMethod`'s: `spread` of the residual in the network's scaling."""
+    """A diffusion of the residual to the smoothed PET; see the module."""
 
     name = "diffusion_conditional"
-    defaults: ClassVar[Mapping[str, Any]] = {**DiffusionMethod.defaults, "spread": 0.1}
+    Settings = ConditionalSettings
 
-    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
-        chosen = {**self.defaults, **(settings or {})}
-        self.conditioning = Conditioning(chosen["scaling"], chosen["use_ct"], chosen["base"])
-        super().__init__(task, settings)
-        if not self.settings["spread"] > 0:
-            raise ValueError(f"{self.name}: spread is {self.settings['spread']}; expected a number > 0")
+    @cached_property
+    def conditioning(self) -> Conditioning:
+        """What the PET, the exposure and the CT become for the network."""
+        return Conditioning(self.settings["scaling"], self.settings["use_ct"], self.settings["base"])
 
     @property
     def inputs(self) -> int:

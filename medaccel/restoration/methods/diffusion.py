@@ -18,6 +18,7 @@ from medaccel.diffusion.sde import _Sde
 from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, RestorationTask, check_volume
 from medaccel.restoration.methods.networks.method import NetworkMethod, body_box
 from medaccel.restoration.methods.networks.nets import whole
+from medaccel.restoration.settings import DiffusionSettings
 from medaccel.training.fit import NetworkFit
 
 # Voxels that the U-Net sees at once: a torso of 4 mm voxels has half a million, and two take 1–2 GB.
@@ -80,24 +81,9 @@ class DiffusionFit(NetworkFit):
 
 
 class DiffusionMethod(NetworkMethod):
-    """Settings beside `NetworkMethod`'s: `channels` of the U-Net, `samples` (K), `sampling_steps`.
+    """Samples of the activity by a diffusion, averaged in SUV."""
 
-    `shuffle`: the U-Net sees blocks of so many voxels a side as channels of one; 2 takes about a fifth of the time
-    that 1 does, at the same number of channels.
-
-    The `precision` of training, where it is bf16-mixed, is that of sampling too.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **NetworkMethod.defaults,
-        "roi_size": [64, 64, 64],
-        "channels": [32, 64, 64],
-        "shuffle": 2,
-        "samples": 20,
-        "sampling_steps": 5,
-        "validation_studies": 2,
-        "validation_samples": 2,
-    }
+    Settings: ClassVar[type[DiffusionSettings]] = DiffusionSettings
     multiple = least = 8
     samples = True
     sde: _Sde
@@ -106,9 +92,6 @@ class DiffusionMethod(NetworkMethod):
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         self.sde, self.levels = VPSDE(), 1000
         super().__init__(task, settings)
-        for key in ("samples", "sampling_steps", "validation_samples"):
-            if self.settings[key] < 1:
-                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
 
     @property
     def inputs(self) -> int:

@@ -33,6 +33,7 @@ from medaccel.restoration.methods.base import (
     RestorationTask,
     check_volume,
 )
+from medaccel.restoration.settings import GaussianSettings
 from medaccel.restoration.study import PETStudy, load_study
 
 
@@ -289,19 +290,12 @@ def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]
 
 
 class _Gaussian(Method):
-    """A Gaussian method for each exposure of the task: how much to smooth depends on the noise.
+    """A Gaussian method for each exposure of the task: how much to smooth depends on the noise."""
 
-    Settings: `epochs`, of up to 5 L-BFGS iterations over all studies each; `studies`, how many of those there are
-    are used, the first ones: a handful of parameters needs no more than a handful.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 10, "studies": 8}
+    Settings: ClassVar[type[GaussianSettings]] = GaussianSettings
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        for key in ("epochs", "studies"):
-            if self.settings[key] < 1:
-                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
         self.filters = {seconds: METHODS[self.name]() for seconds in task.input_seconds}
 
     def fit(

@@ -10,7 +10,7 @@ better on validation, blended with the PET as (t·PET_t + (T − t)·λ̂)/T.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from medaccel.restoration.methods.base import Fitted, RestorationRequest, Restor
 from medaccel.restoration.methods.diffusion import DiffusionMethod
 from medaccel.restoration.methods.networks.method import Candidates
 from medaccel.restoration.methods.networks.scaling import scaling
+from medaccel.restoration.settings import SDEditSettings
 from medaccel.restoration.study import PETStudy
 
 _SMOOTH = 1.0  # voxels
@@ -59,21 +60,10 @@ class _NoiseShown(nn.Module):
 
 
 class DiffusionSDEdit(DiffusionMethod):
-    """Settings beside `DiffusionMethod`'s.
-
-    `t0`: the levels that are tried, from small to large; the search ends where two in a row are worse than the best.
-    `levels`: the prior is trained up to here alone; SDEdit never visits what lies above.
-    """
+    """SDEdit from the PET, over several levels; see the module."""
 
     name = "diffusion_sdedit"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **DiffusionMethod.defaults,
-        "t0": [5, 10, 20, 35, 50, 75, 100, 140],
-        "levels": 200,
-        # A prior that never saw the PET bends what is hottest: on three validation phantoms, 60 s, t0 = 20, K = 2,
-        # the MSE score was −137 % of its limit without this and 52 % with it.
-        "residual_shrinkage": 1.5,
-    }
+    Settings = SDEditSettings
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)

@@ -70,7 +70,7 @@ def illustration_blocks(study: SegmentationStudy) -> list[Block]:
         return [Text(f"The cell that is to be shown, {path.parent.name}, has not ended yet.")]
     try:
         scan = read_nifti(options["image"])
-        if study.config.tasks[options["task"]].get("check_units", True):
+        if study.config.tasks[options.task].check_units:
             check_hu(np.asarray(scan.dataobj), Path(options["image"]))
     except (ValueError, OSError) as error:  # no figure of the study's: the report is written without it
         warnings.warn(f"illustration.image: {error}", stacklevel=2)

@@ -121,7 +121,7 @@ def build_page(study: SegmentationStudy, outcome: Outcome, sentence: str, pretra
     """The report's content, before it is HTML."""
     config = study.config
     summary = [sentence]
-    simulated = [name for name in outcome.tasks if config.tasks[name].get("data") is None]
+    simulated = [name for name in outcome.tasks if config.tasks[name].data is None]
     if simulated:
         summary.append(words.simulated(simulated))
     if len(outcome.runs) < len(outcome.planned):

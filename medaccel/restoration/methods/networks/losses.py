@@ -9,8 +9,6 @@ from torch import Tensor
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.evaluation.metrics import SSIM_RANGE, SSIM_SIGMA
 
-LOSSES = ("mse", "mse_ssim", "ssim")
-
 
 def _wide(*volumes: Tensor) -> list[Tensor]:
     """Half precision as fp32: sums over a volume lose everything in bf16 and overflow in fp16."""

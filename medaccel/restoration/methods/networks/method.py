@@ -18,9 +18,10 @@ from medaccel.restoration.evaluation.metrics import Array, Mask
 from medaccel.restoration.methods.base import Fitted, Method, RestorationTask
 from medaccel.restoration.methods.networks.base_image import base_image
 from medaccel.restoration.methods.networks.residual import residual_shrinkage
+from medaccel.restoration.settings import NetworkSettings
 from medaccel.restoration.study import PETStudy, load_study
 from medaccel.training import ranks
-from medaccel.training.fit import TRAINING, NetworkFit, train
+from medaccel.training.fit import NetworkFit, train
 
 #: Weights of PET_t beyond t/T among which the blend with the activity is chosen: SSIM asks for a little more noise.
 EXTRA_WEIGHTS = (0.0, 0.03, 0.06, 0.09)
@@ -29,28 +30,9 @@ _CT_DROPOUT = 0.2  # of the patches are shown without their CT, so that a PET wi
 
 
 class NetworkMethod(Method):
-    """A method whose work is a network's.
+    """A method whose work is a network's."""
 
-    Settings beside `medaccel.training.fit.TRAINING`'s: `roi_size` (voxels a window and training patch),
-    `overlap` and `sw_batch_size` (of windows), `reference` ("noise_free", "target" or "auto": what it is trained
-    to), `use_ct`, `scaling`, `base`, `validation_studies` (on how many the choice is made), `residual_shrinkage`
-    (threshold of `residual.residual_shrinkage`, which the restored activity goes through; 0 leaves that out; files of
-    earlier versions call it `give_back`).
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **TRAINING,
-        "roi_size": [64, 64, 64],
-        "overlap": 0.25,
-        "sw_batch_size": 1,
-        "reference": "auto",
-        "use_ct": False,
-        "scaling": "asinh",
-        "base": "gaussian",
-        "validation_studies": 4,
-        "residual_shrinkage": 0.0,
-    }
-    renamed: ClassVar[Mapping[str, str]] = {"give_back": "residual_shrinkage"}
+    Settings: ClassVar[type[NetworkSettings]] = NetworkSettings
     multiple: ClassVar[int] = 32  # that windows must be of
     least: ClassVar[int] = (
         64  # voxels of a window's longest side: at 32 one is left of the last map, which has no norm
@@ -59,29 +41,14 @@ class NetworkMethod(Method):
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        for key in ("steps", "steps_per_epoch", "batch_size", "sw_batch_size", "validation_studies"):
-            if self.settings[key] < 1:
-                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
-        from medaccel.restoration.methods.networks.nets import BASES
-        from medaccel.restoration.methods.networks.patches import CACHES, REFERENCES
-        from medaccel.restoration.methods.networks.scaling import SCALINGS
+        from medaccel.restoration.methods.networks.patches import CACHES
 
-        for key, known in (
-            *(("cache", CACHES), ("reference", REFERENCES)),
-            *(("scaling", tuple(SCALINGS)), ("base", BASES)),
-        ):
-            if self.settings[key] not in known:
-                raise ValueError(f"{self.name}: {key} is {self.settings[key]!r}; expected one of {', '.join(known)}")
-        if not 0 <= self.settings["overlap"] < 1:
-            raise ValueError(f"{self.name}: overlap is {self.settings['overlap']}; expected a share in [0, 1)")
+        if self.settings["cache"] not in CACHES:
+            raise ValueError(f"{self.name}: cache is {self.settings['cache']!r}; expected one of {', '.join(CACHES)}")
         if self.settings["steps"] % self.settings["steps_per_epoch"]:
             raise ValueError(
                 f"{self.name}: steps is {self.settings['steps']}; expected a multiple of steps_per_epoch, "
                 f"{self.settings['steps_per_epoch']}"
-            )
-        if self.settings["residual_shrinkage"] < 0:
-            raise ValueError(
-                f"{self.name}: residual_shrinkage is {self.settings['residual_shrinkage']}; expected a number >= 0"
             )
         roi = self.settings["roi_size"]
         if len(roi) != 3 or max(roi) < self.least or any(n < 1 or n % self.multiple for n in roi):

@@ -51,13 +51,13 @@ class RestorationConfig:
         input_seconds: exposure to restore from, s.
         also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
-        methods: what is fitted: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (where that package is installed),
-            swin_unetr, diffusion_sdedit, diffusion_conditional.
+        methods: methods that are fitted: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (where that package is
+            installed), swin_unetr, diffusion_sdedit, diffusion_conditional.
         settings: settings of single methods: '{swin_unetr: {feature_size: 24}}'.
         trainer: settings of all methods that have them, where their own don't say otherwise. Several devices: start
             the command with `torchrun`.
         check_units: refuse `train_studies` and `validation_studies` that can't be in SUV, or whose CT is none in HU.
-        seed: of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
+        seed: seed of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
         simulator: physical parameters of the simulated scanner; the defaults are frozen.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from medaccel._arguments import Formatter, Parser
+from medaccel._parser import Formatter, Parser, add_options
 from medaccel.studies.settings import before_work, hints_of
 
 SMOOTH_EXAMPLES = """examples:
@@ -140,7 +140,7 @@ def _restoration_run() -> Parser:
     from medaccel.restoration.config import RestorationConfig
 
     parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
-    parser.add_class_arguments(RestorationConfig)
+    add_options(parser, RestorationConfig)
     _add_run_options(parser)
     return parser
 
@@ -149,7 +149,7 @@ def _restoration_score() -> Parser:
     from medaccel.restoration.config import ScoreConfig
 
     parser = _parser("Scores a finished run on test studies, which no choice has seen.", SCORE_EXAMPLES)
-    parser.add_class_arguments(ScoreConfig, as_positional=True)
+    add_options(parser, ScoreConfig)
     return parser
 
 
@@ -168,7 +168,7 @@ def _pretraining_run() -> Parser:
     from medaccel.pretraining.config import PretrainingConfig
 
     parser = _parser("Trains the encoder of a Swin UNETR on CT without labels, and reports.", PRETRAINING_EXAMPLES)
-    parser.add_class_arguments(PretrainingConfig)
+    add_options(parser, PretrainingConfig)
     _add_run_options(parser)
     return parser
 
@@ -179,7 +179,7 @@ def _segmentation_run() -> Parser:
     parser = _parser(
         "Compares initializations: pretrains, trains a grid of cells, tests them and reports.", SEGMENTATION_EXAMPLES
     )
-    parser.add_class_arguments(SegmentationConfig)
+    add_options(parser, SegmentationConfig)
     _add_run_options(parser)
     parser.add_argument("--cell", type=int, help="run this cell of the selected ones alone, from 0, and no report")
     return parser

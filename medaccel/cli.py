@@ -33,7 +33,11 @@ def parse(argv: Sequence[str]) -> tuple[str, Namespace]:
     parser = command.parser()
     parser.prog = f"medaccel {name}"
     arguments = words[len(name.split()) :]
-    return name, parser.parse_args(prepared(parser, arguments, command.types()))
+    words, groups = prepared(parser, arguments, command.types())
+    found = parser.parse_args(words)
+    for group, given in groups.items():
+        found[group] = given
+    return name, found
 
 
 def _listing(words: Sequence[str]) -> NoReturn:

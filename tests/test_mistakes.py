@@ -15,6 +15,7 @@ from medaccel.restoration.methods import METHODS, method_class
 from medaccel.restoration.pipeline import check as check_restoration
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.studies.settings import TRAINING
+from medaccel.studies.typed import is_group
 
 RUNS = ("restoration run", "pretraining run", "segmentation run")
 CONFIGS: dict[str, Any] = {
@@ -101,7 +102,7 @@ def wrong_values(hint: Any) -> list[str]:
     """Values that an option of this type can't have."""
     if hint in (int, float):
         return ["abc", "[1, 2]", "{a: 1}", "true", "null", ".nan"]
-    return ["abc", "3", "[1]", "null"] if "dict" in str(hint) else []
+    return ["abc", "3", "[1]", "null"] if "dict" in str(hint) or is_group(hint) else []
 
 
 OPTIONS = [

@@ -32,8 +32,8 @@ class PretrainingConfig(Settings):
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
         scans: folders of CT scans, with folders below them: NIfTI, LUNA16's .mhd, DICOM series. Phantoms by default.
         phantoms: how many phantom CTs are made where there are no `scans`.
-        phantom_spacing: of those, mm.
-        spacing: that all scans are brought to, mm, from left to right, back to front and up.
+        phantom_spacing: voxel size of the phantoms, mm.
+        spacing: voxel size that all scans are brought to, mm, from left to right, back to front and up.
         windows: lower and upper HU that become 0 and 1; one of them is drawn for each item.
         roi_size: voxels of a view: multiples of 32, one of them 64 or more.
         preset: a set of tasks: nvidia (inpainting, rotation and instance contrast), instance, instance_pixel,
@@ -44,7 +44,7 @@ class PretrainingConfig(Settings):
         views: options of the two views, `medaccel.data.TwoViews`: '{flip: 0}'.
         trainer: settings of the training; a step's items are pairs of views. Several devices: start the command with
             `torchrun`.
-        seed: of everything.
+        seed: seed of everything.
         held_out: share of the scans, at least one, that are trained on never and evaluated on.
         skip_limit: share of the scans that may be unreadable, or look like no CT; they are listed in scans.json.
         check_units: pass over what doesn't look like a CT in HU: label maps, other modalities, scaled intensities.

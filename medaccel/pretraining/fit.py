@@ -60,8 +60,6 @@ def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a setting that is unknown, of another type or out of range, a cache that there is none of.
     """
     settings = converted("trainer", trainer, PretrainingTrainerSettings).whole()
-    if settings["cache"] not in ("memory", "disk"):
-        raise ValueError(f"trainer: cache is {settings['cache']!r}; expected 'memory' or 'disk'")
     if settings["steps"] % settings["steps_per_epoch"]:
         raise ValueError(
             f"trainer: steps is {settings['steps']}; expected a multiple of steps_per_epoch, "

@@ -15,16 +15,23 @@ from medaccel.studies.settings import Decay, TrainingSettings
 from medaccel.studies.typed import Count, Limit, Positive, Settings, nearest
 
 _Share = Annotated[float, Limit(lambda x: 0 < x <= 0.9, "a number above 0 and at most 0.9")]
+_Cache = Annotated[str, Limit(lambda v: v in ("memory", "disk"), "'memory' or 'disk'")]
+_On = Annotated[str, Limit(lambda v: v in ("masked", "all"), "'masked' or 'all'")]
 _Power = Annotated[float, Limit(lambda x: x >= 1, "a number of at least 1")]
 
 
 @dataclass(frozen=True, eq=False)
 class PretrainingTrainerSettings(TrainingSettings):
-    """The settings of the training. By default the last weights are kept, not a running average."""
+    """The settings of the training. By default the last weights are kept, not a running average.
+
+    Args:
+        cache: where the prepared scans are read from: memory, or disk, which they are written to in any case.
+    """
 
     batch_size: Count = 4
     learning_rate: Positive = 1e-3
     ema_decay: Decay = 0.0
+    cache: _Cache = "memory"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +59,7 @@ class InpaintingSettings(TaskSettings):
     level: str = "decoder2"
     share: _Share = 0.3
     sides: tuple[float, ...] = (0.05, 0.25)
-    on: str = "masked"
+    on: _On = "masked"
     hidden: Count = 64
 
 

@@ -44,7 +44,7 @@ class ClassicalSettings(MethodSettings):
     """The settings of a denoiser whose strength is searched for.
 
     Args:
-        stabiliser: function that evens out the noise before denoising: sqrt or asinh.
+        stabiliser: function that evens out the noise before denoising.
         strengths: multiples of the noise level where the search starts, increasing.
         search_studies: how many studies are searched on, the first ones.
         search_slices: how many central slices of each are searched on; null takes all. Hot organs lie at the ends, so
@@ -95,8 +95,8 @@ class BM4DSettings(ClassicalSettings):
     """The settings of BM4D.
 
     Args:
-        threshold: threshold of the hard-thresholding stage. bm4d's own estimate, 3.04 for such noise, is not asked: it
-            calls a function that NumPy 2.4 no longer has.
+        threshold: threshold of the hard-thresholding stage. bm4d's own estimate, 3.04 for such noise, is not asked:
+            it calls a function that NumPy 2.4 no longer has.
         wiener: μ² of the Wiener stage; bm4d's own estimate is 1.01.
         search_window: half the side of the cube where blocks are looked for, voxels.
         variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
@@ -124,7 +124,7 @@ class NetworkSettings(MethodSettings, TrainingSettings):
         reference: image that is trained to: noise_free (of simulated studies), target, or auto, the first where there
             is one.
         use_ct: show the network the CT, where there is one.
-        scaling: scaling of SUV that the network works in: asinh or sqrt.
+        scaling: scaling of SUV that the network works in.
         base: image that the network's output is added to: gaussian, a smoothed copy, or nlm, the PET denoised by
             non-local means.
         validation_studies: how many validation studies the choices are made on, the first ones.
@@ -235,6 +235,7 @@ class TrainerSettings(
     """Settings that hold for every method that has them, unless the method's own say otherwise."""
 
     unknown_names: ClassVar[str] = Settings.unknown_names
+    explained: ClassVar[type[Settings]] = NetworkSettings
 
 
 @dataclass(frozen=True, eq=False)

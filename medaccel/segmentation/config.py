@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from medaccel.phantoms.ct_dataset import TASKS
 from medaccel.pretraining.config import COARSEST, PretrainingConfig
@@ -51,29 +51,32 @@ class SegmentationConfig:
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
-        tasks: the tasks, by name: '{spleen: {data: data/Task09_Spleen, preset: Task09_Spleen}}'. Without data, "spleen"
-            and "lung" are phantom tasks.
+        tasks: the tasks, by name: '{spleen: {data: data/Task09_Spleen, preset: Task09_Spleen}}'. Without data,
+            "spleen" and "lung" are phantom tasks.
         phantoms: the cases of phantom tasks, and the scans that are pretrained on where there are no others.
         inits: initializations: random, the presets of pretraining (nvidia, instance, instance_pixel, pixpro, all),
             supervised (pretraining on the labels of another task of the study), and any name that `weights` has.
         fractions: shares of the training half's labels.
-        seeds: of the runs, one split each.
+        seeds: seeds of the runs, one split each.
         weights: given weights of initializations, by name, one file or several, which the seeds take in turn:
             '{published: [model_swinvit.pt]}'. Where there are none, the initialization is pretrained.
-        pretraining: options of `medaccel pretraining run` that all presets share. The study sets output, preset, tasks
-            and seed itself.
+        pretraining: options of `medaccel pretraining run` that all presets share. The study sets output, preset,
+            tasks and seed itself.
         pretraining_seeds: how many times each preset is pretrained; seeds take the weights in turn.
-        settings: settings that differ from the presets', in all tasks.
+        settings: settings that differ from the presets', in all tasks; the defaults below are those of "generic".
         select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report is
             on all cells that are there.
         jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and what is there is
             reported.
-        backend: of joblib: loky (processes on this machine), dask or ray (an existing cluster that sees the same
-            folders), or sequential.
+        backend: joblib's backend: loky (processes on this machine), dask or ray (an existing cluster that sees the
+            same folders), or sequential.
         scheduler: the cluster's address, such as tcp://10.0.0.1:8786.
         primary: the comparison that the report begins with, named before anything is run.
         illustration: a scan that a cell's model is shown on; no figure of the study.
     """
+
+    #: Options of a pretraining that are none of its user's here.
+    set_elsewhere: ClassVar[dict[str, tuple[str, ...]]] = {"pretraining": ("output", "preset", "tasks", "seed")}
 
     output: Path = Path("runs/segmentation")
     tasks: dict[str, TaskOptions] = field(default_factory=lambda: {name: TaskOptions() for name in TASKS})
@@ -143,7 +146,7 @@ class SegmentationConfig:
         Raises:
             ValueError: options that pretraining doesn't have, or that the study sets.
         """
-        own = {"output", "preset", "tasks", "seed"} & set(self.pretraining)
+        own = set(self.set_elsewhere["pretraining"]) & set(self.pretraining)
         if own:
             raise ValueError(f"pretraining names {sorted(own)}, which the study sets itself; expected other options")
         values = {**more, **self.pretraining}
@@ -168,12 +171,8 @@ class SegmentationConfig:
 
     def plain(self) -> dict[str, Any]:
         """What a run is, as plain YAML and JSON values, with absolute paths; how and where it is run is left out."""
-        values = {
-            one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name not in _NO_OPTIONS
-        }
-        # These two were always written as their types have it.
-        values |= {name: dict(values[name]) for name in ("phantoms", "primary")}
-        values = plain(values)
+        names = [one.name for one in dataclasses.fields(self) if one.name not in _NO_OPTIONS]
+        values: dict[str, Any] = {name: plain(getattr(self, name)) for name in names}
         for task in values["tasks"].values():
             if task.get("data") is not None:
                 task["data"] = str(Path(task["data"]).resolve())
@@ -285,9 +284,9 @@ class SegmentationConfig:
             raise ValueError(
                 f"illustration is {dict(self.illustration)}; expected image and task, and organs together with label"
             )
-        if self.illustration["task"] not in self.tasks:
+        if self.illustration.task not in self.tasks:
             raise ValueError(
-                f"illustration.task is {self.illustration['task']!r}; expected one of {', '.join(self.tasks)}"
+                f"illustration.task is {self.illustration.task!r}; expected one of {', '.join(self.tasks)}"
             )
 
 

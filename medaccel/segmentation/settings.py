@@ -6,11 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from medaccel.segmentation.protocol import RANDOM, SEEDS
 from medaccel.studies.settings import Decay, TrainingSettings
-from medaccel.studies.typed import Count, Positive, Settings, UnfitError, nearest
+from medaccel.studies.typed import Count, Limit, Positive, Settings, UnfitError, nearest
+
+#: Where training cases can be kept.
+CACHES = ("memory", "none")
+_Cache = Annotated[str, Limit(lambda v: v in CACHES, f"one of {', '.join(CACHES)}")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +26,8 @@ class PresetSettings(Settings):
             phantom_spleen or phantom_lung.
         spacing: voxel size that the network sees, mm, to the right, the front and up.
         window: HU that become 0 and 1.
-        roi_size: voxels of a training crop and of a window of inference, multiples of 32, one of them at least 64. One
-            size for both: a network with instance normalization errs in windows of another.
+        roi_size: voxels of a training crop and of a window of inference, multiples of 32, one of them at least 64.
+            One size for both: a network with instance normalization errs in windows of another.
         overlap: share that neighbouring windows have in common.
         sw_batch_size: windows that are segmented at once.
         positive: part of the crops that are centred on foreground.
@@ -75,13 +79,18 @@ class PresetSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class SegmentationSettings(TrainingSettings, PresetSettings):
-    """The settings of a task's cells. The defaults are those of the preset "generic"; the other presets differ."""
+    """The settings of a task's cells. The defaults are those of the preset "generic"; the other presets differ.
+
+    Args:
+        cache: where the training cases are kept: memory, or none, which reads a case for each crop.
+    """
 
     steps: Count = 5000
     steps_per_epoch: Count = 50
     batch_size: Count = 2
     learning_rate: Positive = 4e-4
     ema_decay: Decay = 0.0  # the best on validation is chosen
+    cache: _Cache = "memory"
 
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
@@ -129,6 +138,8 @@ class PhantomSettings(Settings):
         seed: seed of the first phantom.
     """
 
+    as_written: ClassVar[bool] = False
+
     cases: int = 60
     spacing: tuple[float, ...] = (4.0, 4.0, 4.0)
     pool: int = 200
@@ -146,6 +157,8 @@ class Selection(Settings):
         fraction: shares of the labels.
         seed: seeds.
     """
+
+    as_written: ClassVar[bool] = False
 
     task: tuple[str, ...] = ()
     init: tuple[str, ...] = ()
@@ -167,6 +180,8 @@ class PrimarySettings(Settings):
         none: true is for no primary comparison.
     """
 
+    as_written: ClassVar[bool] = False
+
     task: str = "spleen"
     fraction: float = 0.2
     init: str = "instance_pixel"
@@ -185,15 +200,15 @@ class IllustrationSettings(Settings):
         organs: file of a label map, for the truth.
         label: value of the structure in the label map.
         task: task of the cell.
-        fraction: share of the labels; by default the largest.
-        init: initialization; by default the primary comparison's.
-        seed: seed; by default the first.
+        fraction: share of the cell's labels; null is the largest.
+        init: initialization of the cell; null is the primary comparison's.
+        seed: seed of the cell; null is the first.
     """
 
     image: str = ""
     organs: str = ""
     label: int = 1
-    task: str = "spleen"
-    fraction: float = 1.0
-    init: str = RANDOM
-    seed: int = 0
+    task: str = ""
+    fraction: float | None = None
+    init: str | None = None
+    seed: int | None = None

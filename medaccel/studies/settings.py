@@ -47,6 +47,7 @@ __all__ = [
 # Lightning's names; what a device can't do of them Lightning says itself.
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+_CACHES = ("memory", "disk", "none")
 _LARGEST_SEED = 2**31 - 1  # leaves room for what is added to it
 
 
@@ -69,6 +70,7 @@ class _Strategy(Limit):
 Decay = Annotated[float, Limit(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
 _Accelerator = Annotated[str, Limit(lambda v: v in _ACCELERATORS, f"one of {', '.join(_ACCELERATORS)}")]
 _Precision = Annotated[str, Limit(lambda v: v in _PRECISIONS, f"one of {', '.join(_PRECISIONS)}")]
+_Cache = Annotated[str, Limit(lambda v: v in _CACHES, f"one of {', '.join(_CACHES)}")]
 _StrategyName = Annotated[str, _Strategy()]
 
 
@@ -86,11 +88,11 @@ class TrainingSettings(Settings):
         ema_decay: decay of the running average of the weights that is kept; 0 keeps the last weights.
         gradient_clip: largest norm of the gradient; null and 0 clip nothing.
         checkpoint_minutes: minutes between the checkpoints that an interrupted training goes on from.
-        cache: where the training data are kept: memory, disk or none, as far as the pipeline has them.
+        cache: where the training data are kept.
         num_workers: processes that prepare items; 0 prepares them in the training's own.
-        accelerator: Lightning's accelerator: auto, cpu, gpu or cuda.
-        strategy: Lightning's strategy, such as auto or ddp.
-        precision: Lightning's precision: 32-true, 16-mixed, bf16-mixed, 16-true, bf16-true or 64-true.
+        accelerator: Lightning's accelerator.
+        strategy: how several devices share the training.
+        precision: Lightning's precision.
     """
 
     steps: Count = 600
@@ -102,7 +104,7 @@ class TrainingSettings(Settings):
     ema_decay: Decay = 0.99
     gradient_clip: NotNegative | None = 1.0
     checkpoint_minutes: NotNegative = 2.0
-    cache: str = "memory"
+    cache: _Cache = "memory"
     num_workers: CountFromZero = 0
     accelerator: _Accelerator = "auto"
     strategy: _StrategyName = "auto"

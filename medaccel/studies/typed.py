@@ -10,13 +10,21 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
+
+# At run time a registered mapping, not one by its bases: jsonargparse takes a class for a group of options where all of
+# them are dataclasses.
+if TYPE_CHECKING:
+    _Base = Mapping[str, Any]
+else:
+    _Base = object
 
 _COUNTED = {2: "two", 3: "three", 4: "four"}
 _Group = TypeVar("_Group", bound="Settings")
@@ -64,7 +72,7 @@ NotNegative = Annotated[float, Limit(lambda x: x >= 0, "a number >= 0")]
 
 
 @dataclass(frozen=True, eq=False)
-class Settings:
+class Settings(_Base):
     """A group of options, each with a type and a default.
 
     As attributes, all of them are there, with their defaults. As a mapping, the group holds those that were given: a
@@ -76,6 +84,10 @@ class Settings:
     separator: ClassVar[str] = ": "
     #: What follows the group's name in the message about names that it doesn't have.
     unknown_names: ClassVar[str] = " names {names}"
+    #: Whether the group is recorded as it was written; else it is recorded as its types have it.
+    as_written: ClassVar[bool] = True
+    #: A base of the group where --help explains, with it, the base's options alone; the others it explains elsewhere.
+    explained: ClassVar[type[Settings] | None] = None
     #: Names of options in files of earlier versions, and their names today.
     renamed: ClassVar[Mapping[Any, str]] = {}
 
@@ -144,8 +156,9 @@ class Settings:
         return {name: plain(getattr(self, name)) for name in self.names()}
 
     def written(self) -> dict[str, Any]:
-        """What was given, as it was written."""
-        return {name: plain(value) for name, value in vars(self)["_written"].items()}
+        """What was given, plain: as it was written, or as the types have it."""
+        given = vars(self)["_written"] if self.as_written else dict(self.items())
+        return {name: plain(value) for name, value in given.items()}
 
     def __iter__(self) -> Iterator[str]:
         return (self.renamed.get(name, name) for name in vars(self)["_written"])
@@ -166,17 +179,19 @@ class Settings:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def keys(self) -> Collection[str]:
-        return tuple(self)
+    if not TYPE_CHECKING:
 
-    def items(self) -> Collection[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self]
+        def keys(self) -> Collection[str]:
+            return tuple(self)
 
-    def values(self) -> Collection[Any]:
-        return [getattr(self, name) for name in self]
+        def items(self) -> Collection[tuple[str, Any]]:
+            return [(name, getattr(self, name)) for name in self]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name) if name in self else default
+        def values(self) -> Collection[Any]:
+            return [getattr(self, name) for name in self]
+
+        def get(self, name: str, default: Any = None) -> Any:
+            return getattr(self, name) if name in self else default
 
 
 def settings_class(name: str, defaults: Mapping[str, Any], base: type[_Group]) -> type[_Group]:
@@ -185,7 +200,6 @@ def settings_class(name: str, defaults: Mapping[str, Any], base: type[_Group]) -
     return dataclasses.make_dataclass(name, kinds, bases=(base,), frozen=True, eq=False)
 
 
-# Not a base class: jsonargparse takes a class for a group of options where all of its bases are dataclasses.
 Mapping.register(Settings)
 
 
@@ -253,20 +267,60 @@ def converted(name: str, value: Any, hint: Any) -> Any:
         raise unfit.within(name, separator(hint)) from None
 
 
-def checked(name: str, value: Any, hint: Any) -> None:
-    """Checks names and types, and leaves out what a group says of several of its options together.
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """The value as `hint` has it, plain and under today's names; what was not given stays away.
+
+    Names and types are checked, not what a group says of several of its options together: it may not be whole yet.
 
     Raises:
         ValueError: an unknown name, or a value that isn't of its type.
     """
     if not is_group(hint):
-        converted(name, value, hint)
-        return
+        return plain(converted(name, value, hint))
     try:
-        for key, entry in hint.with_current_names(value).items():
-            checked(key, entry, hints_of(hint)[key])
+        given = hint.with_current_names(value)
+        return {key: checked(key, entry, hints_of(hint)[key]) for key, entry in given.items()}
     except UnfitError as unfit:
         raise unfit.within(name, separator(hint)) from None
+
+
+def combined(before: Any, given: Any, hint: Any, path: Sequence[str] = ()) -> Any:
+    """What was given so far, and what is given now.
+
+    A group keeps the options that are not given again; any other value, such as a table of names that are a user's
+    own, takes the former one's place.
+
+    Args:
+        before: the earlier value; None where there is none.
+        given: the value now.
+        hint: type of both.
+        path: names that lead from `before` to the part that `given` stands for.
+    """
+    if path:
+        given = {path[0]: given}
+    elif not is_group(hint) or not isinstance(given, Mapping):
+        return given
+    result = dict(before or {})
+    for key, entry in given.items():
+        name, inner = _inner(hint, key)
+        twin = next((other for other in result if _inner(hint, other)[0] == name), None)
+        earlier = None if twin is None else result[twin]
+        if twin is not None and is_group(hint) and twin != key:
+            del result[twin]  # the option's name in earlier versions
+            twin = None
+        result[key if twin is None else twin] = combined(earlier, entry, inner, path[1:])
+    return result
+
+
+def _inner(hint: Any, key: Any) -> tuple[Any, Any]:
+    """The name, by which keys of a group or a table are compared, and the type of what is there."""
+    if is_group(hint):
+        name = hint.renamed.get(key, key)
+        return name, hints_of(hint).get(name, Any)
+    inner = typing.get_args(hint)
+    # A fraction is the same fraction however it is written.
+    name = float(key) if re.fullmatch(r"\d+(\.\d*)?", str(key)) else str(key)
+    return name, inner[1] if len(inner) == 2 else Any
 
 
 def is_group(hint: Any) -> bool:

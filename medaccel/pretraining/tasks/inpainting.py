@@ -97,8 +97,6 @@ class Inpainting(PretextTask):
         if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
             raise ValueError(f"inpainting: sides is {sides!r}; expected two shares, 0 < smallest <= largest <= 1")
         self.sides = (float(sides[0]), float(sides[1]))
-        if self.settings["on"] not in ("masked", "all"):
-            raise ValueError(f"inpainting: on is {self.settings['on']!r}; expected 'masked' or 'all'")
 
     @property
     def view_levels(self) -> frozenset[str]:

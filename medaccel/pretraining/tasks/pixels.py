@@ -66,7 +66,10 @@ class _Projecting(nn.Module):
 
 
 class PixelContrast(_PixelTask):
-    """`medaccel.losses.PixelContrastiveLoss` in both directions: a place is told from all others of the other view."""
+    """Contrast of pixels, `medaccel.losses.PixelContrastiveLoss`, in both directions.
+
+    A place is told from all others of the other view.
+    """
 
     name = "pixel"
     Settings = PixelSettings

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from medaccel.segmentation.settings import SegmentationSettings
+from medaccel.segmentation.settings import CACHES, SegmentationSettings
 from medaccel.studies.settings import TrainingSettings
 from medaccel.studies.typed import converted, nearest
 
@@ -20,7 +20,6 @@ from medaccel.studies.typed import converted, nearest
 MULTIPLE = 32
 # Smallest longest axis: of 32³ one voxel would be left, which instance normalization makes 0.
 _LONGEST = 64
-CACHES = ("memory", "none")
 
 
 # A step of two such crops takes about half a second on one core.

@@ -69,24 +69,24 @@ def illustration_blocks(study: SegmentationStudy) -> list[Block]:
     if not path.is_file():
         return [Text(f"The cell that is to be shown, {path.parent.name}, has not ended yet.")]
     try:
-        scan = read_nifti(options["image"])
+        scan = read_nifti(options.image)
         if study.config.tasks[options.task].check_units:
-            check_hu(np.asarray(scan.dataobj), Path(options["image"]))
+            check_hu(np.asarray(scan.dataobj), Path(options.image))
     except (ValueError, OSError) as error:  # no figure of the study's: the report is written without it
         warnings.warn(f"illustration.image: {error}", stacklevel=2)
         return [Text(f"The illustration is left out: {error}.")]
     predicted = _segmented(path, scan) > 0
     truth, stated = None, "Its truth is not known."
-    if "organs" in options:
-        organs = read_nifti(options["organs"])
+    if options.organs:
+        organs = read_nifti(options.organs)
         if organs.shape != scan.shape:
             raise ValueError(
                 f"illustration.organs has the shape {organs.shape}; expected the image's, {tuple(scan.shape)}"
             )
-        truth = np.asarray(organs.dataobj) == options["label"]
+        truth = np.asarray(organs.dataobj) == options.label
         stated = f"Dice {100 * dice(predicted, truth):.1f} points."
-    low, high = study.settings[options["task"]]["window"]
-    name = Path(options["image"]).name
+    low, high = study.settings[options.task]["window"]
+    name = Path(options.image).name
     example = figures.SegmentationExample(
         scan.affine, np.asarray(scan.dataobj), truth, {path.parent.name: predicted}, (low, high)
     )
@@ -100,11 +100,15 @@ def illustration_blocks(study: SegmentationStudy) -> list[Block]:
 def illustrated_cell(study: SegmentationStudy) -> Cell:
     """Of the options, or by default the primary comparison's initialization at the largest fraction, first seed."""
     config, options = study.config, study.config.illustration
+    defaults = {
+        "init": (config.comparison or {}).get("init", config.inits[-1]),
+        "fraction": max(config.fractions),
+        "seed": config.seeds[0],
+    }
+    chosen = {name: getattr(options, name) for name in defaults}
     wanted: dict[str, Any] = {
-        "task": options["task"],
-        "init": options.get("init", (config.comparison or {}).get("init", config.inits[-1])),
-        "fraction": options.get("fraction", max(config.fractions)),
-        "seed": options.get("seed", config.seeds[0]),
+        "task": options.task,
+        **{name: default if chosen[name] is None else chosen[name] for name, default in defaults.items()},
     }
     for cell in config.cells():
         if all(getattr(cell, key) == value for key, value in wanted.items()):

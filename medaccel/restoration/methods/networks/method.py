@@ -41,10 +41,6 @@ class NetworkMethod(Method):
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        from medaccel.restoration.methods.networks.patches import CACHES
-
-        if self.settings["cache"] not in CACHES:
-            raise ValueError(f"{self.name}: cache is {self.settings['cache']!r}; expected one of {', '.join(CACHES)}")
         if self.settings["steps"] % self.settings["steps_per_epoch"]:
             raise ValueError(
                 f"{self.name}: steps is {self.settings['steps']}; expected a multiple of steps_per_epoch, "

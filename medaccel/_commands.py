@@ -100,15 +100,15 @@ def _parser(description: str, examples: str) -> Parser:
 
 
 def _add_run_options(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
+    parser.add_argument("--force", action="store_true", help="start clean if the output holds another run")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run that is there; an error where there is none"
+        "--resume", action="store_true", help="resume the run in the output; an error if there is none"
     )
 
 
 def _add_apply_options(parser: Parser, function: Callable[..., Any]) -> None:
     parser.add_function_arguments(function, as_positional=True, skip={"checkpoint", "force", "progress"})
-    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
+    parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
@@ -158,7 +158,7 @@ def _restoration_apply() -> Parser:
 
     parser = _parser("Restores a PET, NIfTI or DICOM, with a fitted method. For research only.", APPLY_EXAMPLES)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="what a fit stored, as checkpoints/<method>.pt"
+        "--checkpoint", type=Path, required=True, help="a fitted method, such as checkpoints/<method>.pt of a run"
     )
     _add_apply_options(parser, apply)
     return parser
@@ -181,7 +181,9 @@ def _segmentation_run() -> Parser:
     )
     add_options(parser, SegmentationConfig)
     _add_run_options(parser)
-    parser.add_argument("--cell", type=int, help="run this cell of the selected ones alone, from 0, and no report")
+    parser.add_argument(
+        "--cell", type=int, help="run only this one of the selected cells, counted from 0, and write no report"
+    )
     return parser
 
 
@@ -189,7 +191,9 @@ def _segmentation_apply() -> Parser:
     from medaccel.segmentation.apply import apply
 
     parser = _parser("Segments a CT with a trained network. For research only.", SEGMENT_EXAMPLES)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="what a cell stored, as cells/<cell>/best.pt")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a trained network, such as cells/<cell>/best.pt of a study"
+    )
     _add_apply_options(parser, apply)
     return parser
 
@@ -200,7 +204,7 @@ def _demo() -> Parser:
         DEMO_EXAMPLES,
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--force", action="store_true", help="start clean where the output holds a run")
+    parser.add_argument("--force", action="store_true", help="start clean if the output holds a run")
     return parser
 
 

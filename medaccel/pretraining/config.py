@@ -118,7 +118,7 @@ class PretrainingConfig(Settings):
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
+        """As plain YAML and JSON values; paths absolute, so that a run can be resumed from anywhere."""
         # Where things lie is no part of what they are.
         values = {name: plain(getattr(self, name)) for name in self.names() if name not in ("output", "cache_folder")}
         if self.check_units:  # runs of before there was the option go on

@@ -144,7 +144,7 @@ RunConfig = RestorationConfig  # its name in earlier versions
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Says what a finished run is scored on; by default phantoms of the shifted generator.
+    """Options of a scoring of a finished run, which by default takes phantoms of the shifted generator.
 
     Args:
         run: folder of a finished `medaccel restoration run`.

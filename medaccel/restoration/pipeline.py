@@ -57,7 +57,7 @@ def run(config: RestorationConfig, *, force: bool = False, resume: bool = False,
     Args:
         config: the options.
         force: start clean where the folder holds a run with other options, or a finished one.
-        resume: refuse a folder that holds no run. (One that holds this run is taken up in any case.)
+        resume: refuse a folder that holds no run. (One that holds this run is resumed in any case.)
         say: told what happens, a line at a time.
 
     Returns:

@@ -28,7 +28,7 @@ from medaccel.studies.tables import write_json
 
 
 class RunFolder(OptionsFolder):
-    """`start` begins or takes up a run, `frozen` is what a score needs."""
+    """`start` begins or resumes a run, `frozen` is what a score needs."""
 
     generated = (
         *("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json", "splits.json"),

@@ -244,7 +244,7 @@ class SettingsByMethod(Settings):
 
     Args:
         gaussian1: one Gaussian filter.
-        gaussian3: a Gaussian filter with a width for each axis.
+        gaussian3: three Gaussian filters in sequence.
         gaussian_mix: a mixture of Gaussian filters.
         nlm: non-local means.
         tv: total variation.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all that is there.
 
-Each part is taken up where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
+Each part is resumed where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
 cluster without dask or ray, the cells are an array of jobs:
 
     medaccel segmentation run --config study.yaml --jobs 0        prepares data and pretraining
@@ -57,7 +57,7 @@ def run(
     Args:
         config: the options.
         force: start clean where the folder holds a study with other options, or a finished one.
-        resume: refuse a folder that holds no study. (One that holds this study is taken up in any case.)
+        resume: refuse a folder that holds no study. (One that holds this study is resumed in any case.)
         cell: number of one of the chosen cells, from 0: that one alone is run, what it needs must be there, and no
             report is written.
         say: told what happens, a line at a time.

@@ -24,7 +24,7 @@ RESULT, BEST, ERROR = "result.json", "best.pt", "error.txt"
 
 
 class StudyFolder(OptionsFolder):
-    """Names what is in it; `start` begins or takes up a study."""
+    """Names what is in it; `start` begins or resumes a study."""
 
     noun = "study"
     generated = (

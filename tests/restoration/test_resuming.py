@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run and a scoring that are taken up again, and what they refuse because it changed since."""
+"""Runs and scorings that are resumed, and what they refuse because it changed since."""
 
 import dataclasses
 import json

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` builds and runs the main job, `make test` builds and runs the tests; both set up all they need.
+# `make quick` runs the tests that are not marked slow, `make check` the linters.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test check pytest clean
+.PHONY: demo test check quick pytest clean
 
 demo: $(VENV)/.demo
 	$(BIN)/medaccel demo
@@ -18,11 +19,17 @@ check: $(VENV)/.test
 	$(BIN)/ruff check medaccel tests benchmarks setup.py
 	$(BIN)/ruff format --check medaccel tests benchmarks setup.py
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # Tests in two processes, one thread each: kernels are tested with other thread counts where they set them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 pytest: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+quick: $(VENV)/.test
+	$(PYTEST) -m "not slow"
 
 $(VENV)/.torch:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; set PYTHON to a Python >= 3.10"; exit 1; }

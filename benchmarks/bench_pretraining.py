@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks.harness import Contender, machine, measure, peak_extra_bytes, warm_allocator, write_table
 from medaccel.pretraining.fit import PretrainingFit, settings_of
-from medaccel.pretraining.network import STRIDES, PretrainingNet
+from medaccel.pretraining.levels import STRIDES
+from medaccel.pretraining.network import PretrainingNet
 from medaccel.pretraining.tasks import make_tasks
 from medaccel.pretraining.tasks.pixels import PixelContrast
 

@@ -25,7 +25,7 @@ SPACINGS = {"128x128x267": (4.6875, 4.6875, 3.27), "440x440x644": (1.65, 1.65, 1
 def training_step(features: int, repeats: int) -> dict[str, float]:
     """Median seconds of a step, by contender."""
     from medaccel.restoration.methods import make_method
-    from medaccel.restoration.methods.base import Task
+    from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, 64, 64, 64)
@@ -44,7 +44,7 @@ def training_step(features: int, repeats: int) -> dict[str, float]:
     }
     contenders = {}
     for name, accelerate in (("medaccel", True), ("MONAI", False)):
-        method = make_method("swin_unetr", Task(), {"feature_size": features, "accelerate": accelerate})
+        method = make_method("swin_unetr", RestorationTask(), {"feature_size": features, "accelerate": accelerate})
         contenders[name] = (method.module(), torch.optim.AdamW(method.network.parameters(), lr=1e-4))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats + 1):
@@ -60,17 +60,17 @@ def training_step(features: int, repeats: int) -> dict[str, float]:
 def whole_body(name: str, features: int, base: str) -> None:
     """Restores an ellipsoid of a patient's size; prints seconds and GiB."""
     from medaccel.restoration.methods import make_method
-    from medaccel.restoration.methods.base import Task
+    from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 
     shape, spacing = BODIES[name], SPACINGS[name]
     axes = [(np.arange(n, dtype=np.float32) - n / 2) * s for n, s in zip(shape, spacing, strict=True)]
     body = (axes[0] / 190)[:, None, None] ** 2 + (axes[1] / 130)[None, :, None] ** 2 <= 1
     rng = np.random.default_rng(0)
     volume = np.broadcast_to(body, shape) * (1 + 0.3 * rng.random(shape, dtype=np.float32))
-    method = make_method("swin_unetr", Task(), {"feature_size": features, "base": base})
+    method = make_method("swin_unetr", RestorationTask(), {"feature_size": features, "base": base})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    restored = method.restore(volume, spacing).volume
+    restored = method.restore(RestorationRequest(volume, spacing)).volume
     took = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     assert restored.shape == shape

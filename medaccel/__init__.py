@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""medaccel: fast kernels for 3-D medical imaging, and the pipelines built on them.
+"""Provides fast kernels for 3-D medical imaging, and the pipelines built on them.
 
 ``import medaccel`` loads torch and the compiled CPU kernels and nothing else: MONAI, Lightning and the pipelines are
 imported when they are first used.
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from medaccel import ops
 from medaccel._accelerate import AccelerationReport, accelerate, revert
 from medaccel._doctor import doctor, explain
+from medaccel._version import __version__ as __version__
 from medaccel.ops import use_reference
-
-try:
-    __version__ = version("medaccel")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
 
 _LAZY = ("data", "diffusion", "layers", "losses", "nets", "report", "restoration")
 __all__ = ["AccelerationReport", "accelerate", "doctor", "explain", "ops", "revert", "use_reference", *_LAZY]

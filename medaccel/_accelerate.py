@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`accelerate` and `revert`: a model's MONAI layers become medaccel's by their class alone.
+"""Defines `accelerate` and `revert`: a model's MONAI layers become medaccel's by their class alone.
 
 Parameters, buffers, hooks, the optimizer's references and the state_dict stay the very same objects, because only
 ``module.__class__`` changes, and only on the modules of the model that was passed.
@@ -21,7 +21,7 @@ SUPPORTED_MONAI = "1.6"
 class _Entry:
     monai: str  # module:Class
     ours: str
-    # module:function that gives None where a module can be served, else the sentence for the report
+    # module:function that returns None if a module can be served, else the sentence for the report
     unsupported: str
 
 
@@ -81,11 +81,11 @@ def _resolve(path: str) -> Any:
 
 @dataclass
 class AccelerationReport:
-    """What `accelerate` did: printable, and true where at least one module changed.
+    """Reports what `accelerate` did; it can be printed, and is true if at least one module changed.
 
     Attributes:
         changed: (module's name in the model, the class it has now); the model itself is named "(model)".
-        kept: (module's name, why it stays MONAI's).
+        kept: (module's name, the reason why it stays MONAI's).
     """
 
     changed: list[tuple[str, str]] = field(default_factory=list)
@@ -102,9 +102,9 @@ class AccelerationReport:
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Entry, type[nn.Module]]]:
-    """The model's modules that are instances of a MONAI class of the registry, subclasses included."""
+    """Yields the model's modules that are instances of a MONAI class of the registry, subclasses included."""
     for entry in _REGISTRY:
-        # A model holds MONAI's layers only if MONAI has been imported; it need not be imported to find none.
+        # A model can hold MONAI's layers only if MONAI has been imported; no import is needed to find none.
         monai_class = getattr(sys.modules.get(entry.monai.split(":")[0]), entry.monai.split(":")[1], None)
         if monai_class is None:
             continue
@@ -120,13 +120,14 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     again changes nothing more. `revert` undoes it.
 
     The model may be edited afterwards: every forward checks that the children whose work it takes over are still
-    MONAI's and torch's own, without hooks, adapters, parametrizations or patches (a few microseconds a layer). Where
-    one is not, it runs MONAI's forward, with one warning that names it; calling `accelerate` again lists such layers.
+    MONAI's and torch's own, without hooks, adapters, parametrizations or patches (a few microseconds a layer). If one
+    is not, the forward runs MONAI's, with one warning that names the child; calling `accelerate` again lists such
+    layers.
 
     An accelerated model can be exported as it is. torch.compile and ``torch.export.export(…, strict=True)`` take the
     kernels along. (Of a Swin UNETR, strict export stops at a check of sizes in MONAI's code.) torch.jit.trace,
-    torch.onnx.export and the default torch.export record MONAI's layers instead, in torch's own ops, and what they
-    make runs without medaccel; only losses, and Gaussian filters under torch.export, stay medaccel's ops there.
+    torch.onnx.export and the default torch.export record MONAI's layers instead, in torch's own ops, and the exported
+    model runs without medaccel; only losses, and Gaussian filters under torch.export, stay medaccel's ops there.
     torch.jit.script can't compile our layers and says so: `revert` first.
 
     Args:
@@ -147,7 +148,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     for name, module, entry, monai_class in _known(model):
         ours = _resolve(entry.ours)
         if isinstance(module, ours):
-            # A layer that was edited since: each forward notices, and the report says it.
+            # A layer was edited after `accelerate`: each forward notices it, and the report states it.
             if type(module) is ours and (edited := _resolve(entry.unsupported)(module)) is not None:
                 report.kept.append((name, f"it runs MONAI's own forward, since it was edited: {edited}"))
             continue
@@ -177,7 +178,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
 
 
 def revert(model: nn.Module) -> AccelerationReport:
-    """Gives the modules that `accelerate` changed their MONAI classes back; returns what it changed and could not.
+    """Gives the modules that `accelerate` changed their MONAI classes back; returns the changes and the modules it
+    could not change.
 
     medaccel layers that were built as such (``medaccel.layers.GaussianFilter(...)``) become MONAI's too: the two
     differ by nothing but the class.

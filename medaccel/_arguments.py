@@ -1,52 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between a command line and jsonargparse: names and values are checked first, so that a mistake is one
-sentence, and lists may be written as people write them: `--methods a b`, `--methods a,b`, `--methods "[a, b]"`.
+"""Checks a command line's names and values before jsonargparse sees them, so that a mistake gets one sentence, and
+lists may be written as people write them: `--methods a b`, `--methods a,b`, `--methods "[a, b]"`.
+
+Options that are groups of options, such as `--trainer.steps`, are combined here, one by one, from files and words:
+what was given is kept as it was written, and what was not given is nowhere.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader
+from jsonargparse import get_loader
 
-from medaccel.studies.settings import converted, nearest
+from medaccel.studies.typed import checked, combined, converted, hints_of, is_group, nearest, plain
 
-
-class Formatter(DefaultHelpFormatter):
-    """Keeps the line breaks of examples."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("examples:"):
-            return text
-        return super()._fill_text(text, width, indent)
+if TYPE_CHECKING:
+    from medaccel._parser import Parser
 
 
-class Parser(ArgumentParser):
-    """A command's parser, whose errors are a sentence without the usage of all options."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sentence = " ".join(message.replace("Parser key ", "").split())
-        print(f"{self.prog}: error: {sentence}", file=sys.stderr)
-        print(f"{self.prog} --help lists the options", file=sys.stderr)
-        sys.exit(2)
-
-
-def prepared(parser: Parser, arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
-    """A command's arguments as its parser takes them: values checked and written as JSON.
+def prepared(
+    parser: Parser, arguments: Sequence[str], hints: Mapping[str, Any]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Returns a command's arguments as its parser takes them: values checked and written as JSON.
 
     Args:
-        parser: of the command; its `error` is called for what is refused.
-        arguments: of the command, without its name.
+        parser: the command's parser; its `error` is called for refused arguments.
+        arguments: the command's arguments, without its name.
         hints: types of options by name, such as `hints_of` gives.
+
+    Returns:
+        The arguments, and what was given of each group of options.
     """
     try:
-        return _Line(parser, arguments, hints).prepared()
+        line = _Line(parser, arguments, hints)
+        return line.prepared(), line.groups()
     except ValueError as error:
         parser.error(str(error))
 
@@ -55,8 +48,17 @@ class _Line:
     def __init__(self, parser: Parser, arguments: Sequence[str], hints: Mapping[str, Any]) -> None:
         self.parser, self.arguments = parser, list(arguments)
         self.actions = parser._option_string_actions
-        self.hints = {name: hint for name, hint in hints.items() if f"--{name}" in self.actions}
+        names = {name.lstrip("-").partition(".")[0] for name in self.actions}
+        self.hints = {name: hint for name, hint in hints.items() if name in names}
         self.positionals = sum(not action.option_strings for action in parser._actions)
+        #: What was given of options that have a name for each of their parts.
+        self.given: dict[str, Any] = {}
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """What was given of each group, as a run's record has it."""
+        groups = {name: hint for name, hint in self.hints.items() if is_group(hint)}
+        given = {name: self.given.get(name, {}) for name in groups}
+        return {name: v if groups[name].as_written else checked(name, v, groups[name]) for name, v in given.items()}
 
     def prepared(self) -> list[str]:
         result: list[str] = []
@@ -66,16 +68,15 @@ class _Line:
             word = self.arguments[at]
             at += 1
             if word == "--":
-                return [*result, word, *free, *self.arguments[at:]]
+                return [*result, *self._named(), word, *free, *self.arguments[at:]]
             if not word.startswith("-") or word == "-" or _is_number(word):
                 free.append(word)
                 continue
             option, equals, value = word.partition("=")
             name = option.lstrip("-")
             action = self.actions.get(option)
-            base = name.partition(".")[0]
-            nested = action is None and _kind(self.hints.get(base)) == "settings"
-            if action is None and not nested:
+            named = _has_names(self.hints.get(name.partition(".")[0]))
+            if action is None and not named:
                 raise ValueError(f"{option} is no option of this command{self._nearest(name)}")
             if action is not None and (action.nargs == 0 or action.dest == "print_config"):
                 result.append(word)
@@ -85,89 +86,134 @@ class _Line:
                 while at < len(self.arguments) and self._belongs(name, values, self.arguments[at]):
                     values.append(self.arguments[at])
                     at += 1
-                # Those that the command needs at its end are not the list's.
+                # Words that the command needs at its end don't belong to the list.
                 while len(values) > 1 and at == len(self.arguments) and len(free) < self.positionals:
                     free.append(values.pop())
             if not values:
                 raise ValueError(f"{option} has no value")
-            result.append(f"{option}={self._value(name, values)}")
-        return [*result, *free]
+            if named:
+                base, *path = _path(name)
+                self._add(base, _given(values, self._hint(name)), path)
+            else:
+                result.append(f"{option}={self._value(name, values)}")
+        return [*result, *self._named(), *free]
+
+    def _add(self, base: str, value: Any, path: Sequence[str] = ()) -> None:
+        """Notes what was given of an option that has a name for each of its parts."""
+        hint = self.hints[base]
+        # Alone, so that it is this value which a message is about.
+        checked(base, combined(None, value, hint, path), hint)
+        before = self.given.get(base)
+        if before is None and path and base in self.parser.defaults_of_tables:
+            before = self.parser.defaults_of_tables[base]
+        self.given[base] = combined(before, value, hint, path)
+
+    def _named(self) -> list[str]:
+        """Options that have names for their parts, combined, for the parser."""
+        found = {name: checked(name, value, self.hints[name]) for name, value in self.given.items()}
+        return [f"--config={json.dumps(found, default=str)}"] if found else []
+
+    def _hint(self, name: str) -> Any:
+        """The type of an option, or of a part of one, as `--select.init`; None of what has none here."""
+        base, *path = _path(name)
+        hint = self.hints.get(base)
+        for key in path:
+            if hint is not None and is_group(hint):
+                hint = hints_of(hint).get(hint.renamed.get(key, key))
+            else:
+                inner = typing.get_args(hint) if _kind(hint) == "table" else ()
+                hint = inner[1] if len(inner) == 2 else None
+        return hint
 
     def _belongs(self, name: str, values: Sequence[str], word: str) -> bool:
-        """Whether a word is a value of the option before it."""
+        """Tells whether a word is a value of the option before it."""
         if word.startswith("-") and word != "-" and not _is_number(word):
             return False
         if not values:
             return True
-        kind = "list" if "." in name else _kind(self.hints.get(name))
+        hint = self._hint(name)
+        kind = _kind(hint)
         if kind == "scalar or list":  # of numbers, as a filter's widths
             return _is_number(word) and _is_number(values[0])
         # What is in brackets is the whole list, unless the list is one of lists.
-        hint = self.hints.get(name)
         nested = hint is not None and _kind(next(iter(typing.get_args(hint)), None)) == "list"
         return kind == "list" and (nested or not values[0].startswith(("[", "{")))
 
     def _value(self, name: str, values: Sequence[str]) -> str:
         if name == "config":
             return self._config(values[0])
-        hint = self.hints.get(name, self._entry(name))
+        hint = self.hints.get(name)
         if hint is None:
             return values[0] if len(values) == 1 else json.dumps([_loaded(value) for value in values])
+        found = converted(name, _given(values, hint), hint)
         if _is_text(hint):
-            found = converted(name, None if values[0] == "null" and _optional(hint) else values[0], hint)
             return "null" if found is None else values[0]
-        given = _given(values, hint)
-        if given is None and not _optional(hint):
-            given = values[0]
-        return json.dumps(converted(name, given, hint), default=str)
-
-    def _entry(self, name: str) -> Any:
-        """The type of a list within settings, as `--select.init`; None of what has none here."""
-        base, _, key = name.partition(".")
-        inner = typing.get_args(self.hints.get(base))
-        return inner[1] if key and "." not in key and len(inner) == 2 and _kind(inner[1]) == "list" else None
+        return json.dumps(found, default=str)
 
     def _config(self, path: str) -> str:
-        """A YAML file as JSON, whose keys and values are those of the command."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"config is {path}; expected a YAML file ({_reason(error)})") from error
-        try:
-            content = get_loader("yaml")(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-        if content is None:
-            content = {}
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{path}: holds {content!r}; expected options by name, as `seed: 0`")
+        """A YAML file as JSON, whose keys and values are those of the command; options with parts are noted."""
+        content = _read(path)
         known = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
         values: dict[str, Any] = {}
         for key, value in content.items():
-            base = str(key).partition(".")[0]
-            if key not in known and not ("." in str(key) and _kind(self.hints.get(base)) == "settings"):
+            base, *parts = _path(str(key))
+            if _has_names(self.hints.get(base)):
+                try:
+                    self._add(base, value, parts)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+                continue
+            if key not in known:
                 raise ValueError(f"{path}: {key} is no option of this command{self._nearest(str(key), '')}")
             if key in self.hints:
                 try:
-                    value = converted(str(key), value, self.hints[key])
+                    value = plain(converted(str(key), value, self.hints[key]))
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
-            elif key in known and known[key].nargs == 0 and not isinstance(value, bool):
+            elif known[key].nargs == 0 and not isinstance(value, bool):
                 raise ValueError(f"{path}: {key} is {value!r}; expected true or false")
             values[str(key)] = value
         return json.dumps(values, default=str)
 
     def _nearest(self, name: str, dashes: str = "--") -> str:
-        return nearest(name, [option.lstrip("-") for option in self.actions if option.startswith("--")]).replace(
-            "mean ", f"mean {dashes}"
-        )
+        names = {option.lstrip("-") for option in self.actions if option.startswith("--")}
+        if "." not in name:
+            names = {one for one in names if "." not in one} | set(self.hints)
+        return nearest(name, sorted(names)).replace("mean ", f"mean {dashes}")
+
+
+def _read(path: str) -> Mapping[Any, Any]:
+    """What a YAML file holds."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config is {path}; expected a YAML file ({_reason(error)})") from error
+    try:
+        content = get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds {content!r}; expected options by name, as `seed: 0`")
+    return content
+
+
+def _path(name: str) -> list[str]:
+    """The names that lead to a part of an option; a number with a point is one of them."""
+    return re.split(r"\.(?!\d)|(?<!\d)\.", name)
 
 
 def _given(values: Sequence[str], hint: Any) -> Any:
-    """What the words after an option mean."""
+    """Returns the value that the words after an option mean."""
+    if _is_text(hint):
+        return None if values[0] == "null" and _optional(hint) else values[0]
     if len(values) == 1:
-        listed = _kind(hint) == "list" and not values[0].startswith(("[", "{"))  # one entry, or several with commas
-        return values[0] if listed else _loaded(values[0])
+        if _kind(hint) == "list" and _of_text(hint) and not values[0].startswith(("[", "{")):
+            return values[0]  # one entry, or several with commas
+        found = _loaded(values[0])
+        taken = found is not None or hint in (None, Any) or _optional(hint) or _has_names(hint)
+        return found if taken else values[0]
     found = [value if _of_text(hint) else _loaded(value) for value in values]
     if all(isinstance(value, str) and "," in value for value in found):
         return [_loaded(f"[{value}]") for value in values]
@@ -175,7 +221,7 @@ def _given(values: Sequence[str], hint: Any) -> Any:
 
 
 def _loaded(text: str) -> Any:
-    """What a value means as YAML; itself where it is none."""
+    """Parses a value as YAML; returns the text itself if it is no YAML."""
     try:
         return get_loader("yaml")(text)
     except yaml.YAMLError as error:
@@ -191,16 +237,25 @@ def _is_number(word: str) -> bool:
 
 
 def _kind(hint: Any) -> str:
-    """What a type's values look like: list, settings, scalar, or scalar or list."""
+    """Says which form a type's values have: list, table, group, scalar, or scalar or list."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _kind(hint.__origin__)
     if origin in (tuple, list):
         return "list"
     if origin is dict:
-        return "settings"
+        return "table"
+    if is_group(hint):
+        return "group"
     kinds = {_kind(one) for one in inner if one is not type(None)} if origin not in (None, Literal) else set()
     if kinds == {"scalar", "list"}:
         return "scalar or list"
     return kinds.pop() if len(kinds) == 1 else "scalar"
+
+
+def _has_names(hint: Any) -> bool:
+    """Whether an option's parts have names."""
+    return _kind(hint) in ("group", "table")
 
 
 def _optional(hint: Any) -> bool:
@@ -208,7 +263,9 @@ def _optional(hint: Any) -> bool:
 
 
 def _is_text(hint: Any) -> bool:
-    """Whether values are taken letter by letter, as a path that is called 1e3."""
+    """Tells whether values are taken letter by letter, such as a path that is called 1e3."""
+    if typing.get_origin(hint) is Annotated:
+        return _is_text(hint.__origin__)
     kinds = set(typing.get_args(hint)) - {type(None)} if typing.get_origin(hint) is not Literal else {str}
     return hint in (str, Path) or (bool(kinds) and kinds <= {str, Path})
 

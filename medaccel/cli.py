@@ -1,440 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `medaccel`. Each sub-command has --help with examples and takes a YAML --config with overrides."""
+"""Runs the command `medaccel`. Each sub-command has --help with examples and takes a YAML --config with overrides."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
-from medaccel._arguments import Formatter, Parser, prepared
-from medaccel.studies.settings import before_work, hints_of, nearest
-
-SMOOTH_EXAMPLES = """examples:
-  medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5
-  medaccel smooth ct.nii ct_smooth.nii.gz --sigma "[1, 1, 2]"
-  medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
-"""
-
-DOCTOR_EXAMPLES = """examples:
-  medaccel doctor
-"""
-
-VERIFY_EXAMPLES = """examples:
-  medaccel verify
-  medaccel verify --devices cuda:0 --json verify.json
-"""
-
-RUN_EXAMPLES = """examples:
-  medaccel restoration run
-  medaccel restoration run --config configs/restoration_small.yaml
-  medaccel restoration run --config configs/restoration_small.yaml --resume
-  medaccel restoration run --train_studies my_studies --methods gaussian1 swin_unetr --output runs/mine
-  torchrun --nproc-per-node 4 -m medaccel.cli restoration run --config configs/restoration_full.yaml
-"""
-
-SCORE_EXAMPLES = """examples:
-  medaccel restoration score runs/restoration
-  medaccel restoration score runs/restoration --dicom path/to/pet_series --realisations 10
-  medaccel restoration score runs/restoration --test_studies held_out --methods gaussian1
-"""
-
-APPLY_EXAMPLES = """examples:
-  medaccel restoration apply --checkpoint gaussian_mix.pt pet_60s.nii.gz restored.nii.gz
-  medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --ct ct_dicom/
-  medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
-"""
-
-PRETRAINING_EXAMPLES = """examples:
-  medaccel pretraining run --config configs/pretraining_small.yaml
-  medaccel pretraining run --scans LUNA16 my_cts --preset nvidia --output runs/nvidia
-  medaccel pretraining run --config configs/pretraining_small.yaml --trainer.steps 1000 --resume
-  torchrun --nproc-per-node 4 -m medaccel.cli pretraining run --config configs/pretraining_full.yaml
-"""
-
-SEGMENTATION_EXAMPLES = """examples:
-  medaccel segmentation run --config configs/segmentation_small.yaml
-  medaccel segmentation run --config configs/segmentation_small.yaml --jobs 2 \\
-      --select "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
-  medaccel segmentation run --config study.yaml --backend dask --scheduler tcp://10.0.0.1:8786 --jobs 8
-  medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
-"""
-
-SEGMENT_EXAMPLES = """examples:
-  medaccel segmentation apply --checkpoint cells/spleen-random-020-seed0/best.pt ct.nii.gz spleen.nii.gz
-  medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
-"""
-
-DEMO_EXAMPLES = """examples:
-  medaccel demo
-  medaccel demo --output demo_run --force
-"""
-
-
-# What each command imports beyond the kernels' own needs, and the package that brings it.
-_PACKAGES = {
-    "monai": "monai",
-    "einops": "einops",
-    "lightning": "lightning",
-    "tensorboard": "tensorboard",
-    "scipy": "scipy",
-    "skimage": "scikit-image",
-    "matplotlib": "matplotlib",
-    "jinja2": "Jinja2",
-    "SimpleITK": "SimpleITK",
-    "joblib": "joblib",
-}
-_APPLYING = ("monai", "einops", "lightning", "scipy")
-_REPORTING = (*_APPLYING, "skimage", "matplotlib", "jinja2")
-_TRAINING = (*_REPORTING, "tensorboard", "joblib")
-
-
-def _parser(description: str, examples: str) -> Parser:
-    parser = Parser(description=description, epilog=examples, formatter_class=Formatter)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    return parser
-
-
-def _add_run_options(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="start clean where the output holds another run")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run that is there; an error where there is none"
-    )
-
-
-def _add_apply_options(parser: Parser, function: Callable[..., Any]) -> None:
-    parser.add_function_arguments(function, as_positional=True, skip={"checkpoint", "force", "progress"})
-    parser.add_argument("--force", action="store_true", help="overwrite the output where it exists")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-
-
-def _doctor() -> Parser:
-    return _parser(
-        "Says what is installed, what is built, and which kernel serves each op on each device.", DOCTOR_EXAMPLES
-    )
-
-
-def _verify() -> Parser:
-    parser = _parser("Checks every kernel against its reference on this machine, and times it.", VERIFY_EXAMPLES)
-    parser.add_argument(
-        "--devices", type=list[str], help="such as cpu or cuda:0 cuda:1; default: all that torch sees"
-    )
-    parser.add_argument("--json", type=Path, help="write the outcome to this file, for a bug report")
-    parser.add_argument("--speed", type=bool, default=True, help="time the kernels too")
-    return parser
-
-
-def _smooth() -> Parser:
-    from medaccel.smooth import smooth
-
-    parser = _parser("Smooths a NIfTI file or a DICOM series with a Gaussian.", SMOOTH_EXAMPLES)
-    _add_apply_options(parser, smooth)
-    return parser
-
-
-def _restoration_run() -> Parser:
-    from medaccel.restoration.config import RunConfig
-
-    parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
-    parser.add_class_arguments(RunConfig)
-    _add_run_options(parser)
-    return parser
-
-
-def _restoration_score() -> Parser:
-    from medaccel.restoration.config import ScoreConfig
-
-    parser = _parser("Scores a finished run on test studies, which no choice has seen.", SCORE_EXAMPLES)
-    parser.add_class_arguments(ScoreConfig, as_positional=True)
-    return parser
-
-
-def _restoration_apply() -> Parser:
-    from medaccel.restoration.apply import apply
-
-    parser = _parser("Restores a PET, NIfTI or DICOM, with a fitted method. For research only.", APPLY_EXAMPLES)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="what a fit stored, as checkpoints/<method>.pt"
-    )
-    _add_apply_options(parser, apply)
-    return parser
-
-
-def _pretraining_run() -> Parser:
-    from medaccel.pretraining.config import PretrainingConfig
-
-    parser = _parser("Trains the encoder of a Swin UNETR on CT without labels, and reports.", PRETRAINING_EXAMPLES)
-    parser.add_class_arguments(PretrainingConfig)
-    _add_run_options(parser)
-    return parser
-
-
-def _segmentation_run() -> Parser:
-    from medaccel.segmentation.config import SegmentationConfig
-
-    parser = _parser(
-        "Compares initializations: pretrains, trains a grid of cells, tests them and reports.", SEGMENTATION_EXAMPLES
-    )
-    parser.add_class_arguments(SegmentationConfig)
-    _add_run_options(parser)
-    parser.add_argument("--cell", type=int, help="run this cell of the selected ones alone, from 0, and no report")
-    return parser
-
-
-def _segmentation_apply() -> Parser:
-    from medaccel.segmentation.apply import apply
-
-    parser = _parser("Segments a CT with a trained network. For research only.", SEGMENT_EXAMPLES)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="what a cell stored, as cells/<cell>/best.pt")
-    _add_apply_options(parser, apply)
-    return parser
-
-
-def _demo() -> Parser:
-    parser = _parser(
-        "A small restoration study, a small pretraining and a few small segmentations, all on simulated phantoms.",
-        DEMO_EXAMPLES,
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--force", action="store_true", help="start clean where the output holds a run")
-    return parser
-
-
-def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
-    values = namespace.as_dict() if isinstance(namespace, Namespace) else dict(namespace)
-    return {k: v for k, v in values.items() if k not in ("config", *skip)}
-
-
-def _call_doctor(_: Namespace) -> None:
-    from medaccel import doctor
-
-    print(doctor())
-
-
-def _call_verify(arguments: Namespace) -> int:
-    from medaccel.data.files import check_output, write_text
-    from medaccel.verify import check_devices, verify
-
-    with before_work():
-        if arguments.devices is not None:
-            check_devices(arguments.devices)
-        if arguments.json is not None:
-            check_output(arguments.json, force=True)
-    outcome = verify(devices=arguments.devices, speed=arguments.speed)
-    print(outcome)
-    if arguments.json is not None:
-        write_text(arguments.json, outcome.json(), force=True)
-    return 0 if outcome.passed else 1
-
-
-def _call_smooth(arguments: Namespace) -> None:
-    from medaccel.smooth import smooth
-
-    options = _options(arguments, "quiet")
-    smooth(**options, progress=not arguments.quiet)
-    print(f"written: {options['output']}")
-
-
-def _call_restoration_run(arguments: Namespace) -> None:
-    from medaccel.restoration.config import RunConfig
-    from medaccel.restoration.pipeline import run
-
-    _run(arguments, RunConfig, run)
-
-
-def _call_restoration_score(arguments: Namespace) -> None:
-    from medaccel.restoration.config import ScoreConfig
-    from medaccel.restoration.pipeline import score
-
-    with before_work():
-        chosen = ScoreConfig(**_options(arguments))
-    score(chosen)
-
-
-def _call_restoration_apply(arguments: Namespace) -> None:
-    from medaccel.restoration.apply import apply
-
-    _apply(arguments, apply)
-
-
-def _call_pretraining_run(arguments: Namespace) -> None:
-    from medaccel.pretraining.config import PretrainingConfig
-    from medaccel.pretraining.pipeline import run
-
-    _run(arguments, PretrainingConfig, run)
-
-
-def _call_segmentation_run(arguments: Namespace) -> None:
-    from medaccel.segmentation.config import SegmentationConfig
-    from medaccel.segmentation.pipeline import run
-
-    _run(arguments, SegmentationConfig, run, ("cell",))
-
-
-def _call_segmentation_apply(arguments: Namespace) -> None:
-    from medaccel.segmentation.apply import apply
-
-    _apply(arguments, apply)
-
-
-def _call_demo(arguments: Namespace) -> None:
-    from medaccel.demo import demo
-
-    demo(arguments.output, force=arguments.force)
-
-
-def _run(
-    arguments: Namespace, config: Callable[..., Any], run: Callable[..., Any], apart: Sequence[str] = ()
-) -> None:
-    """A pipeline's run, with its options as their class has them."""
-    options = _options(arguments)
-    others = {name: options.pop(name) for name in ("force", "resume", *apart)}
-    with before_work():
-        chosen = config(**options)
-    run(chosen, **others)
-
-
-def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
-    options = _options(arguments, "quiet")
-    for path in apply(**options, progress=not arguments.quiet):
-        print(f"written: {path}")
-
-
-def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:
-    print(f"medaccel: warning: {message}", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class _Command:
-    """One command.
-
-    Args:
-        help: what it does, in a few words.
-        parser: makes its parser.
-        call: runs it; None is 0.
-        options: the class or function that its options are those of, as module:name.
-        packages: that it imports, of `_PACKAGES`.
-        hints: types of further options.
-    """
-
-    help: str
-    parser: Callable[[], Parser]
-    call: Callable[[Namespace], int | None]
-    options: str | None = None
-    packages: tuple[str, ...] = ()
-    hints: tuple[tuple[str, Any], ...] = ()
-
-    def types(self) -> dict[str, Any]:
-        """Of its options, by name."""
-        found = dict(self.hints)
-        if self.options is not None:
-            module, _, name = self.options.partition(":")
-            found |= hints_of(getattr(import_module(module), name))
-        return found
-
-
-_COMMANDS = {
-    "doctor": _Command("what is installed and which kernels serve", _doctor, _call_doctor),
-    "verify": _Command(
-        "check and time every kernel on this machine",
-        _verify,
-        _call_verify,
-        hints=(("devices", list[str] | None), ("json", Path | None), ("speed", bool)),
-    ),
-    "smooth": _Command(
-        "Gaussian smoothing of a NIfTI file or DICOM series", _smooth, _call_smooth, "medaccel.smooth:smooth"
-    ),
-    "restoration run": _Command(
-        "fit, choose on validation studies, and report",
-        _restoration_run,
-        _call_restoration_run,
-        "medaccel.restoration.config:RunConfig",
-        _TRAINING,
-    ),
-    "restoration score": _Command(
-        "score a finished run on test studies",
-        _restoration_score,
-        _call_restoration_score,
-        "medaccel.restoration.config:ScoreConfig",
-        _REPORTING,
-    ),
-    "restoration apply": _Command(
-        "restore a PET with a fitted method",
-        _restoration_apply,
-        _call_restoration_apply,
-        "medaccel.restoration.apply:apply",
-        _APPLYING,
-    ),
-    "pretraining run": _Command(
-        "train on CT without labels, and report",
-        _pretraining_run,
-        _call_pretraining_run,
-        "medaccel.pretraining.config:PretrainingConfig",
-        _TRAINING,
-    ),
-    "segmentation run": _Command(
-        "compare initializations in a grid of runs, and report",
-        _segmentation_run,
-        _call_segmentation_run,
-        "medaccel.segmentation.config:SegmentationConfig",
-        _TRAINING,
-        (("cell", int | None),),
-    ),
-    "segmentation apply": _Command(
-        "segment a CT with a trained network",
-        _segmentation_apply,
-        _call_segmentation_apply,
-        "medaccel.segmentation.apply:apply",
-        _APPLYING,
-    ),
-    "demo": _Command(
-        "small studies, from phantoms to reports", _demo, _call_demo, packages=_TRAINING, hints=(("output", Path),)
-    ),
-}
-_GROUPS = {
-    "restoration": "PET restoration: short exposures made to look like long ones.",
-    "pretraining": "Pretraining without labels, on CT.",
-    "segmentation": "Segmentation of CT, and what pretraining does for it.",
-}
+from medaccel._arguments import prepared
+from medaccel._commands import COMMANDS, GROUPS, PACKAGES
+from medaccel.studies.settings import nearest
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Namespace]:
-    """A command's name, such as "restoration run", and its options; ends the process with status 2 where it can't.
+    """Returns a command's name, such as "restoration run", and its options; ends the process with status 2 if they
+    can't be parsed.
 
-    Each command has a parser of its own: jsonargparse's nested ones answer a mistyped key of a file with the name of
-    the command alone, and all of them would be made for every call.
+    Each command has a parser of its own: jsonargparse's nested parsers answer a mistyped key in a file with the
+    command's name alone, and all of them would be built for every call.
     """
     words = list(argv)
-    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in _COMMANDS), None)
+    name = next((name for name in (" ".join(words[:2]), *words[:1]) if name in COMMANDS), None)
     if name is None:
         _listing(words)
-    command = _COMMANDS[name]
+    command = COMMANDS[name]
     _require(name, command.packages)
     parser = command.parser()
     parser.prog = f"medaccel {name}"
     arguments = words[len(name.split()) :]
-    return name, parser.parse_args(prepared(parser, arguments, command.types()))
+    words, groups = prepared(parser, arguments, command.types())
+    found = parser.parse_args(words)
+    for group, given in groups.items():
+        found[group] = given
+    return name, found
 
 
 def _listing(words: Sequence[str]) -> NoReturn:
-    """Answers what names no command: help, the version, or the commands that there are."""
+    """Answers words that name no command: with the help, the version, or a list of the commands."""
     import medaccel
 
-    group = words[0] if words and words[0] in _GROUPS else None
+    group = words[0] if words and words[0] in GROUPS else None
     prefix = "" if group is None else f"{group} "
-    known = {name.removeprefix(prefix): c.help for name, c in _COMMANDS.items() if name.startswith(prefix)}
+    known = {name.removeprefix(prefix): c.help for name, c in COMMANDS.items() if name.startswith(prefix)}
     if group is None:
         description = "Fast kernels for 3-D medical imaging, and the studies built on them."
     else:
-        description = _GROUPS[group]
+        description = GROUPS[group]
     text = "\n".join(f"  {name:<20}{what}" for name, what in known.items())
     parser = argparse.ArgumentParser(
         prog=f"medaccel {prefix}".strip(),
@@ -452,7 +68,7 @@ def _listing(words: Sequence[str]) -> NoReturn:
 
 
 def _require(name: str, packages: Sequence[str]) -> None:
-    """Ends the process with a sentence where a package that a command imports is not installed."""
+    """Ends the process with a sentence if a package that a command imports is not installed."""
     missing = [package for package in packages if not _installed(package)]
     if missing:
         print(_without(f"medaccel {name}", missing), file=sys.stderr)
@@ -462,30 +78,34 @@ def _require(name: str, packages: Sequence[str]) -> None:
 def _installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # ValueError: in sys.modules without a spec
+    except (ImportError, ValueError):  # ValueError: the module is in sys.modules without a spec
         return False
 
 
 def _without(what: str, missing: Sequence[str]) -> str:
-    names = ", ".join(_PACKAGES[package] for package in missing)
+    names = ", ".join(PACKAGES[package] for package in missing)
     there = "which is not installed" if len(missing) == 1 else "which are not installed"
     return f'medaccel: error: {what} needs {names}, {there} here: pip install "medaccel[pipelines]"'
+
+
+def _warning_line(message: Warning | str, *details: Any, **more: Any) -> None:
+    print(f"medaccel: warning: {message}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 where it ended well; with a sentence on stderr 2 where it was refused before anything was made or removed,
-        1 where it failed later, and 130 after Ctrl-C.
+        0 if it ended well; 2, with a sentence on stderr, if it was refused before anything was made or removed; 1,
+        with a sentence, if it failed later; 130 after Ctrl-C.
     """
     name, arguments = parse(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = _warning_line
     try:
-        return _COMMANDS[name].call(arguments) or 0
+        return COMMANDS[name].call(arguments) or 0
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _PACKAGES:
+        if package not in PACKAGES:
             raise
         print(_without(f"medaccel {name}", [package]), file=sys.stderr)
         return 2

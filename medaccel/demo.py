@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel demo`: both studies, as small as they can be, on simulated phantoms; far too short for good networks."""
+"""Runs `medaccel demo`: both studies, as small as they can be, on simulated phantoms; far too short for good
+networks."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Two cells of a grid, after a pretraining of two dozen steps.
+# The demo has two cells of a grid, after a pretraining of two dozen steps.
 _SEGMENTATION: dict[str, Any] = {
     "tasks": {"spleen": {}},
     "phantoms": {"cases": 9, "spacing": [6.0, 6.0, 6.0], "pool": 8, "pool_spacing": [6.0, 6.0, 6.0]},
@@ -32,31 +33,32 @@ def demo(output: Path, *, force: bool = False, say: Callable[[str], None] = prin
     """Runs a small restoration study, then a small pretraining with two segmentations.
 
     Args:
-        output: folder that gets the folders restoration and segmentation, each with a report.html. What is there
-            already is not done again.
-        force: start clean where they hold other runs.
-        say: told what happens, a line at a time.
+        output: folder that gets the folders restoration and segmentation, each with a report.html. Finished parts are
+            not computed again.
+        force: start clean if the folders hold other runs.
+        say: a function that is called with each line of progress.
 
     Returns:
-        The reports.
+        The paths of the reports.
 
     Raises:
-        ValueError, OSError: a folder that holds something else, or that can't be written.
+        ValueError, OSError: a folder holds something else, or can't be written.
     """
     from medaccel.restoration.config import DEMO_RUN, DEMO_TEST_PHANTOMS, ScoreConfig
     from medaccel.restoration.pipeline import run as restore
     from medaccel.restoration.pipeline import score
     from medaccel.restoration.run_folder import RunFolder
     from medaccel.segmentation.config import SegmentationConfig
-    from medaccel.segmentation.pipeline import check, options_of
+    from medaccel.segmentation.pipeline import check
     from medaccel.segmentation.pipeline import run as segment
     from medaccel.segmentation.run_folder import StudyFolder
+    from medaccel.segmentation.study import options_of
     from medaccel.studies.settings import before_work
 
     restoration = output / "restoration"
     first = dataclasses.replace(DEMO_RUN, output=restoration)
     second = SegmentationConfig(output=output / "segmentation", **_SEGMENTATION)
-    with before_work():  # the second folder too: half an hour later is too late to refuse it
+    with before_work():  # checks the second folder too: half an hour later is too late to refuse it
         RunFolder(first.output).refuse(first.plain(), force, False)
         StudyFolder(second.output).refuse(options_of(second, check(second)), force, False)
     say("== PET restoration: every kind of method, in its smallest fit, on phantoms")

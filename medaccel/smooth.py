@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian smoothing of an image file: the command `medaccel smooth`."""
+"""Smooths an image file with a Gaussian: the command `medaccel smooth`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from medaccel.ops import gaussian_filter
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
-Width = float | tuple[float, float, float]  # of all axes, or of i, j and k
+Width = float | tuple[float, float, float]  # one width for all axes, or one each for i, j and k
 
 SIGMA_PER_FWHM = 1 / (2 * math.sqrt(2 * math.log(2)))
 
@@ -46,7 +46,7 @@ def smooth(
     force: bool = False,
     progress: bool = True,
 ) -> Nifti1Image:
-    """Smooth an image with a Gaussian.
+    """Smooths an image with a Gaussian.
 
     Examples:
 
@@ -55,9 +55,9 @@ def smooth(
         medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
 
     The output keeps the input's affine and header (sform and qform codes, units, description, NIfTI version).
-    Its voxels are float32 or float64 where the input's are; of integers, 8- and 16-bit ones become float32,
-    wider ones float64 (float32 can't hold them all). Each frame of a 4-D image is smoothed by itself. A NaN
-    spreads as far as the kernel reaches (4 σ by default), and no farther.
+    Its voxels are float32 or float64 if the input's are; integers of 8 and 16 bits become float32, wider ones float64
+    (float32 can't hold them all). Each frame of a 4-D image is smoothed by itself. A NaN spreads as far as the kernel
+    reaches (4 σ by default), and no farther.
 
     Args:
         input: a .nii or .nii.gz file, 3-D or 4-D, or a folder with one DICOM series.
@@ -65,8 +65,9 @@ def smooth(
         sigma: standard deviation of the Gaussian: one number, or three for the axes i, j, k of the NIfTI
             array (DICOM: column, row, slice). 0 leaves an axis as it is. Give either sigma or fwhm.
         fwhm: full width at half maximum instead: 2·sqrt(2·ln 2) σ = 2.3548 σ.
-        unit: of sigma and fwhm; mm are divided by the voxel spacing of each axis.
-        mode: what is assumed beyond the border. The default reflects the image (d c b a | a b c d): the sum
+        unit: unit of sigma and fwhm; mm are divided by the voxel spacing of each axis.
+        mode: assumption about the voxels beyond the border. The default reflects the image (d c b a | a b c d): the
+            sum
             of all voxels, hence the total uptake, is kept, and a constant image stays constant. "constant"
             means zeros, which darken a PET's first and last slices and brighten a CT's (air is -1000 HU).
         approx: how the Gaussian is made discrete: "erf" integrates it over each voxel, "sampled" takes its
@@ -82,13 +83,12 @@ def smooth(
         The image that was written.
 
     Raises:
-        ValueError: both or none of sigma and fwhm; a width that is negative, not finite or not 1 or 3
-            numbers; an input that is damaged or incomplete (see `medaccel.data`); an output name of another
-            format.
-        OSError: no input; the output exists, or can't be written, and an old file there stays as it was.
+        ValueError: both or none of sigma and fwhm are given; a width is negative, not finite or not 1 or 3 numbers;
+            the input is damaged or incomplete (see `medaccel.data`); the output's name has another format.
+        OSError: the input is missing; the output exists or can't be written, and an old file there stays as it was.
     """
     input, output = Path(input), Path(output)
-    widths = _sigmas(sigma, fwhm)  # what can be refused is refused before anything is read
+    widths = _sigmas(sigma, fwhm)  # widths are refused before anything is read
     if unit not in ("mm", "voxel"):
         raise ValueError(f"smooth: unit is {unit!r}, expected 'mm' or 'voxel'")
     if not is_nifti_name(output):
@@ -116,7 +116,7 @@ def smooth(
 
 
 def _sigmas(sigma: Width | None, fwhm: Width | None) -> list[float]:
-    """σ of the three axes, in the unit of the arguments."""
+    """Returns σ of the three axes, in the unit of the arguments."""
     if sigma is not None and fwhm is None:
         name, width, scale = "sigma", sigma, 1.0
     elif fwhm is not None and sigma is None:

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes on the command line: status 2, a line or two on stderr, and nothing on disk made or removed."""
 
-import json
-import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from medaccel.cli import _COMMANDS, _PACKAGES, main, parse
+from medaccel._commands import COMMANDS
+from medaccel.cli import main
 from medaccel.pretraining.config import PretrainingConfig
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods import METHODS, method_class
 from medaccel.restoration.pipeline import check as check_restoration
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.studies.settings import TRAINING
+from medaccel.studies.typed import is_group
 
 RUNS = ("restoration run", "pretraining run", "segmentation run")
 CONFIGS: dict[str, Any] = {
-    "restoration run": RunConfig,
+    "restoration run": RestorationConfig,
     "pretraining run": PretrainingConfig,
     "segmentation run": SegmentationConfig,
 }
@@ -105,13 +102,13 @@ def wrong_values(hint: Any) -> list[str]:
     """Values that an option of this type can't have."""
     if hint in (int, float):
         return ["abc", "[1, 2]", "{a: 1}", "true", "null", ".nan"]
-    return ["abc", "3", "[1]", "null"] if "dict" in str(hint) else []
+    return ["abc", "3", "[1]", "null"] if "dict" in str(hint) or is_group(hint) else []
 
 
 OPTIONS = [
     (command, name, value)
     for command in (*RUNS, "restoration score")
-    for name, hint in _COMMANDS[command].types().items()
+    for name, hint in COMMANDS[command].types().items()
     for value in wrong_values(hint)
 ]
 
@@ -152,7 +149,7 @@ def test_a_methods_setting_of_another_type_is_refused(method: str, key: str):
         if isinstance(default, bool) and value is True:
             continue
         with pytest.raises(ValueError, match=rf"{method}.*{key}|{key} is"):
-            check_restoration(RunConfig(methods=(method,), settings={method: {key: value}}))
+            check_restoration(RestorationConfig(methods=(method,), settings={method: {key: value}}))
 
 
 ELSEWHERE = ("..", ".", "", "a/b", "/tmp/x", ".hidden", "a\nb", "a/", "x" * 200)
@@ -266,148 +263,8 @@ def test_an_index_beyond_the_gpus_is_refused(force: list[str], refused: Any, mon
     assert "torch sees 2 GPUs here; expected some of cpu, cuda:0, cuda:1" in refused("verify", "--devices", "cuda:2")
 
 
-LISTS = {
-    "methods": [
-        ["gaussian1", "nlm"],
-        ["gaussian1,nlm"],
-        ["[gaussian1,nlm]"],
-        ["[gaussian1, nlm]"],
-        ["gaussian1, nlm"],
-    ],
-    "also_seconds": [["20", "30"], ["20,30"], ["[20,30]"]],
-}
-
-
-@pytest.mark.parametrize(("name", "given"), [(name, given) for name, found in LISTS.items() for given in found])
-def test_lists_may_be_written_as_people_write_them(name: str, given: list[str], tmp_path: Path):
-    wanted = {"methods": ("gaussian1", "nlm"), "also_seconds": (20, 30)}[name]
-    for tail in ([], ["--seed", "3"]):
-        _, found = parse(["restoration", "run", f"--{name}", *given, *tail])
-        assert tuple(found[name]) == wanted
-    if len(given) == 1:
-        assert tuple(parse(["restoration", "run", f"--{name}={given[0]}"])[1][name]) == wanted
-        (tmp_path / "x.yaml").write_text(yaml.safe_dump({name: yaml.safe_load(given[0])}))
-        assert tuple(parse(["restoration", "run", "--config", str(tmp_path / "x.yaml")])[1][name]) == wanted
-
-
-def test_an_only_entry_stands_for_a_list_and_negative_numbers_for_themselves(tmp_path: Path):
-    assert parse(["restoration", "run", "--methods", "nlm"])[1].methods == ("nlm",)
-    assert RunConfig(methods="nlm").methods == ("nlm",)  # type: ignore[arg-type]
-    assert parse(["pretraining", "run", "--windows", "-1000", "400"])[1].windows == ((-1000, 400),)
-    assert parse(["pretraining", "run", "--windows", "[-1000,400]", "[-160,240]"])[1].windows == (
-        (-1000, 400),
-        (-160, 240),
-    )
-    assert parse(["pretraining", "run", "--scans", "a", "b"])[1].scans == (Path("a"), Path("b"))
-    assert parse(["segmentation", "run", "--select.init", "random", "--inits", "random"])[1].select == {
-        "init": ["random"]
-    }
-    assert parse(["smooth", "--sigma", "1", "1", "2", "a.nii", "b.nii"])[1].sigma == (1, 1, 2)
-    assert parse(["smooth", "a.nii", "b.nii", "--sigma", "2"])[1].sigma == 2
-
-
-def test_what_a_command_needs_at_its_end_is_not_the_lists():
-    found = parse(["restoration", "score", "--methods", "gaussian1", "nlm", "runs/mine"])[1]
-    assert (found.run, found.methods) == (Path("runs/mine"), ("gaussian1", "nlm"))
-
-
-def test_files_and_options_are_merged_key_by_key(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("trainer: {steps: 50, learning_rate: 1e-4}\nseed: 3\n")
-    found = parse(["pretraining", "run", "--config", str(tmp_path / "a.yaml"), "--trainer.steps", "100"])[1]
-    assert found.trainer == {"steps": 100, "learning_rate": 1e-4}
-    assert found.seed == 3
-
-
-def test_the_options_can_be_printed(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as end:
-        main(["pretraining", "run", "--seed", "3", "--print_config"])
-    assert end.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 3
-
-
-def test_names_of_folders_are_taken_letter_by_letter():
-    assert parse(["restoration", "run", "--output", "1e3", "--train_studies", "a, b"])[1].output == Path("1e3")
-    assert parse(["restoration", "run", "--train_studies", "a, b"])[1].train_studies == Path("a, b")
-
-
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocked())
-from medaccel.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-EXTRAS = [
-    "monai",
-    "einops",
-    "lightning",
-    "tensorboard",
-    "scipy",
-    "skimage",
-    "matplotlib",
-    "jinja2",
-    "SimpleITK",
-    "joblib",
-]
-NEEDING = {
-    "demo": [],
-    "restoration run": ["--help"],
-    "restoration score": ["run"],
-    "restoration apply": ["--checkpoint", "a.pt", "b.nii", "c.nii"],
-    "pretraining run": [],
-    "segmentation run": [],
-    "segmentation apply": ["--checkpoint", "a.pt", "b.nii", "c.nii"],
-}
-
-
-def _without(names: list[str], *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    code = BLOCKED.format(names=set(names))
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder, timeout=120
-    )
-
-
-@pytest.mark.parametrize("command", NEEDING)
-def test_without_the_extras_a_command_says_what_to_install(command: str, tmp_path: Path):
-    found = _without(EXTRAS, *command.split(), *NEEDING[command], folder=tmp_path)
-    assert found.returncode == 2, found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
-    assert 'pip install "medaccel[pipelines]"' in found.stderr
-    assert f"medaccel {command} needs " in found.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["smooth", "--help"], ["restoration", "--help"]])
-def test_the_kernels_commands_need_no_extras(arguments: list[str], tmp_path: Path):
-    found = _without(EXTRAS, *arguments, folder=tmp_path)
-    assert found.returncode == 0, found.stderr
-
-
-def test_one_extra_that_is_missing_is_named(tmp_path: Path):
-    found = _without(["skimage"], "restoration", "run", folder=tmp_path)
-    assert found.returncode == 2
-    assert "needs scikit-image, which is not installed here" in found.stderr
-
-
-def test_the_extras_are_those_of_the_package():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    listed = re.search(r"^pipelines = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
-    assert listed is not None
-    declared = {re.split(r"[<>=]", name)[0] for name in re.findall(r'^    "([^"]+)"', listed[1], re.MULTILINE)}
-    assert set(_PACKAGES.values()) == declared
-
-
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "config.yaml", "report.html"])
 def test_a_scorings_name_leads_nowhere_else_from_python_either(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match="name is"):
         ScoreConfig(tmp_path, name=name)
     assert ScoreConfig(tmp_path, name="patient 7_a.1").label == "patient 7_a.1"
-
-
-def test_a_configuration_can_be_read_back(tmp_path: Path):
-    for config in (RunConfig(), PretrainingConfig()):
-        again = type(config).of(Path("x"), json.loads(json.dumps(config.plain())))
-        assert again.digest() == config.digest()

@@ -34,12 +34,13 @@ from medaccel.report.html import (
 )
 from medaccel.restoration.evaluation.metrics import body_mask, oracle
 from medaccel.restoration.evaluation.noise import analyse_noise
-from medaccel.restoration.evaluation.study_scores import evaluate, summarize
-from medaccel.restoration.report.figures import Example
-from medaccel.restoration.report.scores import RestorationResults, build_page, write_report
-from medaccel.restoration.report.text import LABELS, finding
-from medaccel.restoration.statistics import ratio_score
-from tests.restoration.test_evaluation import Study
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator, summarize
+from medaccel.restoration.methods.names import LABELS
+from medaccel.restoration.report.figures import RestorationExample
+from medaccel.restoration.report.scores import RestorationResults, build_page
+from medaccel.restoration.report.text import finding
+from medaccel.studies.statistics import ratio_score
+from tests.restoration.test_evaluation import SimulatedStudy
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 
@@ -95,7 +96,7 @@ def results() -> RestorationResults:
         truth[lesions > 0] = 5.0
         parts = generator.normal(0, 0.3, (3, *truth.shape))
         exposures = {30 * (n + 1): truth + parts[: n + 1].mean(axis=0) for n in range(3)}
-        study = Study(name, (4.0, 4.0, 4.0), exposures, truth, lesions)
+        study = SimulatedStudy(name, (4.0, 4.0, 4.0), exposures, truth, lesions)
         image, target = exposures[60], exposures[90]
         restored = {
             "identity": image,
@@ -106,9 +107,9 @@ def results() -> RestorationResults:
             "noise_free": truth,
         }
         for method, volume in restored.items():
-            per_study.setdefault(method, []).append(evaluate(volume, study, 60, 90))
+            per_study.setdefault(method, []).append(StudyEvaluator(study, 60, 90).evaluate(volume))
         fitted = {key: restored[key] for key in ("gaussian1", "gaussian_mix")}
-        examples.append(Example(name, AFFINE, image, target, fitted, truth, lesions))
+        examples.append(RestorationExample(name, AFFINE, image, target, fitted, truth, lesions))
         noise[name] = analyse_noise(image, target, body_mask(target, study.spacing), study.spacing)
     return RestorationResults(
         60, 90, ("first", "second"), per_study, "cubes made by hand",
@@ -123,7 +124,7 @@ def results() -> RestorationResults:
 @pytest.fixture(scope="module")
 def html(results: RestorationResults, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, results)
+    write_html(path, build_page(results))
     return path.read_text(encoding="utf-8")
 
 
@@ -197,6 +198,7 @@ def test_a_real_study_gives_a_report_without_the_truth(results: RestorationResul
     )
     titles = [section.title for section in page.sections]
     assert "Against the noise-free truth" not in titles
+    assert [section.key for section in page.sections] == ["target", "each_study", "published", "run"]
     assert page.facts["Test studies"] == "2, measured exposures"
     assert not any("oracle" in paragraph for paragraph in page.summary)
     _read(render(page))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medical images in and out: NIfTI, DICOM series, SUV, files written atomically; two views of a volume."""
+"""Reads and writes medical images: NIfTI, DICOM series, SUV, files written atomically; cuts two views of a volume."""
 
 import importlib
 from typing import Any
@@ -17,7 +17,7 @@ from medaccel.data.files import (
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, resample, save_nifti, voxel_spacing
 from medaccel.data.suv import suv_factors
 
-_VIEWS = ("TwoViews", "feature_affine")  # on MONAI, which is imported when they are first used
+_VIEWS = ("TwoViews", "feature_affine")  # these need MONAI, which is imported at their first use
 __all__ = [
     "DicomSeries",
     "TwoViews",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DICOM header fields, each one that is missing or senseless named with its file."""
+"""Reads DICOM header fields; an error about a missing or senseless field names the file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _T = TypeVar("_T")
 
 
 def source(header: Dataset) -> str:
-    """The file that a header was read from."""
+    """Returns the file that a header was read from."""
     return str(getattr(header, "filename", None) or "DICOM header")
 
 
 def label(keyword: str) -> str:
-    """`PatientWeight (0010,1030)`."""
+    """Returns a field's name and tag, such as `PatientWeight (0010,1030)`."""
     from pydicom.datadict import tag_for_keyword
     from pydicom.tag import Tag
 
@@ -29,9 +29,9 @@ def label(keyword: str) -> str:
 
 
 def optional(item: Dataset, keyword: str, *, header: Dataset | None = None) -> Any:
-    """The field's value; None where it is absent or empty. ValueError where its bytes are damaged.
+    """Returns the field's value, or None if it is absent or empty; raises ValueError if its bytes are damaged.
 
-    header: whose file is named, where the item stands in a sequence and has none.
+    header: the header whose file an error names, if the item stands in a sequence and has no file of its own.
     """
     try:
         value = item.get(keyword)
@@ -41,7 +41,7 @@ def optional(item: Dataset, keyword: str, *, header: Dataset | None = None) -> A
 
 
 def require(header: Dataset, keyword: str, *, within: Dataset | None = None) -> Any:
-    """The field's value, from `within` where it stands in a sequence of `header`.
+    """Returns the field's value, from `within` if the field stands in a sequence of `header`.
 
     Raises:
         ValueError: the field is absent or empty.
@@ -55,14 +55,15 @@ def require(header: Dataset, keyword: str, *, within: Dataset | None = None) -> 
 
 
 def integer(header: Dataset, keyword: str, default: int | None = None) -> int:
-    """A field's one integer, `default` (if not None) where it is absent or empty; ValueError otherwise."""
+    """Returns a field's one integer, or `default` (if not None) where the field is absent or empty; raises ValueError
+    otherwise."""
     if default is not None and optional(header, keyword) is None:
         return default
     return int(numbers(header, keyword, 1)[0])
 
 
 def numbers(header: Dataset, keyword: str, count: int) -> list[float]:
-    """The `count` finite numbers of a field; ValueError otherwise."""
+    """Returns the `count` finite numbers of a field; raises ValueError otherwise."""
     value = require(header, keyword)
     try:
         listed = hasattr(value, "__len__") and not isinstance(value, str)
@@ -75,7 +76,7 @@ def numbers(header: Dataset, keyword: str, count: int) -> list[float]:
 
 
 def positive(header: Dataset, keyword: str, unit: str, *, within: Dataset | None = None) -> float:
-    """A field's one number, which must be above 0; ValueError otherwise."""
+    """Returns a field's one number, which must be above 0; raises ValueError otherwise."""
     value = require(header, keyword, within=within)
     try:
         number = float(value)
@@ -87,7 +88,7 @@ def positive(header: Dataset, keyword: str, unit: str, *, within: Dataset | None
 
 
 def moment(header: Dataset, date_keyword: str, time_keyword: str) -> datetime:
-    """Date and time of day from their two fields, the scanner's local time."""
+    """Combines date and time of day from their two fields, in the scanner's local time."""
     from pydicom.valuerep import DA, TM
 
     date, time = require(header, date_keyword), require(header, time_keyword)
@@ -97,7 +98,8 @@ def moment(header: Dataset, date_keyword: str, time_keyword: str) -> datetime:
 
 
 def parsed(header: Dataset, name: str, value: Any, kind: Callable[[Any], _T | None]) -> _T:
-    """`kind(value)`, pydicom's DA, TM or DT; ValueError with file and field where it isn't one."""
+    """Returns `kind(value)`, where `kind` is pydicom's DA, TM or DT; raises ValueError with file and field if the
+    value isn't one."""
     try:
         result = kind(value)
     except (TypeError, ValueError) as error:
@@ -108,7 +110,7 @@ def parsed(header: Dataset, name: str, value: Any, kind: Callable[[Any], _T | No
 
 
 def same(headers: Sequence[Dataset], name: str, value_of: Callable[[Dataset], _T]) -> _T:
-    """The one value that all slices have; ValueError naming two files that differ."""
+    """Returns the one value that all slices have; raises ValueError with the names of two files that differ."""
     first = value_of(headers[0])
     for header in headers[1:]:
         value = value_of(header)

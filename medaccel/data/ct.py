@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of CT scans as they are published: NIfTI, MetaImage (LUNA16), DICOM series (LIDC-IDRI, TCIA Covid-19).
+"""Finds and reads CT scans in the forms they are published in: NIfTI, MetaImage (LUNA16), DICOM series (LIDC-IDRI,
+TCIA Covid-19).
 
 LUNA16 (https://luna16.grand-challenge.org) has one .mhd with its .raw a scan, named by the SeriesInstanceUID; its
 coordinates are LPS, and a TransformMatrix of −1 flips axes. LIDC-IDRI, which LUNA16 is a part of, and TCIA's Covid-19
 collections (CT-Images-in-COVID-19, COVID-19-AR) are trees of DICOM series, among them radiographs and segmentations
-that are no CT. A series that is found twice, whatever the format, counts once. Label maps lie beside the scans in
-the Decathlon (labelsTr), nnU-Net (labelsTs), TotalSegmentator (segmentations), LiTS (segmentation-0) and others; they
-are known by their names here, and by what they hold when they are read.
+that are no CT. A series that is found twice, whatever the format, counts once. Label maps lie beside the scans in the
+Decathlon (labelsTr), nnU-Net (labelsTs), TotalSegmentator (segmentations), LiTS (segmentation-0) and others; they are
+recognised by their names here, and by their content when they are read.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from medaccel.data.metaimage import read_metaimage
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti
 
 _UID = re.compile(r"\d+(\.\d+){4,}")
-# LUNA16's masks of the lungs bear the names of the scans that they are of.
+# LUNA16's masks of the lungs have the same names as their scans.
 _LUNG_MASKS = "seg-lungs-LUNA16"
-# Folders of label maps, and words in the names of files that are one.
+# These are folders of label maps, and words in the names of files that hold one.
 _LABEL_FOLDER = re.compile(r"labels?(tr|ts|va|val|train|test)?|segmentations|segs?|masks?|groundtruths?|gts?", re.I)
 _LABEL_WORD = re.compile(r"(^|[^a-z])(segs?|segmentations?|masks?|labels?|labelmaps?|groundtruth|gt)([^a-z]|$)", re.I)
 _DATASET_JSON = "dataset.json"
-# A body is smaller, mm and litres; a header that says more asks for terabytes when the scan is resampled.
+# A body is smaller than this, in mm and litres; a header that claims more asks for terabytes when the scan is
+# resampled.
 _MOST_EXTENT, _MOST_VOLUME = 3000.0, 2000.0
 # Scanners pad the field of view with −2000 or −3024.
 _LOWEST_HU = -1024.0
@@ -43,12 +45,12 @@ _LOWEST_HU = -1024.0
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan on disk.
+    """Names one scan on disk.
 
     Args:
-        path: of the file, or of the series' folder.
+        path: the file, or the series' folder.
         kind: "nifti", "metaimage" or "dicom".
-        uid: SeriesInstanceUID, where it is known.
+        uid: SeriesInstanceUID, if it is known.
     """
 
     path: Path
@@ -58,7 +60,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was passed over, and why."""
+    """Names a file that was passed over, and the reason."""
 
     path: Path
     reason: str
@@ -66,7 +68,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ScanList:
-    """`scans` in the order of their paths; `duplicates` and what is `no_ct`; nothing has been read but headers."""
+    """Lists `scans` in the order of their paths, `duplicates`, and files that are `no_ct`; only headers have been
+    read."""
 
     scans: tuple[Scan, ...]
     duplicates: tuple[Skipped, ...]
@@ -74,18 +77,18 @@ class ScanList:
 
 
 def find_scans(*folders: str | os.PathLike[str], check_units: bool = True) -> ScanList:
-    """All CT scans in some folders and the folders below them.
+    """Finds all CT scans in some folders and the folders below them.
 
-    Label maps, as their names tell, and what a dataset.json says to be of another modality are no CT. A pipe, a link
-    that leads nowhere and the like count as scans by their names; that they can't be read is `read_scan`'s to say.
+    Files named as label maps, and files that a dataset.json calls another modality, are no CT. A pipe, a link that
+    leads nowhere and the like count as scans by their names; `read_scan` says that they can't be read.
 
     Args:
-        folders: in the order in which they are preferred, where two hold the same series.
-        check_units: False takes everything that can be read, whatever it is called.
+        folders: the earlier one is preferred if two hold the same series.
+        check_units: if False, take everything that can be read, whatever its name.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: a folder that is none.
-        ValueError: no scan in any of them.
+        FileNotFoundError, NotADirectoryError: a path is no folder.
+        ValueError: no folder holds a scan.
     """
     scans: list[Scan] = []
     duplicates: list[Skipped] = []
@@ -117,18 +120,18 @@ def find_scans(*folders: str | os.PathLike[str], check_units: bool = True) -> Sc
 
 
 def read_scan(scan: Scan, *, check_units: bool = True) -> Nifti1Image:
-    """A scan in HU, float32, with an affine to RAS, mm; what lies below −1024 is padding and becomes −1024.
+    """Reads a scan in HU, float32, with an affine to RAS, mm; values below −1024 are padding and become −1024.
 
     Args:
-        scan: of `find_scans`.
-        check_units: refuse what is no CT in HU (`medaccel.data.hounsfield.check_hu`).
+        scan: a scan that `find_scans` found.
+        check_units: refuse voxels that are no CT in HU (`medaccel.data.hounsfield.check_hu`).
 
     Raises:
-        OSError, ValueError: a file that is missing, damaged or truncated; fewer than two slices; values that aren't
-            finite or are the same everywhere; what looks like a label map or is in another unit.
+        OSError, ValueError: the file is missing, damaged or truncated; it has fewer than two slices; its values
+            aren't finite or are the same everywhere; it looks like a label map or is in another unit.
 
     Warns:
-        UserWarning: it may not be a CT in HU.
+        UserWarning: the scan may not be a CT in HU.
     """
     if scan.kind == "metaimage":
         image = read_metaimage(scan.path)
@@ -150,7 +153,7 @@ def read_scan(scan: Scan, *, check_units: bool = True) -> Nifti1Image:
 
 
 def check_extent(image: Nifti1Image, path: Path) -> None:
-    """Refuses a header that makes a scan larger than a body is. Raises ValueError."""
+    """Raises ValueError if a header makes a scan larger than a body. Raises ValueError."""
     extent = np.asarray(image.shape) * np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
     if extent.max() > _MOST_EXTENT or float(np.prod(extent)) / 1e6 > _MOST_VOLUME:
         size = " × ".join(f"{side:.4g}" for side in extent)
@@ -160,11 +163,11 @@ def check_extent(image: Nifti1Image, path: Path) -> None:
 def sift(
     scans: Sequence[Scan], use: Callable[[Scan], object], *, limit: float = 0.1, progress: bool = False
 ) -> tuple[list[Scan], list[Skipped]]:
-    """Uses each scan, such as to fill a cache, and lists those that can't be read.
+    """Uses each scan, for instance to fill a cache, and lists those that can't be read.
 
     Args:
-        scans: to use.
-        use: called with each; its ValueError or OSError says that the scan can't be read.
+        scans: the scans to use.
+        use: called with each scan; its ValueError or OSError says that the scan can't be read.
         limit: the share of scans that may be skipped.
         progress: show a bar.
 
@@ -199,7 +202,7 @@ def sift(
 
 
 def _walk(root: Path, check_units: bool, visited: set[str]) -> Iterator[Scan | Skipped]:
-    """Scans of a folder and those below, in the order of names; one DICOM series a folder and UID."""
+    """Yields the scans of a folder and of those below, in the order of names; one DICOM series per folder and UID."""
     real = os.path.realpath(root)
     if real in visited:  # links may lead back
         return
@@ -233,7 +236,7 @@ def _walk(root: Path, check_units: bool, visited: set[str]) -> Iterator[Scan | S
 
 
 def _scan_file(path: Path) -> Scan | None:
-    """A scan of one file, by its name."""
+    """Returns the scan that a file's name announces, if any."""
     if is_nifti_name(path):
         return Scan(path, "nifti", _uid(_stem(path)))
     if path.suffix.lower() in META_IMAGE:
@@ -247,7 +250,7 @@ def _stem(path: Path) -> str:
 
 
 def _other_modality(folder: Path) -> str | None:
-    """What a task's dataset.json says, where that isn't CT; one that can't be read says nothing."""
+    """Returns the modality in a task's dataset.json if it isn't CT; a file that can't be read counts as CT."""
     path = folder / _DATASET_JSON
     if not path.is_file():
         return None
@@ -263,7 +266,7 @@ def _other_modality(folder: Path) -> str | None:
 
 
 def _series(folder: Path, files: Sequence[Path]) -> Iterator[Scan | Skipped]:
-    """The DICOM series among the files of one folder."""
+    """Yields the DICOM series among the files of one folder."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CT as networks see it: axes to the right, the front and up, one voxel size, the body alone, a window of HU.
+"""Brings CT scans into the form that networks see: axes to the right, the front and up, one voxel size, only the
+body, a window of HU.
 
-MONAI's transforms do the work and carry the affine along, so that what a network finds can go back to the scan's
-grid.
+MONAI's transforms do the work and carry the affine along, so that a network's result can go back to the scan's grid.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from monai.transforms import CropForeground, Orientation, Spacing
 from nibabel.nifti1 import Nifti1Image
 from torch import Tensor
 
-# Between air and everything that is a person, HU.
-_BODY_HU = -500.0
+from medaccel.data.hounsfield import BODY_HU
 
 
 def canonical(
@@ -28,21 +27,21 @@ def canonical(
     foreground: bool = True,
     margin: int = 2,
 ) -> dict[str, MetaTensor]:
-    """A scan, and its label map, on a grid of the given voxel size.
+    """Resamples a scan, and its label map, to a grid of the given voxel size.
 
     Args:
-        image: HU.
+        image: the scan, HU.
         spacing: mm, along the axes to the right, the front and up.
         label: whole numbers, on the image's grid; nearest neighbours are taken.
-        foreground: crop to the body: all that lies above −500 HU, and the table. Where there is none, nothing is
+        foreground: crop to the body and the table, that is to all voxels above −500 HU. If there are none, nothing is
             cropped.
-        margin: voxels around it, if the scan has them.
+        margin: voxels kept around the body, if the scan has them.
 
     Returns:
         "image", and "label" where one was given: (1, i, j, k), float32, with `affine` to RAS, mm.
 
     Raises:
-        ValueError: spacing that isn't three numbers above 0.
+        ValueError: spacing isn't three numbers above 0.
     """
     steps = [float(step) for step in spacing]
     if len(steps) != 3 or not all(0 < step < np.inf for step in steps):
@@ -54,18 +53,18 @@ def canonical(
             values = torch.from_numpy(np.asarray(scan.dataobj, dtype=np.float32))[None]
             oriented = orient(MetaTensor(values, affine=torch.from_numpy(np.asarray(scan.affine, dtype=np.float64))))
             result[name] = Spacing(steps, mode=mode, padding_mode="border", dtype=np.float32)(oriented)
-    if foreground and bool((result["image"] > _BODY_HU).any()):
-        crop = CropForeground(select_fn=lambda x: x > _BODY_HU, margin=margin, allow_smaller=True)
+    if foreground and bool((result["image"] > BODY_HU).any()):
+        crop = CropForeground(select_fn=lambda x: x > BODY_HU, margin=margin, allow_smaller=True)
         start, end = crop.compute_bounding_box(result["image"])
         result = {name: crop.crop_pad(volume, start, end) for name, volume in result.items()}
     return result
 
 
 def window(hu: Tensor, limits: Sequence[float]) -> Tensor:
-    """HU to 0 … 1 between two limits, clipped; shape and type stay.
+    """Maps HU to 0 … 1 between two limits, clipped; shape and type stay.
 
     Raises:
-        ValueError: limits that aren't two increasing numbers.
+        ValueError: limits aren't two increasing numbers.
     """
     if len(limits) != 2 or not limits[0] < limits[1]:
         raise ValueError(f"window is {list(limits)}; expected two increasing numbers of HU")

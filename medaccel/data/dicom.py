@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of DICOM slices to a volume.
+"""Reads a folder of DICOM slices into a volume.
 
 Arrays are (column, row, slice), slices ascending along the normal; affines map these indices to RAS
 coordinates in mm (DICOM's own are LPS).
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# What exports and desktops leave beside the slices. Anything else must be DICOM: a slice cut short to nothing
-# is otherwise taken for a stray file, and missed only if it lies in the middle of the body.
+# Exports and desktops leave these files beside the slices. Anything else must be DICOM: otherwise a slice cut short
+# to nothing would be taken for a stray file, and missed only if it lies in the middle of the body.
 _STRAY_NAMES = {"dicomdir", "license", "lockfile", "readme", "version", "thumbs.db", "desktop.ini"}
 _STRAY_TEXT = {".csv", ".htm", ".html", ".inf", ".json", ".log", ".md", ".txt", ".xml", ".yaml", ".yml"}
 _LONG = 1 << 16  # bytes; shorter reads needn't be looked at
@@ -38,34 +38,34 @@ _STRAY_SUFFIXES = _STRAY_TEXT | {".gif", ".gz", ".jpeg", ".jpg", ".nii", ".pdf",
 
 @dataclass(frozen=True)
 class DicomSeries:
-    """One series: the slices' headers without pixels, ordered, and where they lie."""
+    """Holds one series: the slices' headers without pixels, in order, and the paths of their files."""
 
     headers: list[Dataset]
-    affine: np.ndarray  # (4, 4), (column, row, slice) to RAS, mm
+    affine: np.ndarray  # (4, 4), maps (column, row, slice) to RAS, mm
 
     @property
     def modality(self) -> str:
-        """PT, CT, …"""
+        """Returns the series' modality: PT, CT, …"""
         return str(require(self.headers[0], "Modality"))
 
 
 def open_series(
     folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
 ) -> DicomSeries:
-    """Read and check the headers of the one series in a folder (not in its sub-folders).
+    """Reads and checks the headers of the one series in a folder (not in its sub-folders).
 
     DICOMDIR, hidden files, and files named as text, pictures or archives are passed over; every other one
     must be whole DICOM.
 
     Args:
-        folder: the slices, one a file, under any names.
+        folder: it holds the slices, one per file, under any names.
         series_uid: SeriesInstanceUID of the series to take where the folder has several.
         progress: show a bar on stderr.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `folder` is none.
-        ValueError: no DICOM in it, a file that isn't DICOM or is truncated, several series (each is named),
-            no series of that UID, multi-frame files, or a geometry that is no volume
+        FileNotFoundError, NotADirectoryError: `folder` is no folder.
+        ValueError: the folder holds no DICOM, a file that isn't DICOM or is truncated, several series (each is
+            named), no series of that UID, multi-frame files, or a geometry that is no volume
             (`medaccel.data.geometry.stack`).
 
     Warns:
@@ -99,20 +99,20 @@ def open_series(
 
 
 def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = False) -> Nifti1Image:
-    """Read the pixels of a series whose headers are open.
+    """Reads the pixels of a series whose headers are open.
 
     Args:
-        series: from `open_series`.
-        suv: body-weight SUV (g/mL), of PET only; else the unit of the files: HU for CT, Bq/mL (BQML) for most
-            PET.
+        series: the result of `open_series`.
+        suv: return body-weight SUV (g/mL), for PET only; otherwise the unit is the files': HU for CT, Bq/mL (BQML)
+            for most PET.
         progress: show a bar on stderr.
 
     Returns:
-        float32 (columns, rows, slices).
+        An image of float32 (columns, rows, slices).
 
     Raises:
         ValueError: pixels are truncated, or compressed in a way that pydicom can't decode here; RescaleSlope
-            or RescaleIntercept is missing (MR may lack both); with `suv`, the series is none of PET, or
+            or RescaleIntercept is missing (MR may lack both); with `suv`, the series is no PET, or
             `medaccel.data.suv_factors` refuses it.
     """
     first = series.headers[0]
@@ -137,7 +137,8 @@ def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = Fals
 def read_dicom_series(
     folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
 ) -> Nifti1Image:
-    """Read the one series in a folder, in its own unit; args and errors of `open_series`, `load_series`."""
+    """Reads the one series in a folder, in its own unit; its arguments and errors are those of `open_series` and
+    `load_series`."""
     series = open_series(folder, series_uid=series_uid, progress=progress)
     return load_series(series, progress=progress)
 
@@ -145,13 +146,15 @@ def read_dicom_series(
 def read_pet_series(
     folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
 ) -> Nifti1Image:
-    """Read the one PET series in a folder as SUV; args and errors of `open_series`, `load_series`."""
+    """Reads the one PET series in a folder as SUV; its arguments and errors are those of `open_series` and
+    `load_series`."""
     series = open_series(folder, series_uid=series_uid, progress=progress)
     return load_series(series, suv=True, progress=progress)
 
 
 class _Clipped(io.BufferedReader):
-    """A file that is asked for no more than it has: Python allocates what a damaged length says before it reads."""
+    """Reads no more from a file than the file has: Python allocates the length that a damaged header claims before it
+    reads."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _LONG:
@@ -160,7 +163,7 @@ class _Clipped(io.BufferedReader):
 
 
 def open_clipped(path: Path) -> io.BufferedReader:
-    """Open a file for pydicom, which remembers its name."""
+    """Opens a file for pydicom, which remembers its name."""
     return _Clipped(io.FileIO(os.fspath(path)))
 
 
@@ -223,7 +226,7 @@ def _rescale(header: Dataset) -> tuple[float, float]:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """(rows, columns) float64."""
+    """Reads the pixels as (rows, columns), float64."""
     dataset = _read(path, pixels=True)
     try:
         pixels = dataset.pixel_array

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A processed PET as a derived DICOM series of the study that it came from.
+"""Writes a processed PET as a derived DICOM series of the study that it came from.
 
-Each slice is its source's header with what no longer holds of it replaced or left out:
+Each slice has its source's header, in which the fields that are no longer true are replaced or left out:
 
 - new: the UIDs of series and instances, series number and description, image type (DERIVED\\SECONDARY: made after
   the examination, PS3.3 C.7.6.1.1.2), derivation description and code, the source image that is referred to, content
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 RESEARCH_ONLY = "research only"
 _MAX_LO = 64  # characters of a DICOM long string, such as the description of a series
-_MAX_ST = 1024  # and of a short text
-_SMOOTHING = ("113087", "Smoothing")  # of the standard's derivations (CID 7203) the one nearest to taking noise away
+_MAX_ST = 1024  # characters of a DICOM short text
+_SMOOTHING = ("113087", "Smoothing")  # the standard's derivation (CID 7203) that comes nearest to removing noise
 _SOURCE_IMAGE = ("121322", "Source image for image processing operation")
 _PROCESSING = ("109102", "Processing Equipment")
-# Of the source's pixels, not of the new ones.
+# These fields describe the source's pixels, not the new ones.
 _LEFT_OUT = (
     *("SmallestImagePixelValue", "LargestImagePixelValue", "SmallestPixelValueInSeries", "LargestPixelValueInSeries"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "ModalityLUTSequence", "VOILUTSequence"),
@@ -45,7 +45,8 @@ _LEFT_OUT = (
     *("InstanceCreatorUID", "SeriesDescriptionCodeSequence", "PixelDataProviderURL", "DataSetTrailingPadding"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 )
-# What SUV depends on: GE's scan time; Philips's factors to SUV and to Bq/mL. Group, creator, elements.
+# SUV depends on these fields: GE's scan time; Philips's factors to SUV and to Bq/mL. Each entry: group, creator,
+# elements.
 _PRIVATE_KEPT = ((0x0009, "GEMS_PETD_01", (0x0D,)), (0x7053, "Philips PET Private Group", (0x00, 0x09)))
 
 
@@ -59,7 +60,7 @@ def write_derived_pet(
     series_number: int | None = None,
     force: bool = False,
 ) -> None:
-    """Write a PET volume as a DICOM series derived from another, one file a slice; the folder appears at once.
+    """Writes a PET volume as a DICOM series derived from another, one file per slice; the folder appears at once.
 
     Values go back to the source's unit by the inverse of each slice's SUV factor, as 16-bit integers with a slope of
     the slice's own: nothing is clipped, and a value is off by at most half a slope, which is 1/65534 of the slice's
@@ -67,12 +68,12 @@ def write_derived_pet(
     intercept is 0, as PET requires.
 
     Args:
-        folder: is made; may exist where it is empty.
+        folder: the folder to make; it may exist if it is empty.
         volume: SUV, (columns, rows, slices) of the template, as `load_series(template, suv=True)` gives them.
         template: the series that it was made from.
-        description: what was done, in ASCII; "research only" is put before it in SeriesDescription.
-        derivation: more of the same for DerivationDescription.
-        series_number: by default the template's plus 1000.
+        description: the processing in words, ASCII; "research only" is put before it in SeriesDescription.
+        derivation: further words for DerivationDescription.
+        series_number: the series' number; by default the template's plus 1000.
         force: replace a folder that holds DICOM files and nothing else.
 
     Raises:
@@ -80,7 +81,7 @@ def write_derived_pet(
             no PET or has no SUV; a description that is empty, too long or not ASCII; `folder` holds the template
             itself; with `force`, it holds anything but DICOM files.
         FileExistsError: the folder is not empty and `force` is False.
-        OSError: it can't be written; what was there stays.
+        OSError: the folder can't be written; its earlier content stays.
     """
     target = check_series_folder(folder, force=force)
     if any(Path(os.path.realpath(source(h))).parent == target for h in template.headers):
@@ -97,7 +98,7 @@ def write_derived_pet(
     if template.modality != "PT":
         raise ValueError(f"{source(first)}: {label('Modality')} is {template.modality}, expected PT (PET)")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whoever made SUV of this series has been told
+        warnings.simplefilter("ignore")  # the caller was warned when SUV was computed
         factors = suv_factors(headers)
     signed = integer(first, "PixelRepresentation", 1) == 1 or bool(volume.min() < 0)
     number = integer(first, "SeriesNumber", 0) + 1000 if series_number is None else series_number
@@ -114,12 +115,12 @@ def write_derived_pet(
 
 
 def check_series_folder(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Return the folder that a series can be written to (links followed), or say why it can't, before any work.
+    """Returns the folder that a series can be written to (links followed), or raises an error before any work.
 
     Raises:
         ValueError: with `force`, the folder holds anything but DICOM files: only an earlier series is replaced.
-        FileExistsError: it is not empty and `force` is False.
-        OSError: it can't be written.
+        FileExistsError: the folder is not empty and `force` is False.
+        OSError: the folder can't be written.
     """
     target = check_output_folder(folder, force=force)
     for path in target.iterdir() if target.is_dir() else ():
@@ -138,13 +139,13 @@ def _check_text(description: str, derivation: str) -> None:
     if not description.strip() or len(description) > length:
         raise ValueError(f"description has {len(description)} characters (expected 1 to {length})")
     for name, text in (("description", description), ("derivation", derivation)):
-        # A backslash divides values; other characters depend on the source's character set.
+        # A backslash separates values; other characters depend on the source's character set.
         if not text.isascii() or not text.isprintable() or "\\" in text:
             raise ValueError(f"{name} is {text!r} (expected printable ASCII without a backslash)")
 
 
 def _series_fields(description: str, number: int, slices: int) -> Dataset:
-    """What all slices of the new series share."""
+    """Returns the fields that all slices of the new series share."""
     from pydicom import Dataset
     from pydicom.uid import generate_uid
 
@@ -162,10 +163,10 @@ def _series_fields(description: str, number: int, slices: int) -> Dataset:
 
 
 def _equipment() -> Dataset:
-    """This package, as the last that had a part in the image."""
+    """Describes this package as the last equipment that contributed to the image."""
     from pydicom import Dataset
 
-    from medaccel import __version__
+    from medaccel._version import __version__
 
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [_code(*_PROCESSING)]
@@ -184,7 +185,7 @@ def _code(value: str, meaning: str) -> Dataset:
 
 
 def _without_stale_fields(header: Dataset) -> Dataset:
-    """A copy of a source slice's header, less what doesn't hold of other pixels."""
+    """Copies a source slice's header without the fields that aren't true of other pixels."""
     from pydicom import DataElement
     from pydicom.tag import Tag
 
@@ -195,7 +196,7 @@ def _without_stale_fields(header: Dataset) -> Dataset:
         except KeyError:
             continue
         tags = {block.get_tag(element) for element in elements if element in block}
-        kept |= tags | ({Tag(group, block.block_start >> 8)} if tags else set())  # and who made them
+        kept |= tags | ({Tag(group, block.block_start >> 8)} if tags else set())  # the block's creator is kept too
 
     def leave_out(item: Dataset, element: DataElement) -> None:
         overlay = element.tag.group >> 8 == 0x60 and element.tag.group % 2 == 0
@@ -229,12 +230,12 @@ def _describe(derived: Dataset, header: Dataset, description: str, derivation: s
 
 
 def _quantised(values: np.ndarray, signed: bool) -> tuple[float, np.ndarray]:
-    """The slope, as the file will say it, and the integers."""
+    """Returns the slope, as the file will state it, and the integers."""
     from pydicom.valuerep import format_number_as_ds
 
     dtype = np.dtype(np.int16 if signed else np.uint16)
     peak = float(np.abs(values).max())
-    # A slope has 16 characters in DICOM: the integers are made with what these say.
+    # A slope has 16 characters in DICOM: the integers are computed with the number that these state.
     slope = float(format_number_as_ds(peak / np.iinfo(dtype).max)) if peak > 0 else 1.0
     return slope, np.rint(values / slope).astype(dtype)
 

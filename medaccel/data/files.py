@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files so that a reader finds either the old content or the new, never a part; and what may be read."""
+"""Writes files so that a reader finds either the old content or the new, never a part; checks whether files may be
+read."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# What a full disk says: no space, over the quota, over the file-size limit, a failing device.
+# A full disk raises one of these: no space, over the quota, over the file-size limit, a failing device.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
@@ -28,14 +29,14 @@ _KINDS = {
 
 
 def check_input(path: str | os.PathLike[str]) -> Path:
-    """Return `path` if it is a regular file, or a link to one.
+    """Returns `path` if it is a regular file, or a link to one.
 
     Opening a pipe waits for someone to write, and reading a device may never end.
 
     Raises:
-        FileNotFoundError: no such file, or a link that leads nowhere.
+        FileNotFoundError: the file does not exist, or is a link that leads nowhere.
         PermissionError: the file may not be read, or its folder not be entered.
-        ValueError: a folder, pipe, socket or device, or a link to one; a link to itself.
+        ValueError: the path is a folder, pipe, socket or device, or a link to one; or a link to itself.
     """
     path = Path(path)
     try:
@@ -45,7 +46,7 @@ def check_input(path: str | os.PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         why = "a link that leads nowhere" if os.path.islink(path) else "no such file"
         raise FileNotFoundError(f"{path}: {why}") from None
-    except ValueError as error:  # a NUL in it
+    except ValueError as error:  # the path holds a NUL
         raise ValueError(f"{str(path)!r} is no name of a file ({error})") from None
     except OSError as error:
         if error.errno != errno.ELOOP:
@@ -60,11 +61,11 @@ def check_input(path: str | os.PathLike[str]) -> Path:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a UTF-8 JSON file.
+    """Reads a UTF-8 JSON file.
 
     Raises:
-        OSError: as `check_input`.
-        ValueError: as `check_input`; the file isn't JSON, is cut short, or is nested too deeply.
+        OSError: `check_input` refuses the path.
+        ValueError: `check_input` refuses the path; the file isn't JSON, is cut short, or is nested too deeply.
     """
     try:
         return json.loads(check_input(path).read_bytes())
@@ -73,14 +74,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether an error says that there is no room for a file, whichever that is."""
+    """Tells whether an error says that the disk, or the quota, has no room for a file."""
     return isinstance(error, OSError) and error.errno in _WRITE_ERRORS - {errno.EIO}
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Return the file that `path` means (links followed), or say why it can't be written.
+    """Returns the file that `path` means (links followed), or raises an error if it can't be written.
 
-    For commands to call before hours of work; `atomic_path` calls it too.
+    Commands call it before hours of work; `atomic_path` calls it too.
 
     Raises:
         FileExistsError: the file exists and `force` is False.
@@ -109,16 +110,16 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; when the block ends well, it becomes `path`.
+    """Yields a temporary path in the same folder; when the block ends well, it becomes `path`.
 
         with atomic_path("metrics.csv", force=True) as temporary:
             table.to_csv(temporary)
 
-    The temporary file ends as `path` does (".nii.gz"), since libraries choose the format by that. On any
-    failure in the block, a full disk or Ctrl-C included, it is removed and `path` is what it was before.
+    The temporary file's name ends like `path` (".nii.gz"), since libraries choose the format by that. On any failure
+    in the block, a full disk or Ctrl-C included, it is removed and `path` stays as it was.
 
     Raises:
-        OSError: as `check_output`; or writing failed: the message names `path`.
+        OSError: `check_output` refuses the path, or writing failed: the message names `path`.
     """
     target = check_output(path, force=force)
     suffix = "".join(target.suffixes[-2:]) if target.suffix == ".gz" else target.suffix
@@ -144,14 +145,15 @@ def atomic_path(path: str | os.PathLike[str], *, force: bool = False) -> Iterato
 
 
 def check_output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """`check_output` for a folder that is to be made: it may exist where it is empty, or with `force`."""
+    """Does the work of `check_output` for a folder that is to be made: it may exist if it is empty, or with
+    `force`."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         if any(target.iterdir()) and not force:
             raise FileExistsError(
                 errno.EEXIST, "the folder is not empty (--force or force=True replaces it)", str(path)
             )
-        for folder in (target, target.parent):  # a name that nobody has: may anything be written there
+        for folder in (target, target.parent):  # tries an unused name: may anything be written there
             check_output(folder / f".tmp-{secrets.token_hex(6)}")
     elif target.exists():
         raise NotADirectoryError(errno.ENOTDIR, "the output must be a folder, but this is a file", str(path))
@@ -162,14 +164,14 @@ def check_output_folder(path: str | os.PathLike[str], *, force: bool = False) ->
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary empty folder beside `path`; when the block ends well, it becomes `path`.
+    """Yields a temporary empty folder beside `path`; when the block ends well, it becomes `path`.
 
-    On any failure in the block it is removed and `path` is what it was before. A folder that is replaced is moved
+    On any failure in the block it is removed and `path` stays as it was. A folder that is replaced is moved
     aside first and removed last: it is never mixed with the new one.
 
     Raises:
         FileExistsError: the folder is not empty and `force` is False.
-        OSError: as `check_output`; or writing failed: the message names `path`.
+        OSError: `check_output` refuses the path, or writing failed: the message names `path`.
     """
     target = check_output_folder(path, force=force)
     temporary = target.with_name(f".tmp-{secrets.token_hex(6)}")
@@ -203,18 +205,18 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, force: bool = False) -> None:
-    """Write a file atomically. Raises as `atomic_path`."""
+    """Writes a file atomically; raises the errors of `atomic_path`."""
     with atomic_path(path, force=force) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) -> None:
-    """Write a UTF-8 text file atomically, line ends as given. Raises as `atomic_path`."""
+    """Writes a UTF-8 text file atomically, line ends as given; raises the errors of `atomic_path`."""
     write_bytes(path, text.encode(), force=force)
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has it: a rename may otherwise survive a power cut that the content doesn't."""
+    """Waits until the disk has the content: otherwise a power cut may keep a rename but lose the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the slices of a DICOM series lie: their order, and one affine for all of them."""
+"""Finds the order of the slices of a DICOM series, and one affine for all of them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _SAME_POSITION_MM = 1e-3
 
 
 def stack(headers: Sequence[Dataset]) -> tuple[list[int], np.ndarray]:
-    """Order the slices of one series and place them in space.
+    """Orders the slices of one series and places them in space.
 
     A slice's position is ImagePositionPatient along the normal, which is the cross product of the row and
     column directions (DICOM PS3.3 C.7.6.2.1.1).
 
     Args:
-        headers: one a slice, in any order.
+        headers: the slices' headers, in any order.
 
     Returns:
         The order (indices into `headers`, ascending position), and the (4, 4) affine from (column, row,
         slice) indices to RAS coordinates in mm.
 
     Raises:
-        ValueError: a field of geometry is missing or invalid; sizes, spacings or orientations differ; slices
-            at one position, missing or not evenly spaced; a stack that isn't along the slices' normal (gantry
-            tilt). The message names the files.
+        ValueError: a field of geometry is missing or invalid; sizes, spacings or orientations differ; slices share a
+            position, are missing or are not evenly spaced; the stack isn't along the slices' normal (gantry tilt).
+            The message names the files.
     """
     rows, columns, pixel_spacing = _in_plane(headers)
     normal = np.cross(rows, columns)
@@ -44,7 +44,7 @@ def stack(headers: Sequence[Dataset]) -> tuple[list[int], np.ndarray]:
     ordered = [headers[k] for k in order]
     positions, along = positions[order], along[order]
 
-    affine = np.eye(4)  # LPS until the end
+    affine = np.eye(4)  # in LPS until the end
     affine[:3, 0] = rows * pixel_spacing[1]  # PixelSpacing is (between rows, between columns)
     affine[:3, 1] = columns * pixel_spacing[0]
     affine[:3, 3] = positions[0]
@@ -58,7 +58,7 @@ def stack(headers: Sequence[Dataset]) -> tuple[list[int], np.ndarray]:
 
 
 def _in_plane(headers: Sequence[Dataset]) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Directions of growing column and row index, and the pixel spacing, which all slices share."""
+    """Returns the directions of growing column and row index, and the pixel spacing, which all slices share."""
     first = headers[0]
     for keyword in ("Rows", "Columns"):
         for header in headers:
@@ -109,7 +109,7 @@ def _check_spacing(ordered: Sequence[Dataset], along: np.ndarray) -> None:
             f"{source(a)} and {source(b)} have the same position, {label('ImagePositionPatient')}, expected "
             f"one slice a position{hint}"
         )
-    # The lower median, so that of two gaps the smaller counts as the spacing.
+    # The lower median makes the smaller of two gaps count as the spacing.
     spacing = float(np.sort(gaps)[(len(gaps) - 1) // 2])
     k = int(np.argmax(gaps))
     if gaps[k] > 1.5 * spacing:
@@ -128,7 +128,7 @@ def _check_spacing(ordered: Sequence[Dataset], along: np.ndarray) -> None:
 
 
 def _check_straight(ordered: Sequence[Dataset], positions: np.ndarray, normal: np.ndarray, pixel: float) -> None:
-    """All slices lie above one another; up to half a pixel passes, as rounded directions make it."""
+    """Checks that all slices lie above one another; half a pixel is tolerated, because directions are rounded."""
     offsets = positions - positions[0]
     aside = np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1)
     k = int(np.argmax(aside))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether voxels are a CT in Hounsfield units, judged by what they hold.
+"""Judges by their values whether voxels are a CT in Hounsfield units.
 
 In HU air is −1000, fat −100, soft tissue 0 to 100, bone some hundreds; noise is 5 HU or more. So a CT spans hundreds
 of HU, has values below −50 wherever air or fat is in view, and neighbouring voxels are seldom equal. What clearly
-isn't so is refused; what may be a CT after all, such as a small crop or one that was clipped to a window, is warned
-about.
+isn't so is refused; data that may be a CT after all, such as a small crop or one that was clipped to a window, give a
+warning.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 
-_SAMPLE = 250_000  # voxels that a judgement rests on
-_ENOUGH = 1000  # voxels; fewer tell nothing by their distribution
+#: This threshold in HU lies between air and every tissue of a person.
+BODY_HU = -500.0
+_SAMPLE = 250_000  # voxels that are judged
+_ENOUGH = 1000  # voxels; the distribution of fewer says nothing
 _CROP = 20_000  # voxels; fewer may lie within one organ
 _PADDING = -1500.0  # scanners fill the corners with −2000, −3024 or less
-_LEAST_SPREAD = 15.0  # HU, of all but a thousandth at either end: noise alone makes more
+_LEAST_SPREAD = 15.0  # HU, range of all but a thousandth at either end: noise alone makes more
 _BELOW_WATER = -20.0
-_EQUAL = 0.5  # share of equal neighbours from which a map is piecewise constant
-_FEW, _MANY = 20, 2000  # levels of a label map whatever its neighbours, and at most
+_EQUAL = 0.5  # share of equal neighbours above which a map is piecewise constant
+_FEW, _MANY = 20, 2000  # up to _FEW levels make a label map, and no label map has more than _MANY
 _DENSE = 1300.0  # HU; half of a crop may be cortical bone
 _ENHANCED = 300.0  # HU; contrast agent in a vessel
 OVERRIDE = "check_units: false takes it all the same"
-# What dataset.json may call other modalities; "CT", "CTA", "LDCT" have none of these words.
+# dataset.json may name other modalities in these words; "CT", "CTA", "LDCT" hold none of them.
 _NO_CT = re.compile(
     r"\b(mri?|mra|t[12]\w*|flair|adc|dwi|dti|swi|pd|dixon|pet\w*|pt|suv|spect\w*|nm|us|ultrasound|x-?ray|cr|dx|oct|non-?ct)\b",
     re.IGNORECASE,
@@ -38,7 +40,8 @@ _NO_CT = re.compile(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What voxels look like, where that isn't a CT: for certain (`refusal`) or perhaps (`doubt`); else None."""
+    """Says what voxels look like if that isn't a CT, for certain (`refusal`) or perhaps (`doubt`); both are None for
+    a CT."""
 
     refusal: str | None = None
     doubt: str | None = None
@@ -49,14 +52,15 @@ def check_hu(values: np.ndarray, path: Path, *, stacklevel: int = 2) -> None:
 
     Args:
         values: (i, j, k), finite.
-        path: that they were read from.
-        stacklevel: of the warning, as `warnings.warn` counts.
+        path: the file that they were read from.
+        stacklevel: the warning's, as `warnings.warn` counts.
 
     Raises:
-        ValueError: they clearly aren't; the message says what they look like, and how they are read all the same.
+        ValueError: they clearly aren't a CT; the message says what they look like, and which option reads them all
+            the same.
 
     Warns:
-        UserWarning: they may not be.
+        UserWarning: they may not be a CT.
     """
     found = judge(values)
     if found.refusal is not None:
@@ -68,10 +72,11 @@ def check_hu(values: np.ndarray, path: Path, *, stacklevel: int = 2) -> None:
 def check_modality(content: Mapping[str, Any], path: Path) -> None:
     """Refuses a dataset.json that names another modality than CT.
 
-    The Decathlon's has "modality": {"0": "CT"}, nnU-Net's "channel_names". Names that tell nothing pass.
+    The Decathlon's has "modality": {"0": "CT"}, nnU-Net's "channel_names". Names that say nothing about the modality
+    pass.
 
     Raises:
-        ValueError: it names MRI, PET or the like.
+        ValueError: the file names MRI, PET or the like.
     """
     for key in ("modality", "channel_names"):
         given = content.get(key)
@@ -82,7 +87,7 @@ def check_modality(content: Mapping[str, Any], path: Path) -> None:
 
 
 def judge(values: np.ndarray) -> Judgement:
-    """What voxels (i, j, k) look like, from a sample of them."""
+    """Judges voxels (i, j, k) from a sample of them."""
     low, high = float(values.min()), float(values.max())
     if low == high:
         return Judgement(doubt=f"it is {low:g} everywhere")
@@ -109,7 +114,7 @@ def judge(values: np.ndarray) -> Judgement:
 
 
 def _sampled(values: np.ndarray) -> np.ndarray:
-    """Values on a coarser grid, float64, 1-D."""
+    """Returns the values on a coarser grid, float64, 1-D."""
     step = max(int(np.ceil((values.size / _SAMPLE) ** (1 / values.ndim))), 1)
     sample = values[(slice(None, None, step),) * values.ndim].astype(np.float64).ravel()
     # A small structure may lie between the grid's points.
@@ -117,7 +122,8 @@ def _sampled(values: np.ndarray) -> np.ndarray:
 
 
 def _equal_neighbours(values: np.ndarray, low: float) -> float:
-    """The share of neighbours that are equal, of those that aren't both `low`, along the axis that has most."""
+    """Returns the share of equal neighbours, without pairs that are both `low`, along the axis that has most of
+    them."""
     step = max(int(np.ceil((values.size / _SAMPLE) ** (1 / values.ndim))), 1)
     grid = (slice(None, None, step),) * values.ndim
     shares = []
@@ -139,7 +145,7 @@ def _label_map(values: np.ndarray, sample: np.ndarray, low: float) -> str | None
 
 
 def _scaled(sample: np.ndarray, low: float, least: float, most: float) -> str:
-    """The sentence on values that span next to nothing."""
+    """Returns the sentence on values that span next to nothing."""
     span = f"its values span {least:.3g} to {most:.3g}"
     mean, deviation = float(sample.mean()), float(sample.std())
     if abs(mean) < 0.1 and 0.8 < deviation < 1.25:
@@ -168,7 +174,7 @@ def _clipped(sample: np.ndarray, low: float, least: float) -> str | None:
 
 
 def _without_air(sample: np.ndarray, low: float, high: float, most: float, whole: bool, size: int) -> Judgement:
-    """Of voxels with next to nothing below water: a crop within the body, or no HU at all."""
+    """Judges voxels with next to nothing below water: either a crop within the body, or no HU at all."""
     soft, gap = (float(((sample >= a) & (sample < b)).mean()) for a, b in ((850, 1200), (450, 800)))
     span = f"its values go from {low:g} to {high:g}"
     if soft > 0.15 and soft > 3 * gap:
@@ -180,7 +186,7 @@ def _without_air(sample: np.ndarray, low: float, high: float, most: float, whole
     floor = float((sample <= bottom + 0.05 * (most - bottom)).mean())
     if 0 <= low <= 1 and 100 < high <= 255.5 and (high >= 254.5 or floor > 0.02):
         return Judgement(refusal=f"looks like 8-bit grey values: {span}")
-    # Air is black in them: a large part near 0, where a ramp or a crop of one tissue has little.
+    # Air is black in such images: a large part is near 0, where a ramp or a crop of one tissue has little.
     if bottom <= 0.05 * most and floor > 0.1:
         kinds = (
             "HU divided by 100" if low <= -9 else "a PET in SUV, or grey values",
@@ -190,7 +196,7 @@ def _without_air(sample: np.ndarray, low: float, high: float, most: float, whole
             f"looks like {kinds[most > 300]}: {span}, and none is as low as air and fat but {floor:.0%} of the "
             "voxels are at the low end"
         )
-        # A crop within a bone has no other distribution, only no zeros.
+        # A crop within a bone has the same distribution, but no zeros.
         clear = floor > 0.2 and (size >= _CROP or float((sample == low).mean()) > 0.05)
         return Judgement(refusal=sentence) if clear else Judgement(doubt=sentence)
     median = float(np.median(sample))

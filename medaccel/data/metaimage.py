@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MetaImage files (.mhd with its .raw, or .mha): SimpleITK reads them, after their header has been held to its word.
+"""Reads MetaImage files (.mhd with its .raw, or .mha) with SimpleITK, after checking their header against the file.
 
-ITK allocates what a header asks for, opens whatever file it names and fills up what a short file lacks, so sizes and
+ITK allocates whatever size a header claims, opens whatever file it names and fills up a short file, so sizes and
 names are checked first.
 """
 
@@ -26,7 +26,7 @@ _ITEM_SIZES = {
     **dict.fromkeys(("MET_INT", "MET_UINT", "MET_FLOAT"), 4),
     **dict.fromkeys(("MET_LONG", "MET_ULONG", "MET_LONG_LONG", "MET_ULONG_LONG", "MET_DOUBLE"), 8),
 }
-# How many numbers a volume's header has of each, under any of the names that ITK takes.
+# A volume's header holds so many numbers in each field, under any of the names that ITK accepts.
 _NUMBERS = {
     **dict.fromkeys(("ElementSpacing", "ElementSize", "Offset", "Position", "Origin", "CenterOfRotation"), 3),
     **dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), 9),
@@ -34,12 +34,12 @@ _NUMBERS = {
 
 
 def read_metaimage(path: Path) -> Nifti1Image:
-    """A volume of one channel, float32, with an affine to RAS, mm.
+    """Reads a volume of one channel, float32, with an affine to RAS, mm.
 
     Raises:
         FileNotFoundError, PermissionError: the file is missing or may not be read.
-        ValueError: SimpleITK is not installed; a broken header, other dimensions or several channels; voxels that are
-            missing, truncated or damaged, in several files, in another folder, or in what is no regular file.
+        ValueError: SimpleITK is not installed; the header is broken, has other dimensions or several channels; the
+            voxels are missing, truncated or damaged, in several files, in another folder, or in no regular file.
     """
     try:
         import SimpleITK
@@ -68,7 +68,7 @@ def read_metaimage(path: Path) -> Nifti1Image:
 
 
 def _check(path: Path) -> None:
-    """Raises ValueError where the header is none of a volume, or the voxels' file doesn't hold what it says."""
+    """Raises ValueError if the header is not a volume's, or if the voxels' file doesn't match it."""
     fields, size = _fields(path)
     shape = _integers(fields, "DimSize")
     if _integers(fields, "NDims") != [3] or len(shape) != 3 or min(shape) < 1:
@@ -101,7 +101,7 @@ def _check_voxels(file: Path, start: int, needed: int, fields: dict[str, str], w
         _truth(fields, key, default) for key, default in (("CompressedData", False), ("BinaryData", True))
     )
     ratio = DEFLATE_RATIO if compressed else 1
-    least = needed if binary else math.prod(_integers(fields, "DimSize"))  # as text, a digit each at least
+    least = needed if binary else math.prod(_integers(fields, "DimSize"))  # text has at least one digit per voxel
     if present * ratio < least:
         raise ValueError(f"truncated: {what} needs {needed} bytes, and {file.name} has {max(present, 0)}")
     if needed > available_memory():
@@ -127,7 +127,7 @@ def _check_voxels(file: Path, start: int, needed: int, fields: dict[str, str], w
 
 
 def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """The header's fields, and its size in bytes: ElementDataFile ends it."""
+    """Returns the header's fields, and its size in bytes; ElementDataFile is its last field."""
     with path.open("rb") as file:
         content = file.read(_MOST_HEADER)
     fields: dict[str, str] = {}
@@ -164,6 +164,6 @@ def _finite(word: str) -> bool:
 
 
 def _truth(fields: dict[str, str], key: str, default: bool) -> bool:
-    """Of a field; ITK looks at its first letter."""
+    """Returns a field's truth value; ITK looks at its first letter."""
     value = fields.get(key)
     return default if not value else value[0] in "Tt1"

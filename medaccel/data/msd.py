@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks in the layout of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022).
+"""Reads tasks in the layout of the Medical Segmentation Decathlon (Antonelli et al., Nature Communications 2022).
 
     dataset.json   name, labels {"0": "background", "1": "spleen"}, training [{"image": …, "label": …}]
     imagesTr/      the cases' CT, NIfTI, HU
     labelsTr/      their label maps, on the same grids
 
-imagesTs has no public labels and is not read. Files named `._*`, which macOS leaves in the published archives, are
-no cases.
+imagesTs has no public labels and is not read. Files named `._*`, which macOS leaves in the published archives, do not
+count as cases.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from medaccel.data.files import read_json
 from medaccel.data.hounsfield import check_hu, check_modality
 
 DATASET_JSON = "dataset.json"
-# Affines of one grid may differ by what float32 headers lose, mm.
+# Affines of one grid may differ by the rounding of float32 headers, mm.
 _AFFINE_TOLERANCE = 1e-2
-_NAMED = 3  # of many missing files, this many are named
+_NAMED = 3  # an error names this many of the missing files
 
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled scan: its name (the file's, without endings) and its files."""
+    """Names one labelled scan (by its file's name, without endings) and its files."""
 
     name: str
     image: Path
@@ -42,9 +42,10 @@ class Case:
 
 @dataclass(frozen=True)
 class MSDDataset:
-    """A task: its name, folder, labels (value to name, 0 the background) and labelled cases in the order of names.
+    """Describes a task: its name, folder, labels (value to name, 0 the background) and labelled cases in the order of
+    names.
 
-    `check_units` says whether `load_case` refuses what is no CT in HU.
+    `check_units` says whether `load_case` refuses voxels that are no CT in HU.
     """
 
     name: str
@@ -55,16 +56,16 @@ class MSDDataset:
 
 
 def read_dataset(folder: str | Path, *, check_units: bool = True) -> MSDDataset:
-    """Reads and checks dataset.json; the volumes stay where they are until `load_case`.
+    """Reads and checks dataset.json; volumes are not read before `load_case`.
 
     Args:
-        folder: of the task, such as Task09_Spleen.
+        folder: the task's folder, such as Task09_Spleen.
         check_units: refuse another modality than CT, here, and voxels that are no HU, in `load_case`.
 
     Raises:
-        FileNotFoundError: no folder, no dataset.json, or files that it names are missing.
-        ValueError: not JSON, fields missing or of another kind, another modality, a file outside the folder, one case
-            twice.
+        FileNotFoundError: the folder, dataset.json, or files that it names are missing.
+        ValueError: dataset.json isn't JSON, its fields are missing or of another kind, it names another modality, a
+            file outside the folder, or one case twice.
     """
     root = Path(folder)
     path = root / DATASET_JSON
@@ -104,13 +105,13 @@ def read_dataset(folder: str | Path, *, check_units: bool = True) -> MSDDataset:
 
 
 def load_case(dataset: MSDDataset, case: Case) -> tuple[Nifti1Image, Nifti1Image]:
-    """The CT (HU) and the label map (whole numbers) of a case.
+    """Reads the CT (HU) and the label map (whole numbers) of a case.
 
-    A label map without foreground is no error: what measures make of it is theirs to say.
+    A label map without foreground is no error here: each measure decides what it means.
 
     Raises:
-        OSError, ValueError: a file that is missing or damaged; grids that differ; values that aren't finite, or no
-            CT in HU (`medaccel.data.hounsfield.check_hu`); labels that dataset.json doesn't name.
+        OSError, ValueError: a file is missing or damaged; the grids differ; values aren't finite, or no CT in HU
+            (`medaccel.data.hounsfield.check_hu`); dataset.json doesn't name a label.
 
     Warns:
         UserWarning: the image may be no CT in HU.
@@ -149,14 +150,14 @@ def _labels(content: Any, path: Path) -> dict[int, str]:
 
 
 def _inside(root: Path, name: Any, path: Path) -> Path:
-    """A file that dataset.json names, as long as it lies in the task's folder, also where links lead."""
+    """Returns a file that dataset.json names, if it lies in the task's folder, also after following links."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: names the file {name!r}; expected a path such as ./imagesTr/case.nii.gz")
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or any(sign in name for sign in "\\:\0"):
         raise ValueError(f"{path}: names the file {name!r}; expected one within the task's folder")
     file = root / relative
-    real = Path(os.path.realpath(file))  # `resolve` raises what it likes where links go round in a circle
+    real = Path(os.path.realpath(file))  # `resolve` may raise anything on a circle of links
     if not real.is_relative_to(os.path.realpath(root)):
         raise ValueError(f"{path}: names the file {name!r}, a link to {real}; expected one within the task's folder")
     return file

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI files: read whole and checked, written atomically.
+"""Reads NIfTI files whole and checked, and writes them atomically.
 
 Arrays are (i, j, k) or (i, j, k, t) in nibabel's axis order; affines map voxel indices to RAS coordinates.
 """
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from nibabel import Nifti1Header, Nifti1Image
 
 _SUFFIXES = (".nii", ".nii.gz")
-# By the lowest three bits of xyzt_units: metre and micron; 2 is mm, and without a word mm is meant.
+# The keys are the lowest three bits of xyzt_units: metre and micron; 2 is mm, and a header without a unit means mm.
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
-_HEADERS = {348: 352, 540: 544}  # size of NIfTI-1's and NIfTI-2's header: where voxels may begin
+_HEADERS = {348: 352, 540: 544}  # header size of NIfTI-1 and NIfTI-2: first byte that voxels may have
 # Deflate can't do better: a file of n bytes unpacks to 1032 times as many at most.
 DEFLATE_RATIO = 1032
-_FARTHEST = 1e9  # of an affine, whatever its unit is; single precision, which headers have, ends at 3e38
-# What some writers leave behind the voxels, such as zeros that fill a block.
+_FARTHEST = 1e9  # largest entry of an affine, whatever its unit; single precision, which headers have, ends at 3e38
+# Some writers leave so many bytes behind the voxels, such as zeros that fill a block.
 _TRAILING = 1 << 20
 
 
 def is_nifti_name(path: str | os.PathLike[str]) -> bool:
-    """Whether the name ends in .nii or .nii.gz."""
+    """Tells whether the name ends in .nii or .nii.gz."""
     return os.fspath(path).lower().endswith(_SUFFIXES)
 
 
 def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3) -> Nifti1Image:
-    """Read a NIfTI-1 or NIfTI-2 file, .nii or .nii.gz, into memory.
+    """Reads a NIfTI-1 or NIfTI-2 file, .nii or .nii.gz, into memory.
 
     The whole file is read and, where compressed, its checksum is verified, so that a damaged file fails here
-    and not in the middle of a run. No more is unpacked than the header promises, and nothing where that is more
-    than the file can hold. The image has the values (scl_slope and scl_inter applied):
+    and not in the middle of a run. No more is unpacked than the header promises, and nothing if that is more than the
+    file can hold. The image has the values (scl_slope and scl_inter applied):
 
     - stored without a scale: the stored type (int16 stays int16);
     - stored with one: float32, and float64 where the stored type is wider than 16 bits of integer or 32 of
@@ -54,13 +54,13 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
 
     Args:
         path: the file.
-        ndim: dimensions that are accepted, of 1 to 7. With 3, a trailing axis of size 1 is dropped.
+        ndim: accepted numbers of dimensions, 1 to 7. With 3, a trailing axis of size 1 is dropped.
 
     Raises:
-        FileNotFoundError, PermissionError: no such file, or it may not be read.
-        ValueError: not a NIfTI file, broken header, truncated or corrupt content, unusable affine, complex or
-            colour voxels, other dimensions than `ndim`, more voxels than there is memory for, a folder, pipe or
-            device; the message names the file.
+        FileNotFoundError, PermissionError: the file does not exist, or may not be read.
+        ValueError: the path is no NIfTI file, has a broken header, truncated or corrupt content, an unusable affine,
+            complex or colour voxels, other dimensions than `ndim`, or more voxels than memory can hold, or is a
+            folder, pipe or device; the message names the file.
     """
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
@@ -94,12 +94,12 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
 
 
 def save_nifti(path: str | os.PathLike[str], image: Nifti1Image, *, force: bool = False) -> None:
-    """Write an image atomically as .nii or .nii.gz; the same image gives the same bytes every time.
+    """Writes an image atomically as .nii or .nii.gz; the same image gives the same bytes every time.
 
     The voxels' type on disk is the header's (`make_nifti` sets it to the array's).
 
     Raises:
-        ValueError: the name ends in neither.
+        ValueError: the name has another ending.
         OSError: the file exists and `force` is False, the folder is not writable, the disk is full; the old
             file stays. See `medaccel.data.atomic_path`.
     """
@@ -116,19 +116,19 @@ def save_nifti(path: str | os.PathLike[str], image: Nifti1Image, *, force: bool 
 
 
 def make_nifti(array: np.ndarray, affine: np.ndarray, like: Nifti1Image | None = None) -> Nifti1Image:
-    """Make an image of the array's own type.
+    """Makes an image of the array's own type.
 
     NIfTI or its readers lack some types: bool becomes uint8, float16 float32, int64 and uint64 int32 and
     uint32.
 
     Args:
         array: (i, j, k) or (i, j, k, t), real.
-        affine: (4, 4), voxel indices to RAS, mm.
+        affine: (4, 4), maps voxel indices to RAS, mm.
         like: an image whose header (sform and qform codes, units, description, extensions) is taken over;
             without it, both codes are 1 (scanner) and the units mm and seconds.
 
     Raises:
-        ValueError: complex or other voxels, or 64-bit integers that don't fit in 32.
+        ValueError: the voxels aren't real numbers, or are 64-bit integers that don't fit in 32 bits.
     """
     import nibabel as nib
 
@@ -143,10 +143,10 @@ def make_nifti(array: np.ndarray, affine: np.ndarray, like: Nifti1Image | None =
 
 
 def resample(image: Nifti1Image, like: Nifti1Image, *, outside: float = 0.0) -> Nifti1Image:
-    """An image's values at another's voxels, trilinear, float32; the image itself where both have one grid.
+    """Resamples an image to another's grid, trilinear, float32; returns the image itself if both have one grid.
 
     Args:
-        image, like: 3-D.
+        image, like: the 3-D image, and the one whose grid is taken.
         outside: value beyond the image.
     """
     from nibabel.processing import resample_from_to
@@ -159,14 +159,16 @@ def resample(image: Nifti1Image, like: Nifti1Image, *, outside: float = 0.0) -> 
 
 
 def voxel_spacing(image: Nifti1Image) -> tuple[float, float, float]:
-    """Distance in mm between neighbours along i, j and k, from the affine and the header's unit of length."""
+    """Returns the distance in mm between neighbours along i, j and k, from the affine and the header's unit of
+    length."""
     unit = _MM_PER_UNIT.get(int(image.header["xyzt_units"]) & 7, 1.0)
     steps = np.linalg.norm(np.asarray(image.affine, np.float64)[:3, :3], axis=0) * unit
     return float(steps[0]), float(steps[1]), float(steps[2])
 
 
 def _read_checked(path: Path) -> tuple[bytes, type[Nifti1Image], np.dtype]:
-    """The file's content, unpacked and no longer than its header says; its image class and its stored type."""
+    """Returns the file's content (unpacked, and no longer than its header says), its image class and its stored
+    type."""
     import nibabel as nib
 
     compressed = path.name.lower().endswith(".gz")
@@ -180,15 +182,16 @@ def _read_checked(path: Path) -> tuple[bytes, type[Nifti1Image], np.dtype]:
         image_class = nib.Nifti1Image if size == 348 else nib.Nifti2Image
         if len(start) < size:
             if compressed:
-                _gunzip(packed, size)  # says whether it was cut short
+                _gunzip(packed, size)  # raises if the file was cut short
             raise ValueError(f"truncated file: the header has {size} bytes, and the file {len(start)}")
-        # Unchecked first: nibabel's own check mends voxel sizes of 0 to 1 mm, which is worse than an error.
+        # The header is read unchecked first: nibabel's own check mends voxel sizes of 0 to 1 mm, which is worse than
+        # an error.
         header = image_class.header_class.from_fileobj(io.BytesIO(start[:size]), check=False)
         most = len(packed) * DEFLATE_RATIO if compressed else path.stat().st_size
         dtype, promised = _checked_header(header, _HEADERS[size], most)
         if not compressed:
             return start + file.read(max(promised - len(start), 0)), image_class, dtype
-    # To the end of the stream, where the checksum is: nibabel stops at the last voxel.
+    # Unpacking goes on to the end of the stream, where the checksum is: nibabel stops at the last voxel.
     content = _gunzip(packed, promised + _TRAILING)
     if len(content) < promised:
         raise ValueError(_too_short(header, promised, len(content)))
@@ -196,10 +199,10 @@ def _read_checked(path: Path) -> tuple[bytes, type[Nifti1Image], np.dtype]:
 
 
 def _gunzip(packed: bytes, limit: int, *, whole: bool = True) -> bytes:
-    """Unpacks a gzip file, of one member or several; not `whole`: its first bytes up to the limit.
+    """Unpacks a gzip file of one or several members; if not `whole`, unpacks only its first bytes up to the limit.
 
     Raises:
-        ValueError: it is damaged, cut short, or unpacks to more than the limit.
+        ValueError: the file is damaged, cut short, or unpacks to more than the limit.
     """
     content, rest = b"", packed
     try:
@@ -221,10 +224,10 @@ def _gunzip(packed: bytes, limit: int, *, whole: bool = True) -> bytes:
 
 
 def _checked_header(header: Nifti1Header, least_offset: int, most: int) -> tuple[np.dtype, int]:
-    """The stored type and the file's size; raises ValueError where shape, type or size can't be.
+    """Returns the stored type and the file's size; raises ValueError if shape, type or size is impossible.
 
     Args:
-        least_offset: where voxels may begin.
+        least_offset: first byte that voxels may have.
         most: bytes that the file may have.
     """
     count = int(header["dim"][0])
@@ -243,7 +246,7 @@ def _checked_header(header: Nifti1Header, least_offset: int, most: int) -> tuple
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels of type {dtype} are not supported (expected integers or real numbers)")
     start = float(header["vox_offset"])
-    if not start.is_integer() or start < least_offset:  # nibabel takes the header for voxels where it is 0
+    if not start.is_integer() or start < least_offset:  # at 0, nibabel would read the header as voxels
         raise ValueError(f"broken NIfTI header: vox_offset is {start:g} (expected a whole number >= {least_offset})")
     # Python's integers, so that a broken header's sizes don't overflow or ask for terabytes of memory.
     promised = int(start) + math.prod(shape) * dtype.itemsize
@@ -268,7 +271,7 @@ def _too_short(header: Nifti1Header, promised: int, most: int) -> str:
 
 
 def available_memory() -> float:
-    """Bytes that can be taken without swapping; infinite where the system doesn't say."""
+    """Returns how many bytes can be allocated without swapping; infinite if the system doesn't say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             found = next((line for line in file if line.startswith("MemAvailable:")), None)
@@ -278,7 +281,7 @@ def available_memory() -> float:
 
 
 def _values(image: Nifti1Image, stored: np.dtype) -> np.ndarray:
-    """The voxels in memory, native byte order; see `read_nifti` for the types."""
+    """Returns the voxels in memory, in native byte order; `read_nifti` lists the types."""
     slope, inter = image.dataobj.slope, image.dataobj.inter
     if (slope, inter) == (1.0, 0.0):
         values = np.asanyarray(image.dataobj)
@@ -320,7 +323,7 @@ def _storable(array: np.ndarray) -> np.ndarray:
 
 
 def _image(values: np.ndarray, affine: np.ndarray, header: Nifti1Header) -> Nifti1Image:
-    """An image of these values and otherwise this header, of the same NIfTI version."""
+    """Makes an image of these values with an otherwise equal header, in the same NIfTI version."""
     import nibabel as nib
 
     header = header.copy()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standardised uptake values (SUV, body weight) from the header of a PET series.
+"""Computes standardised uptake values (SUV, body weight) from the header of a PET series.
 
     SUV = activity concentration [Bq/mL] · weight [g] / (dose [Bq] · 2^(-Δt / T½))
 
-with the dose decayed from the injection to the time that the image is decay-corrected to. Which time that is,
-the field DecayCorrection says (DICOM PS3.3 C.8.9.1; the rules for START, and the scan time tag of GE, are
-those of QIBA's SUV consensus pseudocode, "Vendor-neutral"):
+where the dose has decayed from the injection to the time that the image is decay-corrected to. The field
+DecayCorrection states this time (DICOM PS3.3 C.8.9.1; the rules for START, and the scan time tag of GE, are those of
+QIBA's SUV consensus pseudocode, "Vendor-neutral"):
 
 - START: the start of the scan, so Δt = series time - injection time;
 - ADMIN: the injection itself, Δt = 0;
@@ -40,9 +40,9 @@ HALF_LIFE = {
     ("y", "yttrium", 90): 230580.0,
     ("i", "iodine", 124): 360806.0,
 }
-# A scan starts neither before the injection nor once nothing is left of the dose: such dates are wrong.
+# A scan starts neither before the injection nor after the whole dose has decayed: such dates are wrong.
 _MAX_HALF_LIVES = 10
-# With a longer half-life scans days after the injection are usual, and a time of day doesn't tell the day.
+# With a longer half-life, scans days after the injection are usual, and a time of day doesn't identify the day.
 _MAX_HALF_LIFE_WITHOUT_DATE = 6 * 3600.0
 # Doses are 1e6 to 1e9 Bq; a value like 388 is in MBq.
 _MIN_DOSE = 1e4
@@ -50,7 +50,7 @@ _CLOCK_TOLERANCE = timedelta(seconds=1)
 
 
 def suv_factors(headers: Sequence[Dataset]) -> np.ndarray:
-    """Factors from the rescaled values of a PET series to SUV, one a slice.
+    """Returns the factors from the rescaled values of a PET series to SUV, one per slice.
 
     Units BQML needs PatientWeight, DecayCorrection, the times, and of RadiopharmaceuticalInformationSequence
     the dose, the half-life and the injection time. GML is SUV already: factor 1. CNTS needs Philips's SUV
@@ -60,7 +60,7 @@ def suv_factors(headers: Sequence[Dataset]) -> np.ndarray:
         headers: the headers of the slices of one series.
 
     Returns:
-        (len(headers),) float64.
+        The factors, (len(headers),), float64.
 
     Raises:
         ValueError: a field is missing, invalid or differs between slices; other units; times that contradict
@@ -103,7 +103,7 @@ def suv_factors(headers: Sequence[Dataset]) -> np.ndarray:
 
 
 def _from_concentration(headers: Sequence[Dataset], corrections: set[str]) -> np.ndarray:
-    """Factors from Bq/mL to SUV."""
+    """Returns the factors from Bq/mL to SUV."""
     weight = 1000.0 * same(headers, label("PatientWeight"), lambda h: positive(h, "PatientWeight", "kg"))
     dose = same(headers, label("RadionuclideTotalDose"), _dose)
     half_life = same(
@@ -161,7 +161,7 @@ def _dose(header: Dataset) -> float:
 
 
 def _scan_start(headers: Sequence[Dataset], first_acquisition: datetime) -> datetime:
-    """The time that a START series is decay-corrected to.
+    """Returns the time that a START series is decay-corrected to.
 
     A derived series (reformatted, post-filtered) has the time of its making as series time: later than the
     acquisition. Then GE's private scan time is the reference; without it the reference is unknown.
@@ -186,8 +186,8 @@ def _scan_start(headers: Sequence[Dataset], first_acquisition: datetime) -> date
 
 
 def _injection(headers: Sequence[Dataset], half_life: float, reference: datetime) -> datetime:
-    """When the dose was injected, with the day before taken where only the time of day is known and it is
-    later than the reference: the scan ran past midnight."""
+    """Returns the time of the injection; if only its time of day is known and is later than the reference, it was on
+    the day before, and the scan ran past midnight."""
     from pydicom.valuerep import DT, TM
 
     time_name, moment_name = label("RadiopharmaceuticalStartTime"), label("RadiopharmaceuticalStartDateTime")
@@ -221,7 +221,7 @@ def _injection(headers: Sequence[Dataset], half_life: float, reference: datetime
 
 
 def _local(header: Dataset, value: datetime) -> datetime:
-    """Without time zone: the scanner's local time, which the other fields are in."""
+    """Removes the time zone: converts to the scanner's local time, in which the other fields are given."""
     from pydicom.valuerep import DT
 
     offset = optional(header, "TimezoneOffsetFromUTC")
@@ -233,7 +233,8 @@ def _local(header: Dataset, value: datetime) -> datetime:
 
 
 def _private(header: Dataset, group: int, creator: str, element: int) -> Any:
-    """A private field's value; None where it is absent. Unknown to the writer, it is stored as bytes."""
+    """Returns a private field's value, or None if it is absent; a file written without knowledge of the field stores
+    bytes."""
     try:
         value = header.private_block(group, creator)[element].value
     except KeyError:
@@ -249,7 +250,8 @@ def _ge_scan_time(header: Dataset) -> datetime | None:
 
 
 def _philips_scale(header: Dataset, element: int) -> float:
-    """A scale factor of Philips; 0 where it is absent or not a number, which is how Philips says so too."""
+    """Returns a scale factor of Philips; 0 if it is absent or not a number, since Philips itself writes 0 for an
+    absent factor."""
     try:
         scale = float(_private(header, 0x7053, "Philips PET Private Group", element) or 0)
     except (TypeError, ValueError):
@@ -261,7 +263,7 @@ def _check_half_life(header: Dataset, half_life: float) -> None:
     item = _radiopharmaceutical(header)
     codes = optional(item, "RadionuclideCodeSequence", header=header)
     nuclide = str(optional(codes[0], "CodeMeaning", header=header) or "") if codes else ""
-    # Written 18F, F-18, ^18^Fluorine, Fluorine F^18^, …
+    # Files have 18F, F-18, ^18^Fluorine, Fluorine F^18^, …
     squeezed = re.sub("[^a-z0-9]", "", nuclide.lower())
     for (symbol, name, mass), expected in HALF_LIFE.items():
         spellings = (f"{mass}{symbol}", f"{symbol}{mass}", f"{mass}{name}", f"{name}{mass}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of tensors, as `torch.save` writes them, read after their checksums have been verified.
+"""Reads files of tensors, as `torch.save` writes them, after verifying their checksums.
 
-`torch.load` verifies none: a flipped byte in a weight is a wrong weight, and one in the archive's directory can be
-memory that nobody wrote.
+`torch.load` verifies none: a flipped byte in a weight gives a wrong weight, and one in the archive's directory can
+give uninitialised memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 _PIECE = 1 << 20
-_DIRECTORY = 0x10  # of a member's attributes, as DOS has them; torch reads nothing of a folder, and says nothing
-_MOST_RATIO = 64  # torch stores without compression; who packs an archive again gains little with weights
+_DIRECTORY = 0x10  # DOS attribute of a folder; torch silently reads nothing from a member that has it
+_MOST_RATIO = 64  # torch stores without compression, and compressing weights gains little
 
 
 def load_tensors(
@@ -30,18 +30,19 @@ def load_tensors(
     map_location: str | torch.device | None = "cpu",
     mmap: bool = False,
 ) -> Any:
-    """What a file of `torch.save` holds, without running any code of the file's.
+    """Loads the content of a file of `torch.save` without running any code in the file.
 
     Args:
         path: the file. Archives, as torch writes since 1.6, have checksums; older files have none to verify.
-        what: it is expected to be, for messages.
+        what: the expected kind of file, for messages.
         map_location: device of the tensors.
-        mmap: leave them on disk, and read what is looked at; nothing is verified then (`check_tensors` does).
+        mmap: leave the tensors on disk, and read them when they are used; nothing is verified then (`check_tensors`
+            does).
 
     Raises:
-        OSError: no such file, or it may not be read.
-        ValueError: a folder, pipe or device; a file that is damaged, cut short or of another kind, or that holds more
-            than tensors and plain values. The message names the file.
+        OSError: the file does not exist, or may not be read.
+        ValueError: the path is a folder, pipe or device; the file is damaged, cut short or of another kind, or holds
+            more than tensors and plain values. The message names the file.
     """
     import torch
 
@@ -51,18 +52,18 @@ def load_tensors(
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # an unpickler of damaged bytes can stumble in any way
-        # torch's own sentence on what it doesn't load is the advice to run the file's code.
+        # torch's own message about content that it refuses advises running the file's code.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds {found[1]}, where tensors and plain values are expected" if found else first_line(error)
         raise ValueError(f"{path}: not {what} that can be read ({reason})") from error
 
 
 def check_tensors(path: str | os.PathLike[str]) -> None:
-    """Verifies that a file of tensors of our own, hence an archive, is whole.
+    """Verifies that a file of tensors which this package wrote, hence an archive, is whole.
 
     Raises:
-        OSError: as `check_input`.
-        ValueError: it is no archive, cut short, or a checksum is wrong; the message names the file.
+        OSError: `check_input` refuses the path.
+        ValueError: the file is no archive, is cut short, or has a wrong checksum; the message names the file.
     """
     path = check_input(path)
     fault = archive_fault(path) if zipfile.is_zipfile(path) else "no archive, or cut short"
@@ -71,9 +72,10 @@ def check_tensors(path: str | os.PathLike[str]) -> None:
 
 
 def archive_fault(path: Path) -> str | None:
-    """What is wrong with an archive, in a sentence; None for a whole one, and for what is no archive at all.
+    """Says in a sentence what is wrong with an archive; returns None for a whole one, and for a file that is no
+    archive.
 
-    That is a file of before torch 1.6, or none of torch's: `torch.load` tells.
+    A file that is no archive is older than torch 1.6, or not torch's: `torch.load` says which.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
@@ -95,5 +97,5 @@ def archive_fault(path: Path) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line; torch's have many, with advice that doesn't fit."""
+    """Shortens an error to one line; torch's have many, with advice that doesn't fit."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

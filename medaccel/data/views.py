@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two augmented views of one image or volume, and where each of their pixels lies in it.
+"""Cuts two augmented views out of one image or volume, and says where each of their pixels lies in it.
 
-MONAI's transforms do the work, and carry the affine along: whatever was cropped, flipped, turned and scaled, a view's
-affine leads from its voxels to mm in the original volume. The losses on pixels take it from there.
+MONAI's transforms do the work, and carry the affine along: after any crop, flip, rotation and scaling, a view's
+affine maps its voxels to mm in the original volume. The losses on pixels need this affine.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ from medaccel.ops import gaussian_filter
 
 
 class RandGaussianBlur(RandomizableTransform):
-    """MONAI's RandGaussianSmooth with medaccel's kernel: (C, *spatial) blurred by one random σ, in voxels.
+    """Blurs (C, *spatial) by one random σ, in voxels: MONAI's RandGaussianSmooth with medaccel's kernel.
 
     Args:
         sigma: the range that σ is drawn from.
-        prob: how often.
+        prob: probability of a blur.
     """
 
     def __init__(self, sigma: tuple[float, float] = (0.25, 1.5), prob: float = 0.1):
@@ -47,7 +47,7 @@ class RandGaussianBlur(RandomizableTransform):
             self.drawn = float(self.R.uniform(*self.sigma))
 
     def __call__(self, img: Tensor) -> Tensor:
-        """(C, *spatial) to the same shape and type."""
+        """Blurs (C, *spatial); shape and type stay."""
         self.randomize()
         if not self._do_transform:
             return img
@@ -57,9 +57,10 @@ class RandGaussianBlur(RandomizableTransform):
 
 
 def intensity_transforms(spatial_size: Sequence[int]) -> list[Any]:
-    """What `TwoViews` does to a view's intensities by default: blur, noise, scaling, gamma, cut-out.
+    """Returns the changes of intensity that `TwoViews` applies to a view by default: blur, noise, scaling, gamma,
+    cut-out.
 
-    spatial_size: of a view; a cut-out block takes up to a quarter of each side, and becomes 0.
+    spatial_size: a view's size; a cut-out block takes up to a quarter of each side, and becomes 0.
     """
     return [
         RandGaussianBlur(prob=0.3),
@@ -82,12 +83,13 @@ class TwoViews(RandomizableTransform):
 
     Args:
         roi_size: voxels of a view on each of the 2 or 3 axes.
-        scale: the range of the size of what a view shows on each axis, in views: below 1 it is magnified. At most
-            `region`.
-        region: the size of the region that both views are cut from, in views: at 1 both have its middle.
+        scale: range of the extent that a view shows on each axis, as a multiple of the view's size: below 1 it is
+            magnified. At most `region`.
+        region: size of the region that both views are cut from, as a multiple of the view's size: at 1 both show its
+            middle.
         rotate: largest angle of the small rotation about each axis, in radians.
         shear: largest shear.
-        flip, rotate90: how often each axis is flipped, and each plane turned by a multiple of 90°.
+        flip, rotate90: probability that each axis is flipped, and each plane turned by a multiple of 90°.
         intensity: transforms of a view (C, *roi_size). Default: `intensity_transforms`.
 
     >>> import torch, medaccel.data
@@ -120,7 +122,7 @@ class TwoViews(RandomizableTransform):
         planes = [(0, 1)] if axes == 2 else [(0, 1), (0, 2), (1, 2)]
         angles: Any = rotate if axes == 2 else (rotate,) * 3
         self.common = RandSpatialCrop([round(n * region) for n in self.roi_size], random_size=False)
-        # Turns and flips move voxels; the last one alone resamples, and cuts the view out.
+        # Turns and flips only move voxels; the last transform alone resamples, and cuts the view out.
         self.geometry = Compose(
             [
                 *(RandRotate90(rotate90, max_k=3, spatial_axes=plane) for plane in planes),
@@ -139,21 +141,21 @@ class TwoViews(RandomizableTransform):
         self.intensity = Compose(intensity_transforms(self.roi_size) if intensity is None else list(intensity))
 
     def set_random_state(self, seed: int | None = None, state: Any = None) -> "TwoViews":
-        """Seeds this transform and all that it is made of."""
+        """Seeds this transform and all transforms that it is made of."""
         super().set_random_state(seed, state)
         for transform in (self.common, self.geometry, self.intensity):
             transform.set_random_state(seed=int(self.R.randint(2**31)))
         return self
 
     def __call__(self, data: Tensor) -> dict[str, Tensor]:
-        """Two views of a volume.
+        """Cuts two views out of a volume.
 
         Args:
-            data: (C, *spatial), a MetaTensor whose affine leads to mm, or a tensor with voxels of 1 mm.
+            data: (C, *spatial), a MetaTensor whose affine maps to mm, or a tensor with voxels of 1 mm.
 
         Returns:
-            view1, view2: (C, *roi_size), fp32, 0 outside the volume; affine1, affine2: (S + 1, S + 1), fp64, from a
-            view's voxel indices to mm in the original volume, S the number of axes.
+            view1, view2: (C, *roi_size), fp32, 0 outside the volume; affine1, affine2: (S + 1, S + 1), fp64, map a
+            view's voxel indices to mm in the original volume, S being the number of axes.
 
         Raises:
             ValueError: `data` has another number of axes than `roi_size`.
@@ -176,22 +178,22 @@ class TwoViews(RandomizableTransform):
 
 
 def _spatial_affine(affine: Tensor, axes: int) -> Tensor:
-    """The part of a 4 × 4 affine that an image of 2 axes has."""
+    """Returns the part of a 4 × 4 affine that an image of 2 axes has."""
     kept = [*range(axes), affine.shape[0] - 1]
     return affine[kept][:, kept].double()
 
 
 def feature_affine(affine: Tensor, roi_size: Sequence[int], feature_size: Sequence[int]) -> Tensor:
-    """From the indices of a feature map's pixels to mm.
+    """Returns the affine that maps the indices of a feature map's pixels to mm.
 
     Args:
-        affine: (…, S + 1, S + 1), from a view's voxel indices to mm, as `TwoViews` gives it.
+        affine: (…, S + 1, S + 1), maps a view's voxel indices to mm, as `TwoViews` gives it.
         roi_size: the view's S sizes.
-        feature_size: the map's, which covers the whole view: pixel f covers the voxels f · r … f · r + r − 1, r
-            being roi_size over feature_size, whole or not.
+        feature_size: sizes of the map, which covers the whole view: pixel f covers the voxels f · r … f · r + r − 1,
+            where r is roi_size over feature_size, whole or not.
 
     Returns:
-        (…, S + 1, S + 1), what `medaccel.losses.PixelContrastiveLoss` takes.
+        The affine (…, S + 1, S + 1) that `medaccel.losses.PixelContrastiveLoss` takes.
     """
     axes = affine.shape[-1] - 1
     if not len(roi_size) == len(feature_size) == axes:

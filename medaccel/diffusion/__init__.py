@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diffusion: schedulers with MONAI's interface, samplers, SDEdit and noising on the fused step."""
+"""Diffuses and denoises volumes on the fused step: schedulers with MONAI's interface, samplers, SDEdit and
+noising."""
 
 from medaccel.diffusion.nets import TimeConditionedSwinUNETR, running_average, small_unet
 from medaccel.diffusion.noising import noised

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fused schedulers share: coefficients that round as MONAI's, where a step leads, noise, noising."""
+"""Holds the code that the fused schedulers share: coefficients that round as MONAI's do, the order of the steps, and
+noise."""
 
 import math
 import warnings
@@ -20,28 +21,28 @@ _TORCH = {np.float16: torch.float16, np.float32: torch.float32, np.float64: torc
 
 @dataclass
 class _Walk:
-    """Where each inference step leads, and the timesteps that it was read from."""
+    """Lists the step that follows each inference step, and the timesteps that this table was read from."""
 
     timesteps: Any
-    version: int | None  # None: changes can't be told by it
-    content: Tensor | None  # of timesteps on the CPU
+    version: int | None  # None: a change of the tensor does not show in its version
+    content: Tensor | None  # timesteps that lie on the CPU
     following: dict[int, int]
-    first: int  # -1: there are none
+    first: int  # -1: there are no timesteps
     astray: bool = False  # a step that is not listed was taken since the last start
     warned: bool = False
 
     def is_of(self, timesteps: Any) -> bool:
-        """Whether `timesteps` is what the table was made of, unchanged."""
+        """Tells whether `timesteps` are the ones that the table was made from, unchanged."""
         if timesteps is not self.timesteps:
             return False
-        if self.content is not None:  # NumPy and `.data` write without a new version, so the numbers are compared
+        if self.content is not None:  # writes by NumPy and `.data` leave the version, so the numbers are compared
             return self.content.dtype == timesteps.dtype and torch.equal(self.content, timesteps)
         return self.version is not None and self.version == timesteps._version
 
 
 class Fused:
-    """What both schedulers share. Class attributes are what `accelerate` leaves a MONAI scheduler with: its numbers,
-    faults included, and torch's noise from the caller's generator."""
+    """Holds the part that both schedulers share. The class attributes keep the behaviour of an accelerated MONAI
+    scheduler: its numbers, faults included, and torch's noise from the caller's generator."""
 
     skipped_steps = "training"
     kernel_noise = False
@@ -72,7 +73,7 @@ class Fused:
         self._mended = True
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """MONAI's; a count below 1 is refused."""
+        """Sets the timesteps as MONAI does; refuses a count below 1."""
         if self._mended and num_inference_steps < 1:
             raise ValueError(
                 f"{type(self).__name__}: num_inference_steps is {num_inference_steps}; expected 1 to "
@@ -82,8 +83,8 @@ class Fused:
 
     # --- which step ------------------------------------------------------------------------------------------
     def _left_to_monai(self, model_output: Any, sample: Any) -> bool:
-        """Whether a MONAI scheduler that was accelerated is asked for what only MONAI's own code gives: shapes that
-        broadcast, its arithmetic in bf16."""
+        """Tells whether an accelerated MONAI scheduler is called in a way that only MONAI's own code serves: shapes
+        that broadcast, or arithmetic in bf16."""
         if self._mended:
             return False
         return (
@@ -95,10 +96,10 @@ class Fused:
         )
 
     def _check(self, model_output: Tensor, timestep: Any, plain: bool) -> int:
-        """The time step as an int, or an error in a sentence.
+        """Returns the time step as an int, or raises an error in a sentence.
 
-        plain: nothing was asked for that MONAI's step hasn't. An accelerated scheduler then takes any number: MONAI's
-        code wraps negative ones around, and refuses the others.
+        plain: the call uses nothing beyond MONAI's step. An accelerated scheduler then takes any number: MONAI's code
+        wraps negative ones around, and refuses the others.
         """
         name = type(self).__name__
         t = _whole(name, timestep)
@@ -111,11 +112,11 @@ class Fused:
         return t
 
     def _following(self, t: int, monais: int) -> tuple[int, bool]:
-        """The step after `t` (negative after the last), and whether the step is MONAI's in its noise too.
+        """Returns the step after `t` (negative after the last), and whether the step, its noise included, is MONAI's.
 
         Args:
             t: the step.
-            monais: where MONAI goes from it.
+            monais: the step that MONAI takes next.
         """
         if self.skipped_steps == "training":
             return monais, not self.kernel_noise
@@ -135,7 +136,8 @@ class Fused:
         return (monais, True) if walk.astray else (walk.following[t], not self.kernel_noise)
 
     def _walk_now(self) -> _Walk:
-        """The table of the timesteps as they are now. It is kept, because they may lie on a GPU."""
+        """Returns the table for the present timesteps; it is kept, because they may lie on a GPU. It is kept, because
+        they may lie on a GPU."""
         walk: _Walk | None = self.__dict__.get("_walk")
         if walk is not None and walk.is_of(self.timesteps):
             return walk
@@ -143,7 +145,7 @@ class Fused:
         steps = torch.as_tensor(timesteps).tolist()
         if any(b > a for a, b in pairwise(steps)):
             raise ValueError(f"{type(self).__name__}: timesteps are not sorted; expected decreasing ones")
-        # More steps than there are levels (a steps_offset, and num_train_timesteps of them) list some twice.
+        # With more steps than levels (a steps_offset, and num_train_timesteps of them), some levels are listed twice.
         following = dict(pairwise([*dict.fromkeys(steps), -1]))
         version = content = None
         if isinstance(timesteps, Tensor):
@@ -157,12 +159,14 @@ class Fused:
 
     # --- coefficients ----------------------------------------------------------------------------------------
     def _at(self, table: Tensor, index: int) -> Any:
-        """An entry as a NumPy scalar: its arithmetic rounds as MONAI's 0-d tensors do, and is ten times as fast."""
+        """Returns an entry as a NumPy scalar: its arithmetic rounds as MONAI's 0-d tensors do, and is ten times as
+        fast."""
         values = table.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()[index]
 
     def _x0(self, alpha: Any) -> tuple[float, float]:
-        """x0 = a · x + b · m, at a level with this ᾱ; not finite where the level's x0 can't be known from m."""
+        """Returns a and b of x0 = a · x + b · m at a level with this ᾱ; they are not finite where m does not
+        determine x0."""
         level, noise = float(root(alpha)), float(root(one(alpha) - alpha))
         if self.prediction_type == "epsilon":
             return (1 / level, -noise / level) if level else (math.inf, -math.inf)
@@ -171,7 +175,7 @@ class Fused:
         return level, -noise
 
     def _undefined(self, t: int, following: int, alpha: Any, alpha_next: Any) -> ValueError:
-        """The sentence for a step whose coefficients are not finite numbers."""
+        """Returns the error for a step whose coefficients are not finite numbers."""
         return ValueError(
             f"{type(self).__name__}: the step from {t} to {max(following, 0)} is undefined for a prediction of "
             f"{self.prediction_type!r} where alphas_cumprod is {float(alpha):g} and then {float(alpha_next):g}; "
@@ -181,7 +185,7 @@ class Fused:
 
     @staticmethod
     def _guided(guided: dict[str, Any], alpha: Any) -> dict[str, Any]:
-        """Mask and guide, with the level that kept voxels are noised to."""
+        """Adds to mask and guide the level that the kept voxels are noised to."""
         if not guided:
             return {}
         return {
@@ -192,9 +196,10 @@ class Fused:
 
     @staticmethod
     def _promoted(sample: Tensor, model_output: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-        """Both in the dtype that torch's arithmetic gives; a half-precision model output the kernel takes as it is.
+        """Converts both to the dtype that torch's arithmetic gives; the kernel takes a half-precision model output as
+        it is.
 
-        in_place: the sample's dtype is that of `out`, and stays.
+        in_place: the sample has the dtype of `out`, which stays.
         """
         if sample.dtype == model_output.dtype or (
             in_place and torch.float64 not in (sample.dtype, model_output.dtype)
@@ -204,7 +209,7 @@ class Fused:
         return sample.to(dtype), model_output.to(dtype) if dtype == torch.float64 else model_output
 
     def _x0_as_monai(self, x0: Tensor, model_output: Tensor) -> Tensor:
-        """MONAI's x0 is the model output itself, in its dtype, where that is predicted."""
+        """Returns the model output itself, in its dtype, as MONAI's x0 if the network predicts x0."""
         if self._mended or self.prediction_type != "sample" or x0 is None:
             return x0
         return x0.to(model_output.dtype)
@@ -217,7 +222,7 @@ class Fused:
     def _noise(
         like: Tensor, sample: Tensor, generator: torch.Generator | None, seed: int | None, t: int, torchs: bool
     ) -> dict[str, Any]:
-        """The step's noise: torch's, or the kernel's with the time step as its offset."""
+        """Returns the step's noise: torch's, or the kernel's with the time step as its offset."""
         if seed is not None or not torchs:
             if seed is None and generator is not None:
                 device = generator.device
@@ -228,18 +233,18 @@ class Fused:
 
     # --- noising ---------------------------------------------------------------------------------------------
     def _noising_left_to_monai(self, x: Any, noise: Any, timesteps: Any) -> bool:
-        """As `_left_to_monai`, of `add_noise` and `get_velocity`."""
+        """Tells, as `_left_to_monai` does, whether `add_noise` or `get_velocity` is MONAI's to compute."""
         if self._mended or noise is None or not isinstance(timesteps, Tensor):
             return False
         return noise.shape != x.shape or noise.dtype != x.dtype or timesteps.numel() not in (1, len(x))
 
     def _levels(self, timesteps: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ and √(1 − ᾱ) of each sample, by MONAI's arithmetic in the sample's precision, in float64."""
+        """Returns √ᾱ and √(1 − ᾱ) for each sample, by MONAI's arithmetic in the sample's precision, in float64."""
         name = type(self).__name__
         timesteps = torch.as_tensor(timesteps)
         if timesteps.dtype == torch.bool or timesteps.is_floating_point() or timesteps.is_complex():
             raise TypeError(f"{name}: timesteps are {timesteps.dtype}; expected integers")
-        known = host_values(timesteps)  # a GPU's are not read here
+        known = host_values(timesteps)  # timesteps on a GPU are not read here
         if (
             known is not None
             and self._mended
@@ -266,13 +271,13 @@ class Fused:
     def add_noise(
         self, original_samples: Tensor, noise: Tensor | None, timesteps: Any, *, seed: int | None = None
     ) -> Tensor:
-        """√ᾱ_t · x0 + √(1 − ᾱ_t) · noise, each sample at its own time step.
+        """Returns √ᾱ_t · x0 + √(1 − ᾱ_t) · noise, each sample at its own time step.
 
         Args:
             original_samples: x0, (B, …).
-            noise: like x0; None: made in the kernel from `seed`, which `training_target` then takes too.
+            noise: a tensor like x0. None: the kernel makes it from `seed`; pass that seed to `training_target` too.
             timesteps: (B,), or one for all: integers, as a tensor, an array or numbers.
-            seed: of the kernel's noise.
+            seed: the seed of the kernel's noise.
         """
         if self._noising_left_to_monai(original_samples, noise, timesteps):
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
@@ -282,7 +287,7 @@ class Fused:
     def get_velocity(
         self, sample: Tensor, noise: Tensor | None, timesteps: Any, *, seed: int | None = None
     ) -> Tensor:
-        """√ᾱ_t · noise − √(1 − ᾱ_t) · x0: what a network with v prediction is trained to predict."""
+        """Returns √ᾱ_t · noise − √(1 − ᾱ_t) · x0, which a network with v prediction is trained to predict."""
         if self._noising_left_to_monai(sample, noise, timesteps):
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc]
         alpha, sigma = self._levels(timesteps, sample)
@@ -291,7 +296,7 @@ class Fused:
     def training_target(
         self, original_samples: Tensor, noise: Tensor | None, timesteps: Any, *, seed: int | None = None
     ) -> Tensor:
-        """What the network is to predict, by `prediction_type`; noise or seed as `add_noise` got them."""
+        """Returns the network's target by `prediction_type`; pass the noise or the seed that `add_noise` got."""
         if self.prediction_type == "sample":
             return original_samples
         if self.prediction_type == "v_prediction":
@@ -300,7 +305,7 @@ class Fused:
 
 
 def _whole(name: str, timestep: Any) -> int:
-    """A number, or an array or tensor of one, as an int."""
+    """Converts a number, or an array or tensor that holds one, to an int."""
     if type(timestep) is int:
         return timestep
     if isinstance(timestep, Tensor | np.ndarray | np.generic):
@@ -317,10 +322,11 @@ def _whole(name: str, timestep: Any) -> int:
 
 
 def root(value: Any) -> Any:
-    """By torch: its square root (MKL's) is not always the nearest number, and MONAI's coefficients are made of it."""
+    """Computes the square root with torch: torch's (MKL's) is not always the nearest number, and MONAI's coefficients
+    are made with it."""
     return value.dtype.type(torch.tensor(float(value), dtype=_TORCH[value.dtype.type]).sqrt().item())
 
 
 def one(like: Any) -> Any:
-    """1 in the precision of a NumPy scalar: a Python 1 would widen it in NumPy 1."""
+    """Returns 1 in the precision of a NumPy scalar: a Python 1 would widen it in NumPy 1."""
     return like.dtype.type(1)

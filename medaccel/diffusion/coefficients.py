@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each sampler's update is, in the coefficients of `medaccel.ops.diffusion_step`.
+"""Expresses each sampler's update in the coefficients of `medaccel.ops.diffusion_step`.
 
 A level of a diffusion is x = alpha · x0 + sigma · ε: variance-preserving ones have alpha² + sigma² = 1,
 variance-exploding ones alpha = 1. A step goes from a level to one with less noise. Everything is plain float
@@ -13,7 +13,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction", "score")
 
 
 class Level(NamedTuple):
-    """x = alpha · x0 + sigma · ε."""
+    """Describes a level of noise: x = alpha · x0 + sigma · ε."""
 
     alpha: float
     sigma: float
@@ -23,7 +23,7 @@ CLEAN = Level(1.0, 0.0)
 
 
 class Predictions(NamedTuple):
-    """x0 = a · x + b · m and ε = p · x + q · m, for a network's output m."""
+    """Holds the coefficients of x0 = a · x + b · m and ε = p · x + q · m, for a network's output m."""
 
     a: float
     b: float
@@ -32,14 +32,14 @@ class Predictions(NamedTuple):
 
 
 def check_prediction(prediction: str) -> str:
-    """The kind of prediction, or an error in a sentence."""
+    """Returns the kind of prediction, or raises an error in a sentence."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"diffusion: prediction is {prediction!r}; expected one of {list(PREDICTIONS)}")
     return prediction
 
 
 def predictions(prediction: str, level: Level) -> Predictions:
-    """How x0 and ε follow from the network's output.
+    """Returns the coefficients by which x0 and ε follow from the network's output.
 
     "epsilon": m = ε; "sample": m = x0; "v_prediction": m = alpha · ε − sigma · x0 (Salimans & Ho, ICLR 2022);
     "score": m = ∇ log p(x) = −ε / sigma.
@@ -67,12 +67,13 @@ def _step(a: float, b: float, **others: float) -> dict[str, Any]:
 
 
 def add_noise(level: Level) -> dict[str, Any]:
-    """q(x_t | x0): the sample is x0."""
+    """Returns the coefficients of q(x_t | x0); the sample is x0."""
     return _step(1.0, 0.0, d=level.alpha, s=level.sigma)
 
 
 def ancestral(prediction: str, level: Level, following: Level) -> dict[str, Any]:
-    """A draw of q(x′ | x, x0): DDPM's step (Ho et al., 2020, eq. 6–7) on any two levels, variance "fixed small"."""
+    """Returns the coefficients that draw from q(x′ | x, x0): DDPM's step (Ho et al., 2020, eq. 6–7) on any two
+    levels, variance "fixed small"."""
     ratio = level.alpha / following.alpha
     added = level.sigma**2 - (ratio * following.sigma) ** 2  # variance that the forward step adds
     a, b, _, _ = predictions(prediction, level)
@@ -86,7 +87,8 @@ def ancestral(prediction: str, level: Level, following: Level) -> dict[str, Any]
 
 
 def ddim(prediction: str, level: Level, following: Level, eta: float = 0.0) -> dict[str, Any]:
-    """Song et al., ICLR 2021, eq. 12 and 16; eta 0 is deterministic, eta 1 has the ancestral step's variance."""
+    """Returns the coefficients of DDIM's step (Song et al., ICLR 2021, eq. 12 and 16); eta 0 is deterministic, eta 1
+    has the ancestral step's variance."""
     ratio = level.alpha / following.alpha
     added = max(level.sigma**2 - (ratio * following.sigma) ** 2, 0.0)
     s = eta * math.sqrt(added) * following.sigma / level.sigma
@@ -96,7 +98,8 @@ def ddim(prediction: str, level: Level, following: Level, eta: float = 0.0) -> d
 
 
 def euler_maruyama(prediction: str, level: Level, following: Level) -> dict[str, Any]:
-    """The reverse SDE's step (Song et al., "Score-based generative modeling through SDEs", ICLR 2021, app. D–E).
+    """Returns the coefficients of the reverse SDE's step (Song et al., "Score-based generative modeling through
+    SDEs", ICLR 2021, app. D–E).
 
     Variance-exploding, and SDEdit's (Meng et al., ICLR 2022): x′ = x + ε² · score + ε · z with ε² = σ² − σ′².
     Variance-preserving: x′ = (2 − √(1−β)) · x + β · score + √β · z, β = 1 − (α/α′)²: their "reverse diffusion" form.
@@ -110,8 +113,8 @@ def euler_maruyama(prediction: str, level: Level, following: Level) -> dict[str,
 
 
 def dpm_solver_2m(prediction: str, level: Level, following: Level, before: Level | None) -> dict[str, Any]:
-    """DPM-Solver++(2M) (Lu et al., 2022, alg. 2); `before`: the level of the previous x0. None, or a last step to
-    noise 0: first order."""
+    """Returns the coefficients of DPM-Solver++(2M) (Lu et al., 2022, alg. 2); `before` is the level of the previous
+    x0. The step is first order if `before` is None, or if it is a last step to noise 0."""
     a, b, _, _ = predictions(prediction, level)
     if following.sigma == 0:
         return _step(a, b, c=following.alpha)
@@ -128,12 +131,14 @@ def _log_ratio(level: Level) -> float:
 
 
 def langevin(prediction: str, level: Level, step: float) -> dict[str, Any]:
-    """The corrector: x′ = x + step · score + √(2 · step) · z, at the same level."""
+    """Returns the coefficients of the Langevin corrector: x′ = x + step · score + √(2 · step) · z, at the same
+    level."""
     a, b, p, q = predictions(prediction, level)
     factor = -step / level.sigma
     return _step(a, b, d=1 + factor * p, e=factor * q, s=math.sqrt(2 * step))
 
 
 def rectified_flow(time: float, following: float) -> dict[str, Any]:
-    """Euler's step of dx/dt = −m from time to following (both in [0, 1], 1: noise; m = x0 − noise, as MONAI's)."""
+    """Returns the coefficients of Euler's step for dx/dt = −m from time to following (both in [0, 1]; 1 is noise; m =
+    x0 − noise, as MONAI's)."""
     return _step(1.0, time, d=1.0, e=time - following)

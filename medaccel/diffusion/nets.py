@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time-conditioned networks: MONAI's U-Net, small, and Swin UNETR with time; and a network's running average."""
+"""Builds time-conditioned networks (a small MONAI U-Net, and Swin UNETR with time) and a network's running
+average."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ def small_unet(
     channels: Sequence[int] = (16, 32, 64),
     attention: bool = False,
 ) -> DiffusionModelUNet:
-    """MONAI's `DiffusionModelUNet`, small enough to train on a CPU.
+    """Builds MONAI's `DiffusionModelUNet`, small enough to train on a CPU.
 
     Args:
         channels: per level, multiples of 8; each level but the first halves the volume.
@@ -37,13 +38,14 @@ def small_unet(
         use_flash_attention=True,  # a head's scores of 24³ tokens would be 764 MB
     )
     if not attention:
-        # MONAI's middle has attention in any case: quadratic in the voxels, and the most of the time on a volume.
+        # MONAI's middle block has attention in any case: quadratic in the voxels, it takes most of the time on a
+        # volume.
         net.middle_block.attention = nn.Identity()
     return net
 
 
 class _Modulation(nn.Module):
-    """x · (1 + scale) + shift, both linear in the embedding; the identity at the start of training."""
+    """Computes x · (1 + scale) + shift, both linear in the embedding; it is the identity at the start of training."""
 
     def __init__(self, embedding: int, channels: int):
         super().__init__()
@@ -52,14 +54,14 @@ class _Modulation(nn.Module):
         nn.init.zeros_(self.project.bias)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x: (B, C, *spatial), embedding: (B, E)."""
+        """Modulates x (B, C, *spatial) by the embedding (B, E); returns x's shape."""
         values = self.project(embedding)
         scale, shift = values.reshape(*values.shape, *[1] * (x.dim() - 2)).chunk(2, dim=1)
         return x * (1 + scale) + shift
 
 
 class TimeConditionedSwinUNETR(SwinUNETR):
-    """`medaccel.nets.SwinUNETR` that is told the time step, with `DiffusionModelUNet`'s call: net(x, timesteps).
+    """Tells `medaccel.nets.SwinUNETR` the time step, with `DiffusionModelUNet`'s call: net(x, timesteps).
 
     The sinusoidal embedding of the time step, through two layers, scales and shifts the channels of the encoder's
     five stages and of the decoder's five. A `SwinUNETR`'s state_dict loads with ``strict=False``, and the network
@@ -67,7 +69,7 @@ class TimeConditionedSwinUNETR(SwinUNETR):
 
     Args:
         embedding: channels of the time's embedding.
-        others: as `SwinUNETR`'s; `in_channels`, `out_channels` and `feature_size` among them.
+        others: `SwinUNETR`'s, such as `in_channels`, `out_channels` and `feature_size`.
     """
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, *, embedding: int = 128, **others: Any):
@@ -82,7 +84,8 @@ class TimeConditionedSwinUNETR(SwinUNETR):
         self.time_decoder = nn.ModuleList(_Modulation(embedding, width) for width in (8 * f, 4 * f, 2 * f, f, f))
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-        """x: (B, C, *spatial), each axis a multiple of 32; timesteps: (B,) or (1,); context must be None."""
+        """Maps x (B, C, *spatial), each axis a multiple of 32, and timesteps (B,) or (1,) to the prediction; context
+        must be None."""
         if context is not None:
             raise ValueError("TimeConditionedSwinUNETR: context is given; expected None: it has no cross-attention")
         if timesteps.dim() != 1 or timesteps.shape[0] not in (1, x.shape[0]):
@@ -109,7 +112,7 @@ class TimeConditionedSwinUNETR(SwinUNETR):
 
 
 def running_average(model: nn.Module, decay: float = 0.999) -> AveragedModel:
-    """An exponential moving average of a model's weights and buffers: torch's `AveragedModel`.
+    """Returns an exponential moving average of a model's weights and buffers: torch's `AveragedModel`.
 
     Call `average.update_parameters(model)` after each optimizer step; sample with `average` (or `average.module`).
 

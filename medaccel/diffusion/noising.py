@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward process by the fused step: x_t = alpha · x0 + sigma · z, and targets made of the same two."""
+"""Computes the forward process with the fused step: x_t = alpha · x0 + sigma · z, and targets made of the same
+two."""
 
 from torch import Tensor
 
@@ -18,17 +19,18 @@ def noised(
     offset: int = 0,
     sample_offset: int = 0,
 ) -> Tensor:
-    """signal · x + noise_std · z in one pass: noising, and (with the same noise or seed) the network's targets.
+    """Returns signal · x + noise_std · z in one pass: noising, and (with the same noise or seed) the network's
+    targets.
 
     Args:
         x: (B, …), floating point.
         signal, noise_std: numbers, or (B,): each sample at its own level.
-        noise: z, like x. None: standard normals made in the kernel; the same seed and offset give them again, so a
-            target needs no stored noise.
-        seed, offset, sample_offset: as `medaccel.ops.diffusion_step`'s.
+        noise: z, a tensor like x. None: the kernel makes standard normals; the same seed and offset give them again,
+            so a target needs no stored noise.
+        seed, offset, sample_offset: those of `medaccel.ops.diffusion_step`.
 
     Returns:
-        like x, contiguous. Differentiable by x and noise.
+        A contiguous tensor like x, differentiable by x and noise.
     """
     tensors = check_tensors(x, None, None, noise, None, None)
     signal, noise_std = check_coefficients(("signal", "noise_std"), (signal, noise_std))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers: a network's predictions turned into a sample, one fused step in place after another."""
+"""Turns a network's predictions into a sample, one fused step in place after another."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from medaccel.diffusion.sde import _Sde
 from medaccel.ops import diffusion_step
 
 METHODS = ("ancestral", "ddim", "euler_maruyama", "dpm_solver_2m")
-SNR = 0.16  # of the Langevin corrector; Song et al., ICLR 2021, app. G
-# Offsets of the noise that no step uses.
+SNR = 0.16  # signal-to-noise ratio of the Langevin corrector; Song et al., ICLR 2021, app. G
+# Noise drawn outside the steps has these offsets, which no step uses.
 START = 1 << 40
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -24,17 +24,17 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to go from noise to data.
+    """Goes from noise to data by one of several methods.
 
     Attributes:
         sde: the levels: `VPSDE` or `VESDE`.
         method: "ancestral" (DDPM), "ddim", "euler_maruyama" (the reverse SDE) or "dpm_solver_2m" (a second-order ODE
             solver).
-        prediction: what the network gives: "epsilon", "sample", "v_prediction" or "score".
-        eta: of "ddim".
+        prediction: the network's output: "epsilon", "sample", "v_prediction" or "score".
+        eta: weight of the noise in "ddim".
         corrector_steps: Langevin steps before each step ("predictor–corrector").
         snr: the corrector's signal-to-noise ratio.
-        clip: (min, max) of the predicted x0 (of "euler_maruyama", which has none: must be None).
+        clip: (min, max) of the predicted x0; must be None for "euler_maruyama", which predicts no x0.
         check_finite: raise where a prediction holds a NaN or an infinity, naming the step.
     """
 
@@ -64,7 +64,7 @@ class Sampler:
             raise ValueError(f"Sampler: clip is {self.clip}; expected (min, max) with min <= max, or None")
 
     def start(self, shape: tuple[int, ...], *, seed: int, like: Tensor, t0: int | float | None = None) -> Tensor:
-        """Pure noise of the level t0 to start from: `shape`, dtype and device of `like`."""
+        """Returns pure noise at the level t0 to start from: `shape`, with the dtype and device of `like`."""
         level = self.sde.level(self.sde.start(len(self.sde) if t0 is None else t0) - 1)
         zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return noised(zeros, 0.0, level.sigma, seed=seed, offset=START)
@@ -80,15 +80,16 @@ class Sampler:
         guided: dict[str, Tensor] | None = None,
         sample_offset: int = 0,
     ) -> Iterator["State"]:
-        """The steps from indices[state.step] on, in place; yields after each, so that a caller may watch or stop.
+        """Takes the steps from indices[state.step] on, in place; yields after each, so that a caller may watch or
+        stop.
 
         Args:
             model: (x, time (B,)) → the prediction, like x.
             state: a sample at the level indices[0], ``State(x)``, or what an interrupted run yielded last; its x is
                 overwritten.
             indices: strictly decreasing levels, ending with −1; `_Sde.indices` makes them.
-            seed: of all noise; each step's offset is its index, so a run that is resumed goes on with the same bits.
-            guided: mask and guide, as `medaccel.ops.diffusion_step`'s.
+            seed: the seed of all noise; each step's offset is its index, so a resumed run goes on with the same bits.
+            guided: `mask` and `guide` of `medaccel.ops.diffusion_step`.
             sample_offset: number of the batch's first sample.
         """
         if indices[-1:] != [-1] or any(b >= a for a, b in pairwise(indices)):
@@ -131,13 +132,13 @@ class Sampler:
         sample_offset: int = 0,
         progress: bool = False,
     ) -> Tensor:
-        """From `x` at the level t0 (None: pure noise of the last level) to a sample, in `steps` steps.
+        """Goes from `x` at the level t0 (None: pure noise of the last level) to a sample, in `steps` steps.
 
         Args:
             model: (x, time (B,)) → the prediction.
-            x: (B, …); left as it is. `start` makes one.
-            seed, sample_offset: of the noise.
-            t0, steps: as `_Sde.indices`.
+            x: (B, …); it is not changed. `start` makes one.
+            seed, sample_offset: the noise's seed, and the number of the batch's first sample.
+            t0, steps: those of `_Sde.indices`.
             progress: show a progress bar.
         """
         from tqdm import tqdm
@@ -169,11 +170,12 @@ class Sampler:
             return c.dpm_solver_2m(self.prediction, level, to, None if before is None else self.sde.level(before))
         step = c.euler_maruyama(self.prediction, level, to)
         if to.sigma == 0:
-            step["s"] = 0.0  # noise added last would only be noise
+            step["s"] = 0.0  # noise added in the last step would stay in the sample
         return step
 
     def _langevin_step(self, x: Tensor, m: Tensor, index: int) -> float:
-        """2 · α · (snr · ‖z‖ / ‖score‖)², norms averaged over the batch; ‖z‖ is √n to a part in √(2n)."""
+        """Returns 2 · α · (snr · ‖z‖ / ‖score‖)², norms averaged over the batch; ‖z‖ is taken as √n, its value within
+        a share of 1/√(2n)."""
         level = self.sde.level(index)
         _, _, p, q = c.predictions(self.prediction, level)
         noise = q * m if p == 0 else p * x + q * m
@@ -184,7 +186,7 @@ class Sampler:
 
 @dataclass
 class State:
-    """Where a run is: enough, with seed and indices, to go on with the same bits."""
+    """Holds the progress of a run, which goes on from it with the same bits, given seed and indices."""
 
     x: Tensor
     step: int = 0
@@ -193,12 +195,12 @@ class State:
 
 @torch.no_grad()
 def sample_rectified_flow(model: Model, x: Tensor, *, steps: int, times: float = 1000.0) -> Tensor:
-    """Euler's method on a rectified flow, from noise at time 1 to data at 0.
+    """Samples a rectified flow by Euler's method, from noise at time 1 to data at time 0.
 
     Args:
         model: (x, time · times (B,)) → x0 − noise, as MONAI's `RFlowScheduler` is trained.
-        x: (B, …), standard normal noise; left as it is.
-        steps: of equal length.
+        x: (B, …), standard normal noise; it is not changed.
+        steps: number of steps, all of equal length.
         times: the network's scale of time.
 
     Source: Liu et al., "Flow straight and fast", ICLR 2023.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's schedulers on the fused step: same interface, same values, one pass over memory."""
+"""Runs MONAI's schedulers on the fused step: same interface, same values, one pass over memory."""
 
 import math
 from typing import Any
@@ -18,21 +18,21 @@ _LEARNED = (DDPMVarianceType.LEARNED, DDPMVarianceType.LEARNED_RANGE)
 
 
 class DDPMScheduler(Fused, MonaiDDPM):
-    """`monai.networks.schedulers.DDPMScheduler` on the fused step, with two faults mended.
+    """Runs `monai.networks.schedulers.DDPMScheduler` on the fused step, with two faults mended.
 
     MONAI's step goes from t to t − 1 also where `set_timesteps` has left steps out, so that a sampler with fewer
-    steps than training ends in noise. Here it goes to the next *inference* step. And the noise is made in the
-    kernel, seeded by torch's generator, so it isn't what `torch.randn` would give.
+    steps than training ends in noise. Here it goes to the next *inference* step. The kernel makes the noise, seeded
+    by torch's generator, so it differs from `torch.randn`'s.
 
-    A timestep that `set_timesteps` does not list has no next one: from it on, steps go MONAI's way, t − 1 and torch's
-    noise, with one warning, until a run starts at the first of the timesteps again.
+    A timestep that `set_timesteps` does not list has no next one: from there on, steps are MONAI's (to t − 1, with
+    torch's noise), after one warning, until a run starts at the first timestep again.
 
     Args:
         num_train_timesteps, schedule, variance_type, clip_sample, prediction_type, clip_sample_min, clip_sample_max,
-            schedule_args: as MONAI's.
+            schedule_args: MONAI's.
         skipped_steps: "inference" (default) or "training", MONAI's behaviour.
         kernel_noise: False draws the noise with `torch.randn`, as MONAI does.
-        check_finite: raise where a model output holds a NaN or an infinity; a pass over it, and on a GPU a wait.
+        check_finite: raise if a model output holds a NaN or an infinity; costs a pass over it, and a wait on a GPU.
 
     `medaccel.accelerate` gives MONAI's own schedulers this class with MONAI's behaviour in all of these.
 
@@ -61,22 +61,22 @@ class DDPMScheduler(Fused, MonaiDDPM):
         out: Any = None,
         **guided: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One step of the reverse process.
+        """Takes one step of the reverse process.
 
         Args:
             model_output: (B, C, …); (B, 2·C, …) for a learned variance, whose noise is always torch's.
             timestep: a training step, of those of `set_timesteps` (see above): an int, or an array or tensor of one.
             sample: x_t, (B, C, …).
-            generator: of the noise, or of the kernel noise's seed.
-            seed: of the kernel's noise; the time step is its offset, so one seed serves a whole run.
-            out, guided: as `medaccel.ops.diffusion_step`'s `out`, and its `mask` and `guide`.
+            generator: draws the noise, or the seed of the kernel's noise.
+            seed: the seed of the kernel's noise; the time step is its offset, so one seed serves a whole run.
+            out, guided: `out`, `mask` and `guide` of `medaccel.ops.diffusion_step`.
 
         Returns:
             (x at the next step, the predicted x0).
 
         Raises:
-            ValueError: a step that is not defined, as one from a level without signal (zero terminal SNR) by a
-                prediction of the noise. An accelerated scheduler gives what MONAI does: infinities, clipped.
+            ValueError: the step is not defined, such as one that predicts noise at a level without signal (zero
+                terminal SNR). An accelerated scheduler returns MONAI's result: infinities, clipped.
         """
         plain = seed is None and out is None and not guided
         if plain and self._left_to_monai(model_output, sample):
@@ -132,7 +132,8 @@ class DDPMScheduler(Fused, MonaiDDPM):
         return {"a": a, "b": b, "c": float(c), "d": float(d), "e": 0.0, "s": float(s)}
 
     def _learned_std(self, variance: Tensor, alpha_prod: Any, alpha_prod_next: Any) -> Tensor:
-        """As MONAI reads a network's variance, of a step that leaves levels out."""
+        """Returns the standard deviation from a network's variance, read as MONAI does, for a step that leaves levels
+        out."""
         if self.variance_type == DDPMVarianceType.LEARNED_RANGE:
             most = one(alpha_prod) - alpha_prod / alpha_prod_next
             least = self._step_variance(alpha_prod, alpha_prod_next, most)
@@ -151,15 +152,15 @@ class DDPMScheduler(Fused, MonaiDDPM):
 
 
 class DDIMScheduler(Fused, MonaiDDIM):
-    """`monai.networks.schedulers.DDIMScheduler` on the fused step.
+    """Runs `monai.networks.schedulers.DDIMScheduler` on the fused step.
 
-    MONAI's steps are spread evenly and rounded, but each goes to t − T // N, which is not the next of them unless N
-    divides T − 1 suitably. Here it goes to the next inference step (`skipped_steps="training"`: MONAI's way).
+    MONAI's steps are spread evenly and rounded, but each goes to t − T // N, which is the next one only if N divides
+    T − 1 suitably. Here it goes to the next inference step (`skipped_steps="training"`: MONAI's way).
 
     Args:
         num_train_timesteps, schedule, clip_sample, set_alpha_to_one, steps_offset, prediction_type, clip_sample_min,
-            clip_sample_max, schedule_args: as MONAI's.
-        skipped_steps, kernel_noise, check_finite: as `DDPMScheduler`'s.
+            clip_sample_max, schedule_args: MONAI's.
+        skipped_steps, kernel_noise, check_finite: those of `DDPMScheduler`.
 
     Source: Song et al., "Denoising diffusion implicit models", ICLR 2021.
     """
@@ -189,7 +190,8 @@ class DDIMScheduler(Fused, MonaiDDIM):
         out: Any = None,
         **guided: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One step of the reverse process; arguments as `DDPMScheduler.step`'s, and eta, the weight of the noise."""
+        """Takes one step of the reverse process; its arguments are those of `DDPMScheduler.step`, and eta, the weight
+        of the noise."""
         plain = seed is None and out is None and not guided
         if plain and self._left_to_monai(model_output, sample):
             return super().step(model_output, timestep, sample, eta, generator)
@@ -223,7 +225,7 @@ class DDIMScheduler(Fused, MonaiDDIM):
         variance = ((unit - alpha_prod_next) / beta_prod) * (unit - alpha_prod / alpha_prod_next)
         std = alpha_prod.dtype.type(eta) * root(variance)
         rest = unit - alpha_prod_next - std * std
-        if self._mended and rest < 0:  # rounding, where no signal is left: MONAI's root is NaN
+        if self._mended and rest < 0:  # rounding can make this negative where no signal is left: MONAI's root is NaN
             rest = rest * 0
         direction = float(root(rest))
         a, b = self._x0(alpha_prod)
@@ -239,7 +241,7 @@ class DDIMScheduler(Fused, MonaiDDIM):
 
 
 def scheduler_unsupported(scheduler: Any) -> str | None:
-    """None where ours may take the place of MONAI's scheduler; else why not."""
+    """Says why medaccel's scheduler can't take the place of MONAI's; returns None if it can."""
     if "step" in scheduler.__dict__ or "add_noise" in scheduler.__dict__:
         return "its step or add_noise has been replaced on the instance"
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two families of diffusions as tables of levels, from the least noise (index 0) to the most."""
+"""Tabulates the levels of the two families of diffusions, from the least noise (index 0) to the most."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from medaccel.diffusion.coefficients import CLEAN, Level
 
 
 class _Sde:
-    """Levels x_i = alpha_i · x0 + sigma_i · ε for i = 0 … len − 1; index −1 is the clean volume."""
+    """Holds the levels x_i = alpha_i · x0 + sigma_i · ε for i = 0 … len − 1; index −1 is the clean volume."""
 
     def __init__(self, alphas: Tensor, sigmas: Tensor):
         self._levels = [Level(a, s) for a, s in zip(alphas.tolist(), sigmas.tolist(), strict=True)]
@@ -21,24 +21,24 @@ class _Sde:
         return len(self._levels)
 
     def level(self, index: int) -> Level:
-        """The level of an index; −1 is the clean volume."""
+        """Returns the level of an index; −1 is the clean volume."""
         if not -1 <= index < len(self):
             raise ValueError(f"{type(self).__name__}: index is {index}; expected -1 to {len(self) - 1}")
         return CLEAN if index == -1 else self._levels[index]
 
     def time(self, index: int) -> float:
-        """What the network is told of the level."""
+        """Returns the number by which the network is told the level."""
         return float(index)
 
     def step_size(self, index: int) -> float:
-        """The α that scales the Langevin corrector's step (Song et al., 2021, alg. 4 and 5)."""
+        """Returns the α that scales the Langevin corrector's step (Song et al., 2021, alg. 4 and 5)."""
         return 1.0
 
     def start(self, t0: int | float) -> int:
-        """The number of noise levels that `t0` stands for: itself, or as a float that share of the schedule.
+        """Returns the number of noise levels that `t0` means: an int is that number, a float a share of the schedule.
 
         Raises:
-            ValueError: outside the schedule.
+            ValueError: `t0` is outside the schedule.
         """
         name = type(self).__name__
         if isinstance(t0, float):
@@ -50,11 +50,11 @@ class _Sde:
         return t0
 
     def indices(self, t0: int | float | None = None, steps: int | None = None) -> list[int]:
-        """The levels that a sampler visits: from t0 − 1 down to 0 and −1, `steps` of them before the last.
+        """Returns the levels that a sampler visits: from t0 − 1 down to 0 and −1, `steps` of them before the last.
 
         Args:
-            t0: as `start` takes it; None: the whole schedule.
-            steps: spread evenly over the levels; None: every level.
+            t0: the `t0` of `start`; None: the whole schedule.
+            steps: their number, spread evenly over the levels; None: every level.
         """
         first = self.start(len(self) if t0 is None else t0)
         count = first if steps is None else steps
@@ -66,11 +66,11 @@ class _Sde:
         return [*spread, -1]
 
     def suggest_t0(self, noise_level: float) -> int:
-        """The smallest t0 whose noise, relative to its signal, is at least `noise_level`.
+        """Returns the smallest t0 whose noise, relative to its signal, is at least `noise_level`.
 
         Args:
-            noise_level: standard deviation of the guide's own noise, in the units that the network sees: what is
-                added should match it, so that the noise of the guide is drowned and its content is not.
+            noise_level: standard deviation of the guide's own noise, in the units that the network sees: the added
+                noise should match it, so that it drowns the guide's noise but not its content.
 
         Raises:
             ValueError: not positive, or beyond the schedule.
@@ -90,7 +90,7 @@ class _Sde:
 
 
 class VPSDE(_Sde):
-    """Variance-preserving (DDPM): alpha² + sigma² = 1.
+    """Tabulates a variance-preserving diffusion (DDPM): alpha² + sigma² = 1.
 
     Args:
         beta_min, beta_max: β(t) rises linearly between them over t in [0, 1].
@@ -112,7 +112,8 @@ class VPSDE(_Sde):
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor | Sequence[float]) -> "VPSDE":
-        """Any schedule, as a MONAI scheduler's `alphas_cumprod`, as it is now: later edits of it are not seen."""
+        """Builds the table for any schedule from the present `alphas_cumprod` of a MONAI scheduler; later edits of it
+        are not seen."""
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").flatten()
         values = table.tolist()
         if not values or any(not b < a for a, b in pairwise(values)):
@@ -132,14 +133,14 @@ class VPSDE(_Sde):
 
 
 class VESDE(_Sde):
-    """Variance-exploding (NCSN): alpha = 1, sigma rises geometrically.
+    """Tabulates a variance-exploding diffusion (NCSN): alpha = 1, and sigma rises geometrically.
 
     Args:
-        sigma_min, sigma_max: in the units that the network sees.
+        sigma_min, sigma_max: least and greatest noise, in the units that the network sees.
         steps: levels.
-        time: what the network is told of a level: "index" or "sigma".
+        time: the number by which the network is told the level: "index" or "sigma".
 
-    Source: as `VPSDE`'s.
+    Source: the one of `VPSDE`.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, steps: int = 1000, *, time: str = "index"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDEdit on volumes: noise a guide part of the way, and let a diffusion model bring it back."""
+"""Edits volumes by SDEdit: a guide is noised part of the way, and a diffusion model brings it back."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ CONVENTIONS = ("medaccel", "original")
 
 @dataclass(frozen=True)
 class SDEditResult:
-    """K samples (K, B, C, *spatial), and their mean and standard deviation (B, C, *spatial; 0 for K = 1)."""
+    """Holds K samples (K, B, C, *spatial), and their mean and standard deviation (B, C, *spatial; 0 for K = 1)."""
 
     samples: Tensor
     mean: Tensor
@@ -31,25 +31,25 @@ class SDEditResult:
 
 
 class SDEdit:
-    """Guided synthesis (Meng et al., "SDEdit", ICLR 2022) with any network, schedule and volume size.
+    """Synthesises volumes from a guide (Meng et al., "SDEdit", ICLR 2022) with any network, schedule and volume size.
 
     Args:
         model: (x (B, C, *spatial), time (B,)) → the prediction: a `DiffusionModelUNet`, say.
         sde: `VPSDE` or `VESDE`.
-        t0: how far the guide is noised: a number of the schedule's levels, or as a float a share of it.
+        t0: how far the guide is noised: an int counts levels of the schedule, a float is a share of it.
             `suggest_t0` names one. (The paper's 400–500 of 1000 are for strokes and photographs; they erase small
             structures.)
         steps: denoising steps, at most t0; None: every level.
-        method: of the sampler; default "ancestral" for VP, "euler_maruyama" for VE, which are the paper's.
+        method: the sampler's method; default "ancestral" for VP, "euler_maruyama" for VE, which are the paper's.
         roi_size: the window that the network sees; None: the whole volume. Windows overlap and are blended; the noise
             belongs to the volume, so neighbouring windows agree on it.
-        overlap: of windows, as a share.
+        overlap: share by which windows overlap.
         sw_batch_size: windows at a time.
         conventions: "medaccel": mask 1 = generate, kept voxels are re-noised afresh to the level that the step leads
-            to. "original": as the paper's code: mask 1 = keep, kept voxels get the level that the step comes from and
+            to. "original", the paper's code: mask 1 = keep, kept voxels get the level that the step comes from and
             the one noise that the guide was noised with.
         repeats: passes, each beginning at the last one's result ("original" has 3 in its examples).
-        options: of `Sampler`: prediction, eta, corrector_steps, snr, clip, check_finite.
+        options: `Sampler`'s: prediction, eta, corrector_steps, snr, clip, check_finite.
 
     Raises:
         ValueError: t0 outside the schedule, or an option that makes no sense.
@@ -83,7 +83,7 @@ class SDEdit:
         self.roi_size, self.overlap, self.sw_batch_size = roi_size, overlap, sw_batch_size
 
     def suggest_t0(self, noise_level: float) -> int:
-        """As the schedule's `suggest_t0`: the level whose noise matches the guide's own."""
+        """Returns the level whose noise matches the guide's own, by the schedule's `suggest_t0`."""
         return self.sde.suggest_t0(noise_level)
 
     def __call__(
@@ -96,13 +96,14 @@ class SDEdit:
         save_every: int = 50,
         progress: bool = True,
     ) -> SDEditResult:
-        """K samples of the volume that the guide may stand for.
+        """Draws K samples of volumes that the guide may stand for.
 
         Args:
             guide: (B, C, *spatial) in the units that the network sees, 2-D or 3-D.
-            mask: broadcastable to it; which value generates, see `conventions`. Kept voxels end as the guide exactly.
-            seeds: of each sample, or a number K: 0 … K − 1. A sample depends on its own seed alone.
-            folder: finished samples and, every `save_every` steps, the running one are kept here; interrupted, the
+            mask: broadcastable to the guide; `conventions` says which value generates. Kept voxels end as the guide
+                exactly.
+            seeds: one per sample, or their number K for 0 … K − 1. A sample depends on its own seed alone.
+            folder: keeps finished samples and, every `save_every` steps, the running one; after an interruption, the
                 same call goes on from there, to the same bits.
             progress: show a progress bar.
         """
@@ -129,7 +130,8 @@ class SDEdit:
         return SDEditResult(stacked, stacked.mean(dim=0), std)
 
     def predict(self, x: Tensor, time: Tensor) -> Tensor:
-        """The network's prediction of a whole volume, by blended windows where it is larger than `roi_size`."""
+        """Returns the network's prediction for a whole volume, from blended windows where it is larger than
+        `roi_size`."""
         if self.roi_size is None:
             return self.model(x, time)
         from monai.inferers import sliding_window_inference
@@ -187,7 +189,8 @@ class SDEdit:
             yield reached
 
     def _keep_as_original(self, state: State, guide: Tensor, mask: Tensor, noise: Tensor) -> None:
-        """The paper's code: kept where the mask is 1, at the level that the step came from, with one fixed noise."""
+        """Keeps voxels as the paper's code does: those where the mask is 1, at the level that the step came from,
+        with one fixed noise."""
         last = self.indices[state.step] == -1
         alpha, sigma = self.sde.level(-1 if last else self.indices[state.step - 1])
         x = state.x
@@ -196,7 +199,7 @@ class SDEdit:
         diffusion_step(x, x, out=(x, None), mask=mask != 1, guide=held, guide_scale=1.0, guide_std=0.0, **identity)
 
     def _fingerprint(self, guide: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """What must agree for an interrupted call to go on."""
+        """Describes everything that must agree for an interrupted call to go on."""
         parts = [guide] if mask is None else [guide, mask]
         content = hashlib.sha256()
         for part in parts:
@@ -214,7 +217,7 @@ class SDEdit:
 
 
 def _seed_of_pass(seed: int, repeat: int) -> int:
-    """Passes have independent noise."""
+    """Returns the seed of a pass; passes have independent noise."""
     return (seed + repeat * 0x9E3779B97F4A7C15) % 2**64
 
 
@@ -223,7 +226,7 @@ def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 class _Store:
-    """Samples in a folder, each file written at once or not at all."""
+    """Keeps samples in a folder, each file written whole or not at all."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], save_every: int):
         if save_every < 1:
@@ -248,7 +251,7 @@ class _Store:
             torch.save(content, temporary)
 
     def _read(self, path: Path) -> Any:
-        """What a file holds; None where there is none, or a damaged one, which is then made again."""
+        """Reads a file; returns None for one that is missing or damaged, which is then made again."""
         try:
             return load_tensors(path) if path.exists() else None
         except ValueError:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-ins for MONAI's layers: same constructors, attributes and state_dict, faster forward and backward."""
+"""Holds drop-ins for MONAI's layers: same constructors, attributes and state_dict, but a faster forward
+and backward."""
 
 from medaccel.layers.gaussian import GaussianFilter
 from medaccel.layers.swin import BasicLayer, SwinTransformerBlock, WindowAttention

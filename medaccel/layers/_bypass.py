@@ -30,11 +30,11 @@ class Child:
     """One child that a layer computes without calling it.
 
     Attributes:
-        path: where the child is, seen from the layer: "norm1", "attn.softmax".
+        path: the child's path from the layer: "norm1", "attn.softmax".
         types: the exact classes that the kernel stands in for.
         expected: these classes in words, for the report.
-        values: a function that gives None where the child's settings can be served, else what they are, in words.
-        optional: whether the layer may lack the child.
+        values: a function that returns None if the kernel serves the child's settings, else these settings in words.
+        optional: True if the layer may lack the child.
     """
 
     path: str
@@ -51,7 +51,8 @@ class Child:
 
 
 def problem(layer: nn.Module, children: tuple[Child, ...]) -> str | None:
-    """None where every bypassed child of `layer` is stock; else what was found, in words for a report.
+    """Describes, for a report, the first bypassed child of `layer` that is not stock; returns None if all of them
+    are.
 
     A child is stock where its class is exactly the expected one, it has no hooks, and its `forward` is the class's.
     Parametrizations, pruning, weight norm, adapters and quantisation all change one of these.
@@ -77,7 +78,7 @@ def problem(layer: nn.Module, children: tuple[Child, ...]) -> str | None:
             return f"its {child.path} is a {kind.__name__}; expected {child.expected}"
         if found._forward_hooks or found._forward_pre_hooks or found._backward_hooks or found._backward_pre_hooks:
             return f"its {child.path} has hooks, which would not be called"
-        _ = found.forward  # torch.compile guards what is looked up, so that a later replacement compiles anew
+        _ = found.forward  # torch.compile guards each attribute that is looked up: a later replacement recompiles
         if "forward" in found.__dict__ or kind.forward is not child.forwards[kind]:
             return f"its {child.path}'s forward has been replaced"
         if child.values is not None and (value := child.values(found)) is not None:
@@ -86,7 +87,7 @@ def problem(layer: nn.Module, children: tuple[Child, ...]) -> str | None:
 
 
 def global_hooks() -> bool:
-    """Whether torch calls hooks on every module of the process."""
+    """Tells whether torch calls hooks on every module of the process."""
     return any(map(bool, _GLOBAL_HOOKS))
 
 
@@ -118,10 +119,10 @@ def _warn_while_compiling(name: str, reason: str) -> None:
         _warn(name, reason)
 
 
-# torch.compile calls it while it traces, instead of tracing into the warning, which it can't.
+# torch.compile calls this function while it traces; it could not trace into the warning.
 _warn_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def number(value: object) -> bool:
-    """Whether a setting is a plain number, which a kernel can take; a tensor may want a gradient."""
+    """Tells whether a setting is a plain number, which a kernel can take; a tensor may need a gradient."""
     return type(value) is float or type(value) is int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's GaussianFilter on medaccel's op."""
+"""Runs MONAI's GaussianFilter on medaccel's op."""
 
 import warnings
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ _APPROX = ("erf", "sampled", "scalespace")
 
 
 def filter_unsupported(module: Any) -> str | None:
-    """None where `GaussianFilter` may take the place of MONAI's; else why not."""
+    """Says why `GaussianFilter` can't take the place of MONAI's; returns None if it can."""
     if MonaiGaussianFilter.forward is not GaussianFilter._MONAI_FORWARD:
         return "MONAI's GaussianFilter.forward has been replaced"
     if str(module.approx).lower() not in _APPROX:
@@ -32,7 +32,8 @@ def filter_unsupported(module: Any) -> str | None:
 
 
 class GaussianFilter(MonaiGaussianFilter):
-    """Drop-in for `monai.networks.layers.GaussianFilter`, with MONAI's constructor, attributes and state_dict.
+    """This class is a drop-in for `monai.networks.layers.GaussianFilter`, with MONAI's constructor, attributes and
+    state_dict.
 
     ``GaussianFilter(spatial_dims, sigma, truncated=4.0, approx="erf", requires_grad=False)``: σ in voxels, one number
     or one per axis; with `requires_grad`, the parameters ``kernel_sigma_0``, ``kernel_sigma_1``, … are learnt.
@@ -42,7 +43,8 @@ class GaussianFilter(MonaiGaussianFilter):
     __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) to the same shape; zeros outside, taps not renormalised (MONAI's semantics)."""
+        """Filters (B, C, *spatial) and keeps its shape; the outside counts as zeros and the taps are not
+        renormalised, as in MONAI."""
         if (reason := filter_unsupported(self)) is not None:
             warn_once(self, reason)
             return super().forward(x)
@@ -52,15 +54,16 @@ class GaussianFilter(MonaiGaussianFilter):
         try:
             return gaussian_filter(x, sigma, truncated=self.truncated, approx=self.approx.lower())
         except ValueError:
-            # A σ that training has driven below 0: MONAI takes its magnitude, with three taps.
+            # If training has driven σ below 0, MONAI takes its magnitude, with three taps.
             if torch.compiler.is_compiling() or not any(float(s.detach()) < 0 for s in self.sigma):
                 raise
         warn_once(self, "its sigma is negative")
         return super().forward(x)
 
     def _constant_taps(self, x: Tensor) -> list[Tensor]:
-        """Taps that an exported graph holds as constants, as σ is now: how many there are depends on it."""
+        """Returns the taps for the present σ, which an exported graph holds as constants, since their number depends
+        on σ."""
         with warnings.catch_warnings(), _disable_current_modes(), torch.no_grad():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of the constants
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # torch.jit.trace warns of the constants
             taps = [reference.taps(s.reshape(()), self.truncated, self.approx.lower(), False) for s in self.sigma]
             return [torch.from_numpy(t.cpu().numpy()).to(x.device, x.dtype) for t in taps]

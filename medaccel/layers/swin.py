@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's Swin transformer layers on medaccel's attention: no rolled, padded, partitioned or masked copies."""
+"""Runs MONAI's Swin transformer layers on medaccel's attention: no copy of the map is rolled, padded,
+partitioned or masked."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ _LINEAR = ((nn.Linear,), "torch's Linear")
 
 
 def _dropout(attention: Any, device: torch.device) -> tuple[float, Tensor | None]:
-    """The attention's dropout as the op takes it: probability and a seed that torch's generator draws on `device`."""
+    """Returns the attention's dropout as the op takes it: the probability and a seed that torch's generator draws on
+    `device`."""
     p = float(attention.attn_drop.p) if attention.attn_drop.training else 0.0
     if p > 0 and getattr(attention, "use_flash_attention", False) and not torch.is_grad_enabled():
         p = 0.0  # MONAI's flash path drops nothing
@@ -50,7 +52,7 @@ def _dropout(attention: Any, device: torch.device) -> tuple[float, Tensor | None
 
 
 def _attention_values(attention: Any) -> str | None:
-    """None where the attention's own settings can be served; else what they are, in words."""
+    """Describes a setting of the attention that the kernel does not serve; returns None if it serves them all."""
     if not number(attention.scale):
         return f"its scale is a {type(attention.scale).__name__}; expected a number, since a kernel has no gradient"
     if attention.dim % attention.num_heads:
@@ -59,10 +61,11 @@ def _attention_values(attention: Any) -> str | None:
 
 
 class WindowAttention(MonaiWindowAttention):
-    """Drop-in for `monai.networks.nets.swin_unetr.WindowAttention`, same constructor, attributes and state_dict.
+    """This class is a drop-in for `monai.networks.nets.swin_unetr.WindowAttention`, same constructor, attributes and
+    state_dict.
 
-    On its own it works on windows that are cut already; within `SwinTransformerBlock` the block works on the map.
-    Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
+    On its own it works on windows that are cut already; within `SwinTransformerBlock` the block works on the map. If
+    a bypassed child is not torch's own, it runs MONAI's forward and warns once.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -70,15 +73,16 @@ class WindowAttention(MonaiWindowAttention):
     _MONAI_FORWARD: ClassVar = MonaiWindowAttention.forward
 
     def unserved(self) -> str | None:
-        """Gives None where the kernel stands in for this layer as it is now; else why not, in words."""
+        """Says why the kernel can't compute this layer as it is now; returns None if it can."""
         if MonaiWindowAttention.forward is not WindowAttention._MONAI_FORWARD:
             return "MONAI's WindowAttention.forward has been replaced"
         return _attention_values(self) or problem(self, WindowAttention.BYPASSED)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(windows, tokens, C) to the same; mask (n, tokens, tokens) is added to the scores, n dividing `windows`.
+        """Maps (windows, tokens, C) to the same shape; `mask` (n, tokens, tokens), where n divides `windows`, is
+        added to the scores.
 
-        A mask may be anything, so with one this is torch's scaled_dot_product_attention.
+        A mask may hold any values, so a call with one runs torch's scaled_dot_product_attention.
         """
         if exporting():  # asked first: an exporter shows children through classes of its own
             return torch.as_tensor(super().forward(x, mask))
@@ -111,7 +115,8 @@ class WindowAttention(MonaiWindowAttention):
 
 
 class SwinTransformerBlock(MonaiSwinTransformerBlock):
-    """Drop-in for `monai.networks.nets.swin_unetr.SwinTransformerBlock`, same constructor and state_dict.
+    """This class is a drop-in for `monai.networks.nets.swin_unetr.SwinTransformerBlock`, same constructor and
+    state_dict.
 
     The map goes into the attention as it is: shift, padding, windows and mask are index arithmetic there. Called with
     a mask of the caller's own, or with None where windows are shifted, it computes what MONAI does with that mask.
@@ -131,7 +136,7 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
     __prepare_scriptable__ = refuse_scripting
 
     def unserved(self) -> str | None:
-        """Gives None where the kernel stands in for this block as it is now; else why not, in words."""
+        """Says why the kernel can't compute this block as it is now; returns None if it can."""
         if MonaiSwinTransformerBlock.forward_part1 is not SwinTransformerBlock._MONAI_PART1:
             return "MONAI's SwinTransformerBlock.forward_part1 has been replaced"
         if MonaiWindowAttention.forward is not WindowAttention._MONAI_FORWARD:
@@ -139,7 +144,7 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
         return problem(self, SwinTransformerBlock.BYPASSED) or _attention_values(self.attn)
 
     def forward_part1(self, x: Tensor, mask_matrix: Tensor | _Mask | None) -> Tensor:
-        """(B, *spatial, C) to the same: norm1, attention, projection."""
+        """Applies norm1, attention and projection to (B, *spatial, C), whose shape stays."""
         sizes = x.shape[1:-1]
         window, shift = get_window_size(sizes, self.window_size, self.shift_size)
         # An exporter shows children through classes of its own, and gets MONAI's code in any case.
@@ -173,7 +178,7 @@ class SwinTransformerBlock(MonaiSwinTransformerBlock):
 
 
 def _shift_mask(sizes: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
-    """MONAI's mask of a map with these sizes, marked as such for `_is_shift_mask`."""
+    """Returns MONAI's mask for a map of these sizes, marked for `_is_shift_mask`."""
     padded = [math.ceil(size / w) * w for size, w in zip(sizes, window, strict=True)]
     mask: Tensor = monai_swin.compute_mask(padded, window, shift, device)
     if not torch.compiler.is_compiling():
@@ -182,7 +187,8 @@ def _shift_mask(sizes: Sequence[int], window: Sequence[int], shift: Sequence[int
 
 
 def _is_shift_mask(mask: Any, sizes: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> bool:
-    """Whether `mask` is known to be MONAI's of this map, unchanged: the kernel's index arithmetic is the same."""
+    """Tells whether `mask` is known to be MONAI's own for this map, unchanged: the kernel's index arithmetic then
+    does the same."""
     if mask is _Mask.SHIFT:
         return True
     made = getattr(mask, "_medaccel_shift", None)
@@ -190,7 +196,8 @@ def _is_shift_mask(mask: Any, sizes: Sequence[int], window: Sequence[int], shift
 
 
 def _observed(block: nn.Module) -> bool:
-    """Whether a hook would see the arguments of `block`; those that shard a model (FSDP) do not look at a mask."""
+    """Tells whether a hook would see the arguments of `block`; the hooks that shard a model (FSDP) do not look at a
+    mask."""
     return global_hooks() or any(
         not getattr(hook, "__module__", "").startswith("torch.distributed.")
         for hooks in (block._forward_pre_hooks, block._forward_hooks)
@@ -199,13 +206,14 @@ def _observed(block: nn.Module) -> bool:
 
 
 class BasicLayer(MonaiBasicLayer):
-    """Drop-in for `monai.networks.nets.swin_unetr.BasicLayer`: a stage that builds no mask that nobody reads."""
+    """This class is a drop-in for `monai.networks.nets.swin_unetr.BasicLayer`: a stage that builds no mask which
+    nobody reads."""
 
     _MONAI_FORWARD: ClassVar = MonaiBasicLayer.forward
     __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) to the next stage's map."""
+        """Maps (B, C, *spatial) to the next stage's map."""
         patched = MonaiBasicLayer.forward is not BasicLayer._MONAI_FORWARD
         if patched or exporting() or self.use_hyena or x.dim() not in (4, 5):
             return super().forward(x)
@@ -225,7 +233,8 @@ class BasicLayer(MonaiBasicLayer):
         return x.movedim(-1, 1)
 
     def _reads_no_mask(self, block: Any) -> bool:
-        """Whether `block` is ours, shifts as this stage's mask does, and has no hook that would see the mask."""
+        """Tells whether `block` is medaccel's, shifts as this stage's mask does, and has no hook that would see the
+        mask."""
         kind = type(block)
         return (
             isinstance(block, SwinTransformerBlock)
@@ -239,17 +248,17 @@ class BasicLayer(MonaiBasicLayer):
 
 
 def attention_unsupported(module: Any) -> str | None:
-    """None where `WindowAttention` may take the place of MONAI's; else why not."""
+    """Says why `WindowAttention` can't take the place of MONAI's; returns None if it can."""
     return WindowAttention.unserved(module)
 
 
 def block_unsupported(module: Any) -> str | None:
-    """None where `SwinTransformerBlock` may take the place of MONAI's; else why not."""
+    """Says why `SwinTransformerBlock` can't take the place of MONAI's; returns None if it can."""
     if "forward_part1" in module.__dict__:
         return "its forward_part1 has been replaced on the instance"
     return SwinTransformerBlock.unserved(module)
 
 
 def layer_unsupported(module: Any) -> str | None:
-    """None where `BasicLayer` may take the place of MONAI's; else why not."""
+    """Says why `BasicLayer` can't take the place of MONAI's; returns None if it can."""
     return "its blocks are Hyena's, which have no attention" if module.use_hyena else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's convolution blocks with norm, residual and activation in one pass over memory."""
+"""Computes norm, residual and activation of MONAI's convolution blocks in one pass over memory."""
 
 from typing import Any, ClassVar
 
@@ -26,10 +26,10 @@ def _normalise(norm: Any, x: Tensor, residual: Tensor | None = None, slope: floa
 
 
 def _norm_values(norm: Any) -> str | None:
-    """None where the op computes this norm; else what it does besides, in words."""
+    """Says what the op can't compute of this norm; returns None if it computes it."""
     if norm.track_running_stats or norm.running_mean is not None or norm.running_var is not None:
         return "keeps running statistics"
-    # Below, a constant channel would be 0 · ∞.
+    # With a smaller eps, a constant channel would be 0 · ∞.
     return None if number(norm.eps) and norm.eps >= 1e-37 else f"has eps={norm.eps!r}; expected a number above 0"
 
 
@@ -45,7 +45,8 @@ _ACTIVATION = ((nn.LeakyReLU, nn.ReLU), "torch's LeakyReLU or ReLU", _slope_valu
 
 
 def _served(block: Any, x: Tensor) -> bool:
-    """Whether this call is the op's: stock children, batched, not for an exporter, on a device that has a kernel."""
+    """Tells whether the op serves this call: stock children, batched input, no exporter, a device that has a
+    kernel."""
     if exporting():  # asked first: an exporter shows children through classes of its own
         return False
     if (reason := block.unserved()) is not None:
@@ -55,7 +56,7 @@ def _served(block: Any, x: Tensor) -> bool:
 
 
 def _unserved(block: Any, ours: Any, monais: type[nn.Module]) -> str | None:
-    """None where the kernels stand in for this block as it is now; else why not, in words."""
+    """Says why the kernels can't compute this block as it is now; returns None if they can."""
     if monais.forward is not ours._MONAI_FORWARD:
         return f"MONAI's {monais.__name__}.forward has been replaced"
     if (reason := problem(block, ours.BYPASSED)) is not None:
@@ -65,9 +66,10 @@ def _unserved(block: Any, ours: Any, monais: type[nn.Module]) -> str | None:
 
 
 class _ChannelsLast(torch.autograd.Function):
-    """Copies a map to channels last, and its gradient back.
+    """Copies a map to channels last, and its gradient back to contiguous memory.
 
-    Back, because a torch instance norm further up, at batch 1, makes wrong gradients of a channels-last one.
+    The gradient goes back because torch's instance norm further up, at batch 1, computes wrong gradients from a
+    channels-last one.
     """
 
     @staticmethod
@@ -80,7 +82,7 @@ class _ChannelsLast(torch.autograd.Function):
 
 
 def _for_convolution(x: Tensor) -> Tensor:
-    """The map in the layout that its convolution is fastest in, whose norm then stays in it.
+    """Returns the map in the memory layout in which its convolution is fastest; the norm after it keeps that layout.
 
     oneDNN's 3-D convolutions in fp32 take up to twice as long on contiguous maps. torch leaves small ones (the
     second condition is its own) to another routine, and for thin ones the copy costs what it saves.
@@ -95,10 +97,10 @@ def _for_convolution(x: Tensor) -> Tensor:
 
 
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """The convolution, in fp32 where torch's own in bf16 is wrong.
+    """Computes the convolution, in fp32 where torch's own in bf16 is wrong.
 
     On a CPU with AVX-512 BF16, torch 2.13's 3-D convolution of a map that is two slices deep leaves parts of its
-    weight's gradient unwritten: whatever lay in that memory. A Swin UNETR's deepest map at 64³ is 2³.
+    weight's gradient unwritten, so it holds whatever lay in that memory. A Swin UNETR's deepest map at 64³ is 2³.
     """
     if x.dim() == 5 and x.shape[2] == 2 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -107,7 +109,8 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 class UnetResBlock(MonaiUnetResBlock):
-    """Drop-in for `monai.networks.blocks.dynunet_block.UnetResBlock`, same constructor and state_dict.
+    """This class is a drop-in for `monai.networks.blocks.dynunet_block.UnetResBlock`, same constructor and
+    state_dict.
 
     Each normalisation takes the residual and the activation along, in the memory layout that the convolution gave its
     result. Large fp32 maps are brought to channels last, where convolutions are faster. Where a bypassed child is not
@@ -124,11 +127,11 @@ class UnetResBlock(MonaiUnetResBlock):
     __prepare_scriptable__ = refuse_scripting
 
     def unserved(self) -> str | None:
-        """Gives None where the kernels stand in for this block as it is now; else why not, in words."""
+        """Says why the kernels can't compute this block as it is now; returns None if they can."""
         return _unserved(self, UnetResBlock, MonaiUnetResBlock)
 
     def forward(self, inp: Tensor) -> Tensor:
-        """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
+        """Maps (B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
         if not _served(self, inp):
             return super().forward(inp)
         slope = _slope(self.lrelu)
@@ -142,7 +145,8 @@ class UnetResBlock(MonaiUnetResBlock):
 
 
 class UnetBasicBlock(MonaiUnetBasicBlock):
-    """Drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and state_dict.
+    """This class is a drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and
+    state_dict.
 
     Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
     """
@@ -151,13 +155,13 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
     _MONAI_FORWARD: ClassVar = MonaiUnetBasicBlock.forward
 
     def unserved(self) -> str | None:
-        """Gives None where the kernels stand in for this block as it is now; else why not, in words."""
+        """Says why the kernels can't compute this block as it is now; returns None if they can."""
         return _unserved(self, UnetBasicBlock, MonaiUnetBasicBlock)
 
     __prepare_scriptable__ = refuse_scripting
 
     def forward(self, inp: Tensor) -> Tensor:
-        """(B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
+        """Maps (B, in_channels, *spatial) to (B, out_channels, *spatial / stride)."""
         if not _served(self, inp):
             return super().forward(inp)
         slope = _slope(self.lrelu)
@@ -166,10 +170,10 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
 
 
 def residual_block_unsupported(module: Any) -> str | None:
-    """None where `UnetResBlock` may take the place of MONAI's; else why not."""
+    """Says why `UnetResBlock` can't take the place of MONAI's; returns None if it can."""
     return UnetResBlock.unserved(module)
 
 
 def basic_block_unsupported(module: Any) -> str | None:
-    """None where `UnetBasicBlock` may take the place of MONAI's; else why not."""
+    """Says why `UnetBasicBlock` can't take the place of MONAI's; returns None if it can."""
     return UnetBasicBlock.unserved(module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses for pretraining, as modules."""
+"""Holds losses for pretraining, as modules."""
 
 from medaccel.losses.contrastive import ContrastiveLoss
 from medaccel.losses.pixels import PixelConsistencyLoss, PixelContrastiveLoss, default_radius, pixel_centres

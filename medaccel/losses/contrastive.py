@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's contrastive loss on medaccel's kernel."""
+"""Computes MONAI's contrastive loss with medaccel's kernel."""
 
 import math
 import warnings
@@ -19,17 +19,18 @@ _warned: weakref.WeakSet[MonaiContrastiveLoss] = weakref.WeakSet()
 
 
 class ContrastiveLoss(MonaiContrastiveLoss):
-    """A drop-in for `monai.losses.ContrastiveLoss`: the same arguments, values and errors, as a log-sum-exp.
+    """This class is a drop-in for `monai.losses.ContrastiveLoss`: the same arguments, values and errors, computed as
+    a log-sum-exp.
 
-    So it stays finite where MONAI's overflows (small temperatures, fp16), and makes no 2B × 2B × F tensor. `forward`
+    It stays finite where MONAI's overflows (small temperatures, fp16), and makes no 2B × 2B × F tensor. `forward`
     takes two tensors (B, F), row i of both from the same image, and returns a scalar, in fp32 (fp64 for fp64): half
-    precision is computed in fp32, under autocast too. Rows have a direction however short they are; MONAI takes one
-    shorter than 1e-8 for less than a unit vector.
+    precision is computed in fp32, under autocast too. Every row is normalised, however short; MONAI leaves rows
+    shorter than 1e-8 below unit length.
 
     Args:
-        temperature: above 0. A parameter gets its gradient (a learnt temperature). What the kernel does not take (a
-            number below 0, a tensor of several, one that a transform differentiates) runs MONAI's own code, and the
-            first such call says so.
+        temperature: a number above 0; a parameter gets its gradient (a learnt temperature). Values that the kernel
+            does not take (a number below 0, a tensor of several, one that a transform differentiates) run MONAI's own
+            code, and the first such call warns of it.
         batch_size: no longer needed, as in MONAI.
 
     Raises:
@@ -44,7 +45,8 @@ class ContrastiveLoss(MonaiContrastiveLoss):
         super().__init__(temperature=temperature, batch_size=batch_size)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """(B, F) twice, to a scalar; ValueError where the shapes differ or have more than two axes."""
+        """Maps two tensors (B, F) to a scalar; raises ValueError if their shapes differ or have more than two
+        axes."""
         temperature = self.temperature
         if type(temperature) is not float or not 0 < temperature < math.inf:
             reason = contrastive_unsupported(self)
@@ -69,12 +71,13 @@ class ContrastiveLoss(MonaiContrastiveLoss):
 
 
 def contrastive_unsupported(module: MonaiContrastiveLoss) -> str | None:
-    """None where the kernel can serve the loss; else why not."""
+    """Says why the kernel can't serve the loss; returns None if it can."""
     return _tensor_problem(module.temperature) or _value_problem(module.temperature)
 
 
 def _tensor_problem(temperature: object) -> str | None:
-    """None where a temperature's value may be read and taken for a constant, or is learnt; else why not."""
+    """Says why the value of a temperature may not be read as a constant; returns None if it may, or if it is
+    learnt."""
     if torch.compiler.is_compiling() and not isinstance(temperature, float | int) and not learnt(temperature):
         return "its temperature is no plain number, so that torch.compile does not know its value"
     if not isinstance(temperature, Tensor):
@@ -87,7 +90,8 @@ def _tensor_problem(temperature: object) -> str | None:
 
 
 def _value_problem(temperature: Any) -> str | None:
-    """None where the temperature is above 0, or a learnt one whose value can't be read without waiting for it."""
+    """Says what is wrong with a temperature; returns None if it is above 0, or learnt with a value that can't be read
+    without waiting for the GPU."""
     if learnt(temperature):
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses between the pixels of two views of one image or volume, from feature maps and the views' geometry."""
+"""Holds losses between the pixels of two views of one image or volume, from feature maps and the views'
+geometry."""
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +10,22 @@ from medaccel.ops._arguments import check_floating, check_temperature
 from medaccel.ops._dispatch import refuse_scripting
 from medaccel.ops._views import check_positive
 
-# Of the larger bin diagonal: about one bin, whatever the number of axes. 2-D is PixPro's.
+# The radius is this share of the larger bin diagonal: about one bin, whatever the number of axes. The 2-D share is
+# PixPro's.
 RADIUS_FACTORS = {1: 1.0, 2: 0.7, 3: 0.57}
 
 
 def _wide(affine: Tensor) -> Tensor:
-    """Half precision as fp32: bf16 has no whole numbers between 256 and 258."""
+    """Converts half precision to fp32, because bf16 lacks every second whole number from 256 on."""
     return affine.to(torch.promote_types(affine.dtype, torch.float32))
 
 
 def pixel_centres(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
-    """Where the pixels of a feature map lie.
+    """Returns the coordinates of the pixels of a feature map.
 
     Args:
         sizes: the map's S spatial sizes.
-        affine: (B, S + 1, S + 1), from a pixel's index (its centre at whole numbers) to mm in the original volume.
+        affine: (B, S + 1, S + 1), maps a pixel's index (its centre at whole numbers) to mm in the original volume.
 
     Returns:
         (B, pixels, S) in the affine's dtype, fp32 for half precision; pixels in row-major order.
@@ -36,17 +38,18 @@ def pixel_centres(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
 
 
 def default_radius(affine1: Tensor, affine2: Tensor) -> Tensor:
-    """The published choice of the radius, (B,), in mm: 0.57 (3-D) or 0.7 (2-D) of the larger map's bin diagonal.
+    """Returns the published choice of the radius, (B,), in mm: 0.57 (3-D) or 0.7 (2-D) of the larger map's bin
+    diagonal.
 
     Args:
-        affine1, affine2: (B, S + 1, S + 1), from the pixels' indices of both feature maps to mm.
+        affine1, affine2: (B, S + 1, S + 1), map the pixels' indices of both feature maps to mm.
     """
     diagonals = [_wide(a)[:, :-1, :-1].square().sum(dim=(1, 2)).sqrt() for a in (affine1, affine2)]
     return torch.maximum(*diagonals) * RADIUS_FACTORS[int(affine1.shape[1]) - 1]
 
 
 class _PixelLoss(nn.Module):
-    """Two feature maps and their geometry to rows of features, coordinates and a radius."""
+    """Turns two feature maps and their geometry into rows of features, coordinates and a radius."""
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -79,7 +82,7 @@ class _PixelLoss(nn.Module):
         affines: tuple[Tensor, Tensor],
         keys: tuple[Tensor | None, Tensor | None],
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """(query, key, query_coords, key_coords) from the first view to the second, and back."""
+        """Returns (query, key, query_coords, key_coords) for the first view against the second, and the reverse."""
         self._check(*features, *affines)
         for i, key in enumerate(keys):
             if key is not None and key.shape != features[i].shape:
@@ -97,11 +100,12 @@ class _PixelLoss(nn.Module):
 
 
 class PixelContrastiveLoss(_PixelLoss):
-    """Pixel-level contrast, averaged over both directions: `medaccel.ops.pixel_contrastive_loss` on feature maps.
+    """Computes pixel-level contrast, averaged over both directions: `medaccel.ops.pixel_contrastive_loss` on feature
+    maps.
 
     Args:
-        temperature: above 0. A parameter is the module's, and gets its gradient (a learnt temperature).
-        radius: below which two pixels are a positive pair, in mm. Default: `default_radius`.
+        temperature: a number above 0; a parameter becomes the module's, and gets its gradient (a learnt temperature).
+        radius: the distance in mm below which two pixels are a positive pair. Default: `default_radius`.
 
     >>> import torch, medaccel
     >>> features = torch.randn(2, 16, 6, 6, 6)
@@ -125,14 +129,14 @@ class PixelContrastiveLoss(_PixelLoss):
         keys1: Tensor | None = None,
         keys2: Tensor | None = None,
     ) -> Tensor:
-        """The mean of both directions' losses.
+        """Returns the mean of both directions' losses.
 
         Args:
             features1, features2: (B, C, *spatial) of both views; their spatial sizes may differ.
-            affine1, affine2: (B, S + 1, S + 1), from the feature pixels' indices to mm in the original volume, as
-                `medaccel.data.views` carries them along.
-            keys1, keys2: what the other view's pixels are compared with, as from a momentum encoder. Default: the
-                features themselves.
+            affine1, affine2: (B, S + 1, S + 1), map the feature pixels' indices to mm in the original volume, as
+                `medaccel.data.views` gives them.
+            keys1, keys2: the features that the other view's pixels are compared with, such as a momentum encoder's.
+                Default: the features themselves.
 
         Returns:
             a scalar; a direction in which no pixel has a positive counts as 0.
@@ -146,10 +150,10 @@ class PixelContrastiveLoss(_PixelLoss):
 
 
 class PixelConsistencyLoss(_PixelLoss):
-    """PixPro's loss, summed over both directions: `medaccel.ops.pixel_consistency_loss` on feature maps.
+    """Computes PixPro's loss, summed over both directions: `medaccel.ops.pixel_consistency_loss` on feature maps.
 
     Args:
-        radius: below which two pixels are a pair, in mm. Default: `default_radius`.
+        radius: the distance in mm below which two pixels are a pair. Default: `default_radius`.
     """
 
     def forward(
@@ -161,7 +165,7 @@ class PixelConsistencyLoss(_PixelLoss):
         keys1: Tensor | None = None,
         keys2: Tensor | None = None,
     ) -> Tensor:
-        """A scalar between −2 and 2; arguments as those of `PixelContrastiveLoss.forward`.
+        """Returns a scalar between −2 and 2; its arguments are those of `PixelContrastiveLoss.forward`.
 
         In PixPro, the features are those that `medaccel.ops.pixel_propagation` gives, and the keys a momentum
         encoder's.

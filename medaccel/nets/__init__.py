@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks on medaccel's layers, and the pretrained weights that others published for them."""
+"""Holds networks on medaccel's layers, and loads the pretrained weights that others published for
+them."""
 
 from medaccel.nets.ssl_head import SSLHead
 from medaccel.nets.swin_unetr import PatchMergingV090, SwinUNETR

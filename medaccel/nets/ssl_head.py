@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that Swin UNETR's encoder is pretrained in: heads for rotation, contrast and inpainting."""
+"""Holds the model in which Swin UNETR's encoder is pretrained: heads for rotation, contrast and
+inpainting."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -43,7 +44,7 @@ _UPSAMPLE: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 
 class SSLHead(nn.Module):
-    """Swin transformer with the three heads of the published Swin UNETR pretraining, on medaccel's layers.
+    """Joins a Swin transformer and the three heads of the published Swin UNETR pretraining, on medaccel's layers.
 
     Tang et al., "Self-Supervised Pre-Training of Swin Transformers for 3D Medical Image Analysis", CVPR 2022,
     https://arxiv.org/abs/2111.14791. The names of the parameters are those of its public code (``swinViT.*``,
@@ -52,14 +53,14 @@ class SSLHead(nn.Module):
     Args:
         in_channels: channels of the volume. Default 1.
         feature_size: channels f of the first stage; a multiple of every stage's heads / 2^stage. Default 48.
-        upsample: how the last map (16 f channels) becomes the reconstruction: "vae" (default), "deconv" or
+        upsample: the decoder from the last map (16 f channels) to the reconstruction: "vae" (default), "deconv" or
             "large_kernel_deconv".
         dropout_path_rate: stochastic depth, rising linearly over the blocks to this rate. Default 0.
         use_checkpoint: recompute the blocks' activations in the backward pass. Default False.
         spatial_dims: 2 or 3. Default 3.
         depths, num_heads: blocks and attention heads per stage; four each.
-        window_size: in tokens, one number for all axes or one each. Default 7.
-        downsample: as in `SwinUNETR`; "merging_v090" for the weights published in 2022.
+        window_size: tokens, one number for all axes or one each. Default 7.
+        downsample: `SwinUNETR`'s; "merging_v090" for the weights published in 2022.
 
     Raises:
         ValueError: an unknown `upsample` or `downsample`, `spatial_dims` not 2 or 3, not four stages, or heads that
@@ -113,7 +114,7 @@ class SSLHead(nn.Module):
         accelerate(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass of the three tasks.
+        """Computes the outputs of the three tasks in one pass.
 
         As in the published code, the rotation head reads the first token of the last map (1/32 of the size, layer
         normalised) and the contrastive head the second one, not a mean over the tokens.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's Swin UNETR on medaccel's layers, with the merging order that the weights of 2022 were trained with."""
+"""Builds MONAI's Swin UNETR on medaccel's layers, with the merging order that the weights of 2022 were
+trained with."""
 
 import inspect
 import warnings
@@ -16,21 +17,23 @@ from torch import Tensor
 
 from medaccel._accelerate import accelerate
 
-# The first map in full, then neighbours: two of the eight are taken twice and two never, in the published code too.
+# The first map comes whole, then its neighbours: two of the eight are taken twice and two never, as in the published
+# code.
 _V090_OFFSETS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 
 
 class PatchMergingV090(PatchMergingV2):
-    """Patch merging as MONAI before 1.5 had it under the name "merging"; same parameters as `PatchMergingV2`.
+    """Merges patches as MONAI before 1.5 did under the name "merging"; its parameters are those of `PatchMergingV2`.
 
-    Halves a channels-last map: the eight voxels of each 2×2×2 cell, concatenated, normalised and projected to 2 C
-    channels. Of the eight offsets (d, h, w), 010 and 001 come twice, 110 and 011 never: the published weights of 2022
-    (NVIDIA's ``model_swinvit.pt``) were trained with it, and mean nothing under another order. In 2-D, where the
-    order never changed, it is `PatchMergingV2`.
+    It halves a channels-last map: the eight voxels of each 2×2×2 cell are concatenated, normalised and projected to 2
+    C channels. Of the eight offsets (d, h, w), 010 and 001 come twice, 110 and 011 never: the published weights of
+    2022
+    (NVIDIA's ``model_swinvit.pt``) were trained with this order, and mean nothing under another. In 2-D the order
+    never changed, so it equals `PatchMergingV2`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W, C) to (B, ⌈D/2⌉, ⌈H/2⌉, ⌈W/2⌉, 2 C), odd sizes zero-padded; (B, H, W, C) likewise.
+        """Maps (B, D, H, W, C) to (B, ⌈D/2⌉, ⌈H/2⌉, ⌈W/2⌉, 2 C), odd sizes zero-padded; (B, H, W, C) likewise.
 
         Raises:
             ValueError: `x` has another number of dimensions.
@@ -53,7 +56,8 @@ _MONAI_SIGNATURE = inspect.signature(MonaiSwinUNETR.__init__)
 
 
 class SwinUNETR(MonaiSwinUNETR):
-    """`monai.networks.nets.SwinUNETR` on medaccel's layers: same arguments, weights and numbers, in training too.
+    """Builds `monai.networks.nets.SwinUNETR` on medaccel's layers: same arguments, weights and numbers, in training
+    too.
 
     Its state_dict is MONAI's (159 tensors, 167 with `use_v2`), so that checkpoints go both ways, and it starts
     from the same random numbers. `medaccel.revert` gives MONAI's own layers back.
@@ -98,7 +102,8 @@ class SwinUNETR(MonaiSwinUNETR):
 
     @torch.jit.unused
     def _check_input_size(self, spatial_shape: Sequence[int]) -> None:
-        """MONAI's check and sentence, without NumPy: torch.compile can then take the whole net as one graph."""
+        """Checks the input's size as MONAI does, with its sentence, but without NumPy: torch.compile can then take
+        the whole net as one graph."""
         steps = [size**5 for size in ensure_tuple_rep(self.patch_size, len(spatial_shape))]
         wrong = [axis + 2 for axis, step in enumerate(steps) if spatial_shape[axis] % step]
         if wrong:
@@ -107,7 +112,7 @@ class SwinUNETR(MonaiSwinUNETR):
                 f" must be divisible by {self.patch_size}**5."
             )
 
-    # What editors, `help` and the command line's parser show.
+    # Editors, `help` and the command line's parser show this signature.
     __init__.__signature__ = _MONAI_SIGNATURE.replace(  # type: ignore[attr-defined]
         parameters=[
             *_MONAI_SIGNATURE.parameters.values(),

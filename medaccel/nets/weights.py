@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published Swin UNETR weights, whatever their dialect, into any model that holds MONAI's SwinTransformer."""
+"""Loads published Swin UNETR weights, whatever their dialect, into any model that holds MONAI's
+SwinTransformer."""
 
 import argparse
 import os
@@ -23,10 +24,10 @@ from medaccel.data.tensors import archive_fault
 from medaccel.nets.swin_unetr import PatchMergingV090
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-# What the transformer is called inside its model; anything else in front of its keys is a wrapper's name, and the
-# heads beside it then have that name too (module.layers1…, module.rotation_head…).
+# These names a model gives its transformer; anything else in front of the keys is a wrapper's name, and the heads
+# beside the transformer have it too (module.layers1…, module.rotation_head…).
 _TRANSFORMER_NAMES = ("swinViT", "swin_vit", "encoder", "backbone")
-# How the transformer's own tensors begin. Other nets have a patch_embed too, so only a stage tells where it is.
+# The transformer's own tensors begin so. Other nets have a patch_embed too, so only a stage tells where it is.
 _OWN = re.compile(r"(?:patch_embed|layers[1-4]c?)\.")
 _STAGE = re.compile(r"(?:(.+?)\.)?layers[1-4]c?\.\d")
 _NESTED_STAGE = re.compile(r"(layers[1-4]c?)\.0\.0\.")
@@ -35,12 +36,12 @@ _SHOWN = 8
 
 @dataclass
 class LoadReport:
-    """What `load_pretrained` did: printable.
+    """Reports what `load_pretrained` did; it can be printed.
 
     Attributes:
-        dialect: how the file names its tensors, and which merging order that implies.
+        dialect: the file's way of naming tensors, and the merging order that it implies.
         loaded: the model's tensors that were filled.
-        skipped: (the file's name of a tensor, why it was left).
+        skipped: (a tensor's name in the file, why it was not loaded).
         missing: the model's other tensors, which keep their values.
     """
 
@@ -64,7 +65,7 @@ class LoadReport:
 
 
 def _grouped(keys: list[str]) -> str:
-    """Tensors by the module they belong to, with counts: "encoder1 (3), encoder2 (2)"."""
+    """Lists tensors by the module they belong to, with counts: "encoder1 (3), encoder2 (2)"."""
     parts = [key.split(".") for key in keys]
     shared = len(list(takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))))
     counts = Counter(".".join(part[: shared + 1]) for part in parts)
@@ -72,20 +73,21 @@ def _grouped(keys: list[str]) -> str:
 
 
 def _plain_values() -> list[Any]:
-    """What the training scripts of 2022 pickled beside the weights, and is mere data: ``best_acc`` and ``args``."""
+    """Returns the plain types that the training scripts of 2022 pickled beside the weights (``best_acc`` and
+    ``args``)."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int32, np.int64)]
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes, argparse.Namespace]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a file, without running any code of the file's."""
+    """Reads the state_dict of a file without running any code in the file."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"load_pretrained: there is no file {path}")
     fault = archive_fault(check_input(path))
     if fault is not None:
         raise ValueError(f"load_pretrained: {path} is not a whole torch file of weights ({fault})")
-    with path.open("rb") as stream:  # a file that may not be read says so here, not as a broken one
+    with path.open("rb") as stream:  # a file without read permission fails here, so it is not called broken
         try:
             with torch.serialization.safe_globals(_plain_values()):
                 content = torch.load(stream, map_location="cpu", weights_only=True)
@@ -97,7 +99,7 @@ def _read(path: Path) -> dict[str, Tensor]:
                 "plain values, because reading more can run code. If you trust the file, save its state_dict alone "
                 "to another"
             ) from error
-        except Exception as error:  # torch's readers raise whatever a broken file leads them to
+        except Exception as error:  # torch's readers may raise anything on a broken file
             summary = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             raise ValueError(f"load_pretrained: {path} is not a whole torch file of weights ({summary})") from error
     while isinstance(content, Mapping):
@@ -117,7 +119,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _file_paths(path: Path, keys: Iterable[str], models_name: str) -> tuple[str, str] | None:
-    """Where the file's transformer is, and what holds it and its heads; None where there is no transformer."""
+    """Finds the file's transformer and the module that holds it and its heads; returns None if the file has no
+    transformer."""
     found = {match[1] or "" for key in keys if (match := _STAGE.match(key))}
     if len(found) > 1:
         raise ValueError(
@@ -132,7 +135,7 @@ def _file_paths(path: Path, keys: Iterable[str], models_name: str) -> tuple[str,
 
 
 def _model_paths(model: nn.Module) -> tuple[SwinTransformer, str, str]:
-    """The model's transformer, where it is, and what holds it and its heads."""
+    """Returns the model's transformer, its path, and the path of the module that holds it and its heads."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_pretrained: model is a {type(model).__name__}; expected a torch.nn.Module")
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, SwinTransformer)]
@@ -147,7 +150,7 @@ def _model_paths(model: nn.Module) -> tuple[SwinTransformer, str, str]:
 
 
 def _own_name(key: str, transformer: str, holder: str) -> str | None:
-    """A tensor's name within the transformer; None where it is another module's."""
+    """Returns a tensor's name within the transformer, or None if it belongs to another module."""
     inside = f"{transformer}." if transformer else ""
     own = key.removeprefix(inside)
     # Where the transformer has its holder's name, the heads' tensors begin like its own.
@@ -155,7 +158,8 @@ def _own_name(key: str, transformer: str, holder: str) -> str | None:
 
 
 def _canonical(key: str, transformer: str, holder: str) -> str | None:
-    """A tensor's name as in MONAI's SwinUNETR, where the transformer is ``swinViT``; None outside the holder."""
+    """Returns a tensor's name as in MONAI's SwinUNETR, where the transformer is ``swinViT``; None for one outside the
+    holder."""
     own = _own_name(key, transformer, holder)
     if own is not None:
         return "swinViT." + _NESTED_STAGE.sub(r"\1.0.", own).replace(".mlp.fc", ".mlp.linear")
@@ -164,7 +168,8 @@ def _canonical(key: str, transformer: str, holder: str) -> str | None:
 
 
 def _dialect(tensors: Mapping[str, Tensor], paths: tuple[str, str] | None) -> tuple[str, bool, bool]:
-    """The dialect in words; whether it implies the old merging order; whether only its encoder is meant."""
+    """Returns the dialect in words, whether it implies the old merging order, and whether only its encoder is to be
+    loaded."""
     if paths is None:
         return "no Swin transformer in the file", False, False
     own = [name for key in tensors if (name := _own_name(key, *paths)) is not None]
@@ -205,8 +210,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> LoadRepor
     MONAI's `filter_swinunetr` does. Tensors whose shape differs are left out, and reported.
 
     These dialects of 2022 imply the merging order of MONAI before 1.5 (`PatchMergingV090`), and so does the name
-    ``swin_vit``. A file with MONAI's own names does not tell: what was trained with MONAI before 1.5 (the BTCV and
-    BraTS models of 2022) needs ``downsample="merging_v090"`` too, and no warning can say so.
+    ``swin_vit``. A file with MONAI's own names does not show its order: models trained with MONAI before 1.5 (BTCV
+    and BraTS of 2022) need ``downsample="merging_v090"`` too, and no warning can say so.
 
     No code in the file is run. The model is changed only after everything has been checked.
 
@@ -226,7 +231,8 @@ def load_pretrained(model: nn.Module, path: str | os.PathLike[str]) -> LoadRepor
         RuntimeError: not one weight of the file fits.
 
     Warns:
-        UserWarning: the file is from 2022, when the merging order was another one, and the model merges in today's.
+        UserWarning: the file is from 2022, when the merging order was different, and the model merges in today's
+            order.
     """
     path = Path(path)
     module, transformer, holder = _model_paths(model)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digital phantoms of PET and CT, with their labels."""
+"""Makes digital phantoms of PET and CT, with their labels."""

@@ -1,140 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phantom torso CTs with the truth: a simulation to exercise the segmentation study, no substitute for patients.
+"""Simulates torso CTs of phantoms with their true labels: they exercise the segmentation study, but don't replace
+patients.
 
-A person is drawn from ranges (`Population`): body, bones, lungs with airway and vessels, heart, great vessels, liver,
-spleen, kidneys, stomach, bowel, and lesions in the lungs. Organs are superellipsoids in a randomly deformed space,
-with texture within and correlated noise over everything. `STANDARD` is what is labelled; `SHIFTED` has other shapes,
-contrast phases and noise, for the unlabelled pool and for tests of transfer.
-
-CT numbers of `MEASURED` are those of the abdominal CT of the TotalSegmentator example (3 mm, Apache-2.0), organ by
-organ, eroded by two voxels; the others are textbook values. Contrast agent adds to them.
+A person is drawn from ranges (`ct_anatomy.Population`): body, bones, lungs with airway and vessels, heart, great
+vessels, liver, spleen, kidneys, stomach, bowel, and lesions in the lungs. Organs are superellipsoids in a randomly
+deformed space, with texture within and correlated noise over everything. `STANDARD` is what is labelled; `SHIFTED`
+has other shapes, contrast phases and noise, for the unlabelled pool and for tests of transfer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from medaccel.phantoms.ct_anatomy import ENHANCEMENT, HU, ORGANS, STANDARD, Population
 from medaccel.phantoms.painting import random_field, superellipsoid
-
-#: Mean and standard deviation, HU, in that CT; the liver's and the muscle's deviation is about its noise.
-MEASURED: Mapping[str, tuple[float, float]] = {
-    "spleen": (34, 12),
-    "kidney": (17, 20),
-    "liver": (46, 13),
-    "blood": (43, 12),
-    "muscle": (26, 18),
-    "bowel": (16, 20),
-    "lung": (-770, 75),
-    "bone": (110, 60),  # vertebrae
-    "rib": (210, 95),
-}
-ORGANS = {
-    "air": 0,
-    "fat": 1,
-    "muscle": 2,
-    "bone": 3,
-    "lung": 4,
-    "airway": 5,
-    "vessel": 6,
-    "heart": 7,
-    "liver": 8,
-    "spleen": 9,
-    "kidney": 10,
-    "stomach": 11,
-    "bowel": 12,
-    "lesion": 13,
-}
-# CT numbers without contrast agent, HU.
-_HU = {name: mean for name, (mean, _) in MEASURED.items()} | {
-    "fat": -100.0,
-    "airway": -990.0,
-    "gas": -900.0,
-    "stomach": 20.0,
-    "heart": 40.0,
-    "lesion": 35.0,
-}
-# What contrast agent adds, HU: none; arterial; portal venous, as the Decathlon's spleens are.
-_ENHANCEMENT: Mapping[str, Mapping[str, float]] = {
-    "none": {},
-    "arterial": {"blood": 230, "heart": 160, "spleen": 75, "kidney": 120, "liver": 20, "bowel": 25, "lesion": 20},
-    "venous": {"blood": 110, "heart": 85, "spleen": 78, "kidney": 140, "liver": 60, "bowel": 40, "lesion": 35},
-}
-
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Population:
-    """Ranges that persons and scans are drawn from, uniformly; lengths in mm.
-
-    Args:
-        name: as in the files.
-        half_width, half_depth: of the torso.
-        fat: thickness under the skin.
-        organ_scale: factor on organ sizes, drawn for each organ and axis.
-        organ_shift: standard deviation of an organ's place along each axis.
-        exponent: of the organs' superellipsoids.
-        deformation, deformation_size: standard deviation of the displacements, and their smoothness.
-        phases: probabilities of the contrast phases.
-        contrast: factor on what contrast agent adds.
-        noise: standard deviation, HU, and its blur, mm.
-        texture: standard deviation within an organ, HU.
-        lesions: how many are in the lungs, from and to.
-        lesion_diameter: drawn evenly in its logarithm; painted at least a voxel wide.
-        tumour_diameter: the same of the first lesion, where it is another than the others.
-    """
-
-    name: str
-    half_width: Range = (145.0, 180.0)
-    half_depth: Range = (98.0, 125.0)
-    fat: Range = (8.0, 30.0)
-    organ_scale: Range = (0.75, 1.25)
-    organ_shift: float = 7.0
-    exponent: Range = (1.9, 2.8)
-    deformation: float = 5.0
-    deformation_size: Range = (25.0, 40.0)
-    phases: Mapping[str, float] = field(default_factory=lambda: {"none": 0.15, "arterial": 0.15, "venous": 0.7})
-    contrast: Range = (0.6, 1.25)
-    noise: tuple[Range, Range] = ((9.0, 20.0), (1.5, 2.5))
-    texture: Range = (3.0, 8.0)
-    lesions: tuple[int, int] = (1, 3)
-    lesion_diameter: Range = (3.0, 30.0)
-    tumour_diameter: Range | None = None
-
-
-STANDARD = Population("standard")
-#: Patients with a lung tumour, as all of Task06_Lung are. With lesions from 3 mm on alone, three in ten would have
-#: none of more than five voxels of 4 mm.
-TUMOUR = Population("tumour", tumour_diameter=(10.0, 30.0))
-SHIFTED = Population(
-    "shifted",
-    half_width=(130.0, 195.0),
-    half_depth=(88.0, 135.0),
-    fat=(4.0, 45.0),
-    organ_scale=(0.7, 1.4),
-    organ_shift=10.0,
-    exponent=(1.7, 3.4),
-    deformation=6.0,
-    deformation_size=(26.0, 45.0),
-    phases={"none": 0.5, "arterial": 0.3, "venous": 0.2},
-    noise=((6.0, 35.0), (1.0, 3.5)),
-    lesions=(0, 4),
-)
 
 
 @dataclass
 class PhantomCT:
-    """A scan and its truth; arrays (i, j, k), axes to the right, the front and up.
+    """Holds a scan and its true labels; arrays (i, j, k), axes to the right, the front and up.
 
     Args:
         hu: int16. organs: values of `ORGANS`, uint8. lesions: instance labels of lung lesions, uint8, 0 is none.
-        affine: (4, 4), voxel indices to RAS, mm.
-        parameters: what was drawn, plain values; "lesion_diameters_mm", in the order of the instance labels, are
-            those of spheres of the painted volumes.
+        affine: (4, 4), maps voxel indices to RAS, mm.
+        parameters: the drawn values, plain; "lesion_diameters_mm", in the order of the instance labels, are the
+            diameters of spheres of the painted volumes.
     """
 
     hu: np.ndarray
@@ -155,15 +49,16 @@ def make_phantom(
     """Draws a person and scans it.
 
     Args:
-        seed: of everything.
-        population: what is drawn from.
-        size_mm: of the field of view.
-        spacing: mm.
+        seed: seed of all randomness.
+        population: the ranges to draw from.
+        size_mm: size of the field of view.
+        spacing: voxel size, mm.
         centre_z: middle of the field of view in the person's coordinates, mm: the liver's dome is near 0, the lungs'
             middle near 80; it is shifted by up to 15 mm at random.
 
     Raises:
-        ValueError: a field of view that leaves out what a person is recognised by, or spacing out of bounds.
+        ValueError: the field of view leaves out the organs by which a person is recognised, or spacing is out of
+            bounds.
     """
     if len(spacing) != 3 or not all(0 < step <= 8 for step in spacing):
         raise ValueError(f"spacing is {tuple(spacing)}; expected three numbers above 0 and at most 8 mm")
@@ -180,7 +75,7 @@ def make_phantom(
 
 
 class _Person:
-    """The canvas of one person."""
+    """Paints one person."""
 
     def __init__(
         self, shape: tuple[int, ...], spacing: tuple[float, ...], population: Population, centre_z: float, seed: int
@@ -190,13 +85,13 @@ class _Person:
         self.edge = float(np.mean(spacing))
         self.half_width, self.half_depth = rng.uniform(*population.half_width), rng.uniform(*population.half_depth)
         self.fat = min(rng.uniform(*population.fat), 0.25 * self.half_depth)
-        # Organs fill the space within the fat of a person of 140 × 90 mm half-axes.
+        # Organs fill the space within the fat of a person with half-axes of 140 × 90 mm.
         self.stretch = ((self.half_width - self.fat) / 140.0, (self.half_depth - self.fat) / 90.0, 1.0)
         self.phase = str(rng.choice(list(population.phases), p=list(population.phases.values())))
         factor = rng.uniform(*population.contrast)
         self.hu = {
-            name: value + factor * _ENHANCEMENT[self.phase].get(name, 0.0) + rng.normal(0, 4)
-            for name, value in _HU.items()
+            name: value + factor * ENHANCEMENT[self.phase].get(name, 0.0) + rng.normal(0, 4)
+            for name, value in HU.items()
         }
         start = centre_z + rng.uniform(-15, 15) - spacing[2] * (shape[2] - 1) / 2
         middles = [0.0, 0.0, start + spacing[2] * (shape[2] - 1) / 2]
@@ -217,7 +112,7 @@ class _Person:
         self.diameters: list[float] = []
 
     def trunk(self) -> None:
-        """Skin, fat, muscle."""
+        """Paints skin, fat and muscle."""
         x, y, z = self.position
         taper = np.interp(z, [-330, -200, -60, 60, 150, 210], [1.0, 0.92, 0.97, 1.0, 0.96, 0.75]).astype(np.float32)
         exponent = self.rng.uniform(2.1, 2.8)
@@ -227,11 +122,11 @@ class _Person:
             cover = np.clip(0.5 + (1 - radius) * np.sqrt(a * b) / self.edge, 0, 1).astype(np.float32)
             self._blend(tissue, cover, (slice(None),) * 3)
         self.interior = cover
-        # Fat between the organs of the belly, within its wall.
+        # Fat lies between the organs of the belly, within its wall.
         self.draw("fat", (0, 8, -140), (112, 66, 150), vary=False, exponent=3.0)
 
     def thorax(self) -> None:
-        """Lungs with vessels and airway, heart and great vessels."""
+        """Paints the lungs with vessels and airway, the heart and the great vessels."""
         rng = self.rng
         lungs = np.zeros(self.shape, dtype=bool)
         for side in (-1, 1):
@@ -254,14 +149,15 @@ class _Person:
         self.draw("vessel", (-18, 14, 62), (26, 22, 28), hu="blood", organ="heart")
 
     def belly(self) -> None:
-        """Liver, stomach, bowel, kidneys, and the spleen between them: neighbours of nearly its own CT number."""
+        """Paints liver, stomach, bowel, kidneys, and the spleen between them: neighbours of nearly its own CT
+        number."""
         rng = self.rng
         for _ in range(int(rng.integers(14, 26))):
             centre = (rng.uniform(-92, 92), rng.uniform(-20, 62), rng.uniform(-290, -110))
             self.draw("bowel", centre, rng.uniform(11, 24, size=3), vary=False)
             if rng.random() < 0.35:
                 self.draw("bowel", centre, rng.uniform(5, 11, size=3), hu="gas", vary=False)
-        # The colon's bend below the spleen.
+        # This is the colon's bend below the spleen.
         self.draw("bowel", (-88, 22, -112 + rng.normal(0, 10)), (22, 24, 26))
         for side in (-1, 1):
             hilum = np.array([side * 47.0, -41.0, -132.0 + 8 * side + rng.normal(0, 6)])
@@ -271,7 +167,7 @@ class _Person:
         stomach = np.array([-56.0, 26.0, -62.0]) + rng.normal(0, 6, 3)
         size = np.array([36.0, 32.0, 42.0]) * rng.uniform(0.7, 1.2)
         self.draw("stomach", stomach, size, vary=False)
-        if rng.random() < 0.7:  # gas rises to the front of who lies on the back
+        if rng.random() < 0.7:  # gas rises to the front in a patient who lies on the back
             self.draw("stomach", stomach + np.array([0, 0.45 * size[1], 0]), 0.55 * size, hu="gas", vary=False)
         self.draw("liver", (6, 32, -44), (62, 36, 38))
         self.draw("liver", (62, 4, -62), (62, 62, 70), exponent=2.3)
@@ -280,7 +176,7 @@ class _Person:
             self.tube("liver", root, tip, 5.0, 2.0, self.hu["blood"], within=self.organs == ORGANS["liver"])
 
     def bones(self) -> None:
-        """Spine and ribs."""
+        """Paints the spine and the ribs."""
         self.draw("bone", (0, -58, -60), (20, 18, 340), exponent=5.0, vary=False)
         self.draw("muscle", (0, -54, -60), (8, 7, 340), exponent=4.0, hu="fat", organ="bone", vary=False)  # canal
         x, y, z = self.position
@@ -294,7 +190,7 @@ class _Person:
         self.organs[ribs] = ORGANS["bone"]
 
     def lung_lesions(self) -> None:
-        """Nodules and masses, solid or, one in five, part-solid; some lie at the pleura or at a vessel."""
+        """Paints nodules and masses, solid or, one in five, part-solid; some lie at the pleura or at a vessel."""
         rng, population = self.rng, self.population
         for number in range(int(rng.integers(population.lesions[0], population.lesions[1] + 1))):
             places = np.argwhere(self.organs == ORGANS["lung"])
@@ -317,13 +213,13 @@ class _Person:
                 continue
             self.canvas[region] += cover * (value - self.canvas[region])
             self.organs[region][inside] = ORGANS["lesion"]
-            # What was painted may be wider than what was drawn, or cut off by the lung's border.
+            # The painted lesion may be wider than the drawn one, or cut off by the lung's border.
             volume = np.count_nonzero(inside) * float(np.prod(self.spacing))
             self.diameters.append(float((6 * volume / np.pi) ** (1 / 3)))
             self.lesions[region][inside] = len(self.diameters)
 
     def scanned(self) -> PhantomCT:
-        """The finished scan, with noise."""
+        """Returns the finished scan, with noise."""
         rng, (deviations, blurs) = self.rng, self.population.noise
         deviation, blur = rng.uniform(*deviations), rng.uniform(*blurs)
         noise = random_field(self.shape, self.spacing, blur, rng)
@@ -353,7 +249,8 @@ class _Person:
         vary: bool = True,
         shift: float = 1.0,
     ) -> None:
-        """Paints a superellipsoid, in mm of a nominal person; `vary`: its place, size and exponent are drawn."""
+        """Paints a superellipsoid, given in mm of a nominal person; with `vary`, its place, size and exponent are
+        random."""
         p, rng = self.population, self.rng
         middle, semi = np.array(centre, dtype=float), np.array(semi_axes, dtype=float)
         if vary:

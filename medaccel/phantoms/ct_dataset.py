@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phantom CTs on disk: two labelled tasks in the Decathlon's layout, and a pool of unlabelled scans.
+"""Writes phantom CTs to disk: two labelled tasks in the Decathlon's layout, and a pool of unlabelled scans.
 
-Every file depends on its number and the seed alone, so an interrupted writing goes on where it was.
+Every file depends on its number and the seed alone, so an interrupted writing continues where it stopped.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ import numpy as np
 
 from medaccel.data import make_nifti, save_nifti, write_text
 from medaccel.data.msd import DATASET_JSON, MSDDataset, read_dataset
-from medaccel.phantoms.ct import ORGANS, SHIFTED, STANDARD, TUMOUR, PhantomCT, Population, make_phantom
+from medaccel.phantoms.ct import PhantomCT, make_phantom
+from medaccel.phantoms.ct_anatomy import ORGANS, SHIFTED, STANDARD, TUMOUR, Population
 
-# Persons of one task are none of another's, nor of the pool's.
+# No person of one task appears in the other, or in the pool.
 _POOL_SEED = 900_000
 
 
 @dataclass(frozen=True)
 class PhantomTask:
-    """What a task labels, the field of view that shows it, where its persons' seeds start, and who they are."""
+    """Describes a task: its labels, the field of view that shows them, the first seed of its persons, and their
+    population."""
 
     title: str
     label: str
     organs: tuple[str, ...]
-    centre_z: float  # mm, of `make_phantom`
+    centre_z: float  # mm, argument of `make_phantom`
     first_seed: int
     population: Population
 
@@ -52,16 +54,17 @@ def write_task(
     """Writes a labelled task of phantom CTs and returns it as `read_dataset` does.
 
     Args:
-        folder: of the task; made if missing.
+        folder: the task's folder; made if missing.
         task: "spleen" or "lung"; the lungs' lesions are the latter's label, a tumour and up to two more.
-        cases: how many; at least 1.
-        seed: shifts all persons; another seed's are others.
-        spacing: mm.
-        population: that they are drawn from; by default the task's own, `STANDARD` or `TUMOUR`.
+        cases: their number; at least 1.
+        seed: shifts all persons; another seed gives other persons.
+        spacing: voxel size, mm.
+        population: the population that persons are drawn from; by default the task's own, `STANDARD` or `TUMOUR`.
         progress: show a bar.
 
     Raises:
-        ValueError: an unknown task, no cases, a seed out of range; a folder with another task.
+        ValueError: the task is unknown, no cases are asked for, the seed is out of range, or the folder holds another
+            task.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
@@ -100,12 +103,12 @@ def write_pool(
     population: Population = SHIFTED,
     progress: bool = True,
 ) -> list[Path]:
-    """Writes unlabelled scans, `scan_000.nii.gz` on, of all parts of the trunk, and returns their paths.
+    """Writes unlabelled scans, `scan_000.nii.gz` and so on, of all parts of the trunk, and returns their paths.
 
-    Args as `write_task`'s.
+    The arguments are those of `write_task`.
 
     Raises:
-        ValueError: no scans, a seed out of range; a folder with others.
+        ValueError: no scans are asked for, the seed is out of range, or the folder holds others.
     """
     root = Path(folder)
     what = {"cases": count, "seed": seed, "spacing_mm": [float(s) for s in spacing], "population": population.name}
@@ -120,7 +123,7 @@ def write_pool(
 
 
 def _start(root: Path, content: dict[str, object], count: int, seed: int, name: str = DATASET_JSON) -> None:
-    """Writes what the folder is to hold, unless it says so already."""
+    """Writes a description of the folder's content to come, unless the folder has it already."""
     if not 1 <= count <= 1000:
         raise ValueError(f"cases is {count}; expected 1 to 1000")
     if not 0 <= seed < 50:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random FDG PET phantoms: activity, attenuation, CT, organs and lesions of a torso or a head and chest.
+"""Draws random FDG PET phantoms: activity, attenuation, CT, organs and lesions of a torso or a head and chest.
 
 Organs are superellipsoids in a person's own millimetres (x to the right, y to the front, z up, 0 at the
 liver's dome), deformed by one smooth random displacement field and painted one over the other with soft
@@ -7,7 +7,7 @@ edges, so that partial volumes are right to a fraction of a voxel. Uptake within
 multiplied with a band-limited random field. The grid is a window of the person that always holds the liver
 or, in a head scan, its upper part.
 
-Two generators: ``standard``, and ``shifted`` with other body shapes, uptakes and lesion statistics, which
+There are two generators: ``standard``, and ``shifted`` with other body shapes, uptakes and lesion statistics, which
 makes test studies that a method has not been fitted to.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.phantoms.attenuation import hu_to_attenuation
 from medaccel.phantoms.pet_anatomy import ORGANS, PhantomConfig, Range, paint_person
 from medaccel.phantoms.pet_lesions import LesionConfig, add_lesions
-from medaccel.restoration.simulation.activity import hu_to_attenuation
 
 MIN_EXTENT = (300.0, 220.0, 180.0)  # mm along i, j, k
 DEFAULT_SHAPE = (96, 72, 112)
@@ -62,7 +62,7 @@ GENERATORS: dict[str, PhantomConfig] = {
 
 @dataclass(frozen=True)
 class Phantom:
-    """A person on a grid; arrays (i, j, k).
+    """Holds a person on a grid; arrays (i, j, k).
 
     Args:
         spacing: mm.
@@ -74,7 +74,7 @@ class Phantom:
         lesions: uint16, 1, 2, … in the order of `lesion_table`; 0 is none.
         lesion_table: per lesion its diameter (mm, of the sphere of equal volume), SUV, kind (hot, cold),
             organ.
-        parameters: what was drawn for the person.
+        parameters: values drawn for the person.
     """
 
     spacing: tuple[float, float, float]
@@ -94,7 +94,7 @@ def make_phantom(
     shape: Sequence[int] = DEFAULT_SHAPE,
     spacing: Sequence[float] = DEFAULT_SPACING,
 ) -> Phantom:
-    """Draw a person; the same arguments give the same bits.
+    """Draws a person; the same arguments give the same bits.
 
     Args:
         seed: whole number >= 0.
@@ -103,7 +103,7 @@ def make_phantom(
         spacing: mm; sizes above 6 mm leave little of the smallest lesions.
 
     Raises:
-        ValueError: unknown generator, or a grid smaller than 300 × 220 × 180 mm.
+        ValueError: the generator is unknown, or the grid is smaller than 300 × 220 × 180 mm.
     """
     if generator not in GENERATORS:
         raise ValueError(f"generator={generator!r} (expected one of {', '.join(GENERATORS)})")
@@ -118,7 +118,7 @@ def make_phantom(
             f"(expected at least {' × '.join(f'{least:g}' for least in MIN_EXTENT)} mm)"
         )
     config = GENERATORS[generator]
-    # The generator's place is part of the seed: the two never share a person.
+    # The generator's index is part of the seed, so the two never share a person.
     rng = np.random.default_rng([seed, list(GENERATORS).index(generator)])
     sizes = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     person = paint_person(tuple(shape), sizes, config, rng)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The anatomy of the phantoms: what a person is drawn from, and the painting of the organs.
+"""Draws the anatomy of PET phantoms: the ranges of a person, and the painting of the organs.
 
 A person has coordinates of its own in mm: x to the right, y to the front, z up, 0 near the liver's dome.
 """
@@ -46,38 +46,38 @@ HU = {
     "brain": 36.0,
 }
 
-# Half-widths (x) and half-depths (y) of the body from pelvis to crown, shares of the torso's; z in mm.
+# Half-widths (x) and half-depths (y) of the body from pelvis to crown are shares of the torso's; z is in mm.
 _PROFILE_Z = (-430, -330, -200, -60, 60, 150, 185, 205, 235, 265, 300, 360, 400, 425, 440)
 _PROFILE_X = (0.97, 1.00, 0.90, 0.96, 0.98, 1.02, 0.94, 0.60, 0.36, 0.40, 0.46, 0.48, 0.42, 0.27, 0.0)
 _PROFILE_Y = (0.95, 1.00, 0.93, 1.00, 1.00, 0.92, 0.78, 0.62, 0.54, 0.72, 0.84, 0.90, 0.80, 0.50, 0.0)
-# Where the person ends, mm.
+# The person ends here, mm.
 _BOTTOM, _TOP = -430.0, 445.0
-# The liver, mm: every window but a head scan's holds it whole.
+# The liver lies here, mm: every window but a head scan's holds it whole.
 _LIVER_BOTTOM, _LIVER_TOP = -140.0, 20.0
 
-# A person of nominal size, mm: torso to the skin, and within the fat.
+# A person of nominal size has these half-axes, mm: torso to the skin, and within the fat.
 _NOMINAL_OUTER = (155.0, 105.0)
 _NOMINAL_INNER = (140.0, 90.0)
 # The torso's width and fat end between shoulder and neck.
 _SHOULDER, _NECK = 185.0, 235.0
 _DEFORMATION_SIGMA = 35.0  # mm
-_LUMPINESS = 0.15  # where the configuration names none
+_LUMPINESS = 0.15  # used if the configuration names none
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """Ranges that a person is drawn from, uniformly: lengths in mm, uptakes in SUV (g/mL).
+    """Holds the ranges that a person is drawn from, uniformly: lengths in mm, uptakes in SUV (g/mL).
 
     Args:
-        half_width, half_depth: of the torso.
-        exponent: of the torso's superellipse, 2 an ellipse.
+        half_width, half_depth: semi-axes of the torso.
+        exponent: exponent of the torso's superellipse; 2 is an ellipse.
         fat: thickness under the skin.
         organ_scale: factor on organ sizes.
         deformation: standard deviation of the displacement field, mm.
         uptake: SUV per tissue.
-        lumpiness: relative standard deviation of the uptake within a tissue; others 0.15.
+        lumpiness: relative standard deviation of the uptake within a tissue; 0.15 for tissues that are not listed.
         lump_size: σ of the blur that makes the random field, mm.
         coverage: probabilities of the windows chest, pelvis and head.
         lesions: see `LesionConfig`.
@@ -116,13 +116,13 @@ class PhantomConfig:
 
 @dataclass
 class Person:
-    """A painted person on a grid, before lesions; arrays (i, j, k).
+    """Holds a painted person on a grid, before lesions; arrays (i, j, k).
 
     Args:
         z: height of each slice in the person's coordinates, mm.
         activity: SUV. ct: HU. organs: values of `ORGANS`.
         lumps: the random field of the uptake, standard normal.
-        parameters: what was drawn.
+        parameters: drawn values.
     """
 
     z: np.ndarray
@@ -136,7 +136,7 @@ class Person:
 def paint_person(
     shape: tuple[int, ...], spacing: tuple[float, ...], config: PhantomConfig, rng: np.random.Generator
 ) -> Person:
-    """Draw and paint a person on a grid of ``shape`` voxels of ``spacing`` mm."""
+    """Draws and paints a person on a grid of ``shape`` voxels of ``spacing`` mm."""
     painter = _Painter(shape, spacing, config, rng)
     painter.body()
     painter.abdomen()
@@ -147,7 +147,7 @@ def paint_person(
 
 
 class _Painter:
-    """Canvas of one person: soft-edged shapes, painted over one another within the body."""
+    """Paints one person with soft-edged shapes, one over another within the body."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class _Painter:
         }
 
     def body(self) -> None:
-        """Skin to skin: fat, muscle within it, and the bones of the trunk."""
+        """Paints the body from skin to skin: fat, muscle within it, and the bones of the trunk."""
         x, y, _ = self.position
         heights = self.z  # the profile varies slowly: its height needs no deformation
         torso = np.interp(heights, [_SHOULDER, _NECK], [1.0, 0.0])
@@ -218,7 +218,7 @@ class _Painter:
             self.organ("bone", (side * 78, -18, -340), (24, 42, 58))  # pelvis
 
     def abdomen(self) -> None:
-        """Bowel loops, kidneys, bladder."""
+        """Paints bowel loops, kidneys and bladder."""
         for _ in range(int(self.rng.integers(8, 15))):
             centre = (self.rng.uniform(-90, 90), self.rng.uniform(-5, 55), self.rng.uniform(-285, -165))
             suv = self.rng.uniform(*self.config.uptake["bowel"])
@@ -236,7 +236,7 @@ class _Painter:
         self.organ("bladder", (0, 15, -350), (40 * fill, 32 * fill, 32 * fill))
 
     def chest(self) -> None:
-        """Lungs, aorta, heart."""
+        """Paints lungs, aorta and heart."""
         for side in (-1, 1):
             self.organ("lung", (side * 70, 0, 82), (53, 70, 115), exponent=2.5)
         self.organ("blood", (-14, -30, -60), (11, 11, 215), exponent=6.0)  # aorta
@@ -245,14 +245,14 @@ class _Painter:
         self.organ("blood", (-42, 22, 54), (21, 19, 33))
 
     def upper_abdomen(self) -> None:
-        """Spleen, stomach, liver."""
+        """Paints spleen, stomach and liver."""
         self.organ("spleen", (-94, -26, -58), (28, 26, 48))
         self.organ("bowel", (-56, 28, -62), (36, 30, 40), suv=self.rng.uniform(*self.config.uptake["bowel"]))
         self.organ("liver", (4, 32, -42), (60, 36, 36))
         self.organ("liver", (62, 4, -60), (62, 62, 70), exponent=2.3)
 
     def head(self) -> None:
-        """Skull and brain: cortex, white matter, deep grey matter. A head is no wider in a wider body."""
+        """Paints skull and brain: cortex, white matter, deep grey matter. A head is no wider in a wider body."""
         ratio = [self.scale / stretch for stretch in self.stretch]
         brain = self.uptake["brain"]
 
@@ -276,7 +276,8 @@ class _Painter:
         exponent: float = 2.0,
         suv: float | None = None,
     ) -> None:
-        """Paint a superellipsoid, given in mm of a person of nominal size, with the tissue's uptake and CT number."""
+        """Paints a superellipsoid, given in mm of a person of nominal size, with the tissue's uptake and CT
+        number."""
         drawn = superellipsoid(
             self.position,
             (self.x, self.y, self.z),
@@ -308,7 +309,8 @@ class _Painter:
         self.organs[region][cover > 0.5] = ORGANS[organ or tissue]
 
     def _window(self, length: float) -> tuple[str, float]:
-        """Which part of the person a grid of ``length`` mm shows: its name and the z of the first slice."""
+        """Draws the part of the person that a grid of ``length`` mm shows: returns its name and the z of the first
+        slice."""
         coverage = str(self.rng.choice(["chest", "pelvis", "head"], p=self.config.coverage))
         jitter = self.rng.uniform(0.0, 20.0)
         if length >= _TOP - _BOTTOM:

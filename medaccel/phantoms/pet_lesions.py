@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random hot and cold lesions, added to a phantom."""
+"""Adds random hot and cold lesions to a phantom."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# Hot lesions stand out of their host at least this much, cold ones have such a share of its uptake.
+# Hot lesions have at least this contrast to their host, cold ones such a share of its uptake.
 _LEAST_CONTRAST = 1.6
 _COLD_SHARE_OF_HOST = (0.1, 0.5)
 # Large hot lesions may have a core without uptake.
@@ -24,14 +24,14 @@ _LUMPINESS = 0.08
 
 @dataclass(frozen=True)
 class LesionConfig:
-    """Statistics of lesions.
+    """Holds the statistics of lesions.
 
     Args:
-        count: least and most.
-        diameter: mm, of the sphere of equal volume; drawn log-uniformly.
-        suv: of hot lesions, drawn log-uniformly, but at least 1.6 times the host's uptake.
+        count: least and greatest number.
+        diameter: diameter of the sphere of equal volume, mm; drawn log-uniformly.
+        suv: SUV of hot lesions, drawn log-uniformly, but at least 1.6 times the host's uptake.
         cold_share: probability that a lesion is cold (10-50 % of its host's uptake).
-        elongation: longest / shortest axis at most.
+        elongation: greatest ratio of longest to shortest axis.
         hosts: relative frequency of organs that hot lesions lie in; muscle stands for lymph nodes and soft
             tissue.
         cold_hosts: the same for cold lesions.
@@ -58,12 +58,12 @@ def add_lesions(
     organ_names: Mapping[str, int],
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Paint lesions into ``activity`` (SUV) and ``ct`` (HU), in place; all arrays (i, j, k).
+    """Paints lesions into ``activity`` (SUV) and ``ct`` (HU), in place; all arrays (i, j, k).
 
     Args:
         organs: label map, 0 outside the body.
         lumps: standard normal random field; lesions get 8 % of it.
-        spacing: mm.
+        spacing: voxel size, mm.
         organ_names: organ -> label.
 
     Returns:
@@ -110,7 +110,7 @@ def add_lesions(
             values = values * (1.0 - (1.0 - _CORE_UPTAKE) * inner[box])
         activity[box] += cover * (values - activity[box])
         ct[box] += cover * (_LESION_HU - ct[box])
-        # A lesion smaller than a voxel fills none by half: it still has the one that it fills most.
+        # A lesion smaller than a voxel fills none by half: it is given the voxel that it fills most.
         labels[box][cover >= min(0.5, float(cover.max()))] = len(table) + 1
         placed.append((centre, float(semi_axes.max())))
         table.append(
@@ -140,7 +140,7 @@ def _place(
     radius: float,
     placed: Sequence[tuple[np.ndarray, float]],
 ) -> tuple[str, np.ndarray] | None:
-    """A host and a centre (mm), inside the body and away from the others; None where none was found."""
+    """Finds a host and a centre (mm), inside the body and away from the others; returns None if it finds none."""
     for _ in range(_ATTEMPTS):
         weights = np.array(list(hosts.values()))
         host = str(rng.choice(list(hosts), p=weights / weights.sum()))
@@ -160,7 +160,8 @@ def _place(
 def _ellipsoid(
     shape: tuple[int, ...], steps: np.ndarray, centre: np.ndarray, semi_axes: np.ndarray, rotation: np.ndarray
 ) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """Share of each voxel inside a rotated ellipsoid, and the box of voxels that it is given for; lengths in mm."""
+    """Returns the share of each voxel inside a rotated ellipsoid, and the box of voxels that the shares belong to;
+    lengths in mm."""
     reach = float(semi_axes.max())
     low = np.maximum(np.floor((centre - reach) / steps).astype(int), 0)
     high = np.minimum(np.ceil((centre + reach) / steps).astype(int) + 1, shape)

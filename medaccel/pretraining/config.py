@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -12,33 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.pretraining.names import PRESETS, TASK_NAMES
+from medaccel.pretraining.settings import (
+    NetworkSettings,
+    PretrainingTrainerSettings,
+    SettingsByTask,
+    ViewSettings,
+)
 from medaccel.studies.digest import digest
-from medaccel.studies.settings import check_fields, check_keys, check_seeds_range, check_written, nearest
+from medaccel.studies.settings import check_keys, check_seeds_range, check_written
+from medaccel.studies.typed import Settings, nearest, plain
 
 COARSEST = 8.0  # mm, of phantoms
 
 
 @dataclass(frozen=True)
-class PretrainingConfig:
+class PretrainingConfig(Settings):
     """Options of a pretraining; the same options give the same weights (on one number of threads and one processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
         scans: folders of CT scans, with folders below them: NIfTI, LUNA16's .mhd, DICOM series. Phantoms by default.
         phantoms: how many phantom CTs are made where there are no `scans`.
-        phantom_spacing: of those, mm.
-        spacing: that all scans are brought to, mm, from left to right, back to front and up.
+        phantom_spacing: voxel size of the phantoms, mm.
+        spacing: voxel size that all scans are brought to, mm, from left to right, back to front and up.
         windows: lower and upper HU that become 0 and 1; one of them is drawn for each item.
         roi_size: voxels of a view: multiples of 32, one of them 64 or more.
         preset: a set of tasks: nvidia (inpainting, rotation and instance contrast), instance, instance_pixel,
             pixpro, all.
         tasks: weights by task (inpainting, rotation, instance, pixel, pixpro), instead of the preset's.
-        settings: of tasks, by name, where they differ from the defaults: '{pixel: {level: decoder3}}'.
-        network: of the Swin UNETR: feature_size and other options of `medaccel.nets.SwinUNETR`.
-        views: of the two views, where they differ from the defaults of `medaccel.data.TwoViews`: '{flip: 0}'.
-        trainer: steps, batch_size (pairs of views), learning_rate, accelerator, strategy, precision and the other
-            settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
-        seed: of everything.
+        settings: settings of single tasks: '{pixel: {level: decoder3}}'.
+        network: options of the Swin UNETR, `medaccel.nets.SwinUNETR`.
+        views: options of the two views, `medaccel.data.TwoViews`: '{flip: 0}'.
+        trainer: settings of the training; a step's items are pairs of views. Several devices: start the command with
+            `torchrun`.
+        seed: seed of everything.
         held_out: share of the scans, at least one, that are trained on never and evaluated on.
         skip_limit: share of the scans that may be unreadable, or look like no CT; they are listed in scans.json.
         check_units: pass over what doesn't look like a CT in HU: label maps, other modalities, scaled intensities.
@@ -55,10 +61,10 @@ class PretrainingConfig:
     roi_size: tuple[int, int, int] = (96, 96, 96)
     preset: str = "instance_pixel"
     tasks: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    network: dict[str, Any] = field(default_factory=dict)
-    views: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    settings: SettingsByTask = field(default_factory=SettingsByTask)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    views: ViewSettings = field(default_factory=ViewSettings)
+    trainer: PretrainingTrainerSettings = field(default_factory=PretrainingTrainerSettings)
     seed: int = 0
     held_out: float = 0.1
     skip_limit: float = 0.1
@@ -66,7 +72,7 @@ class PretrainingConfig:
     cache_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.preset not in PRESETS:
             raise ValueError(
                 f"preset is {self.preset!r}; expected one of {', '.join(PRESETS)}{nearest(self.preset, PRESETS)}"
@@ -75,7 +81,6 @@ class PretrainingConfig:
         for name, weight in self.tasks.items():
             if not 0 < weight < math.inf:
                 raise ValueError(f"tasks: the weight of {name} is {weight}; expected a number above 0")
-        check_keys("settings", self.settings, TASK_NAMES)
         roi = self.roi_size
         if len(roi) != 3 or max(roi) < 64 or any(n < 1 or n % 32 for n in roi):
             raise ValueError(
@@ -113,15 +118,14 @@ class PretrainingConfig:
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
-        values = dataclasses.asdict(self)
+        """As plain YAML and JSON values; paths absolute, so that a run can be resumed from anywhere."""
         # Where things lie is no part of what they are.
-        del values["output"], values["cache_folder"]
+        values = {name: plain(getattr(self, name)) for name in self.names() if name not in ("output", "cache_folder")}
         if self.check_units:  # runs of before there was the option go on
             del values["check_units"]
         values["scans"] = [str(Path(path).resolve()) for path in self.scans]
-        plain: dict[str, Any] = json.loads(json.dumps(values))
-        return plain
+        found: dict[str, Any] = json.loads(json.dumps(values))
+        return found
 
     def digest(self) -> str:
         """Identifies the options: 12 hexadecimal digits of SHA-256."""

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medaccel.data.ct_transforms import window
+from medaccel.data.hounsfield import BODY_HU
 from medaccel.losses import default_radius, pixel_centres
 from medaccel.pretraining.data import Volumes
 from medaccel.pretraining.harmonic import harmonic_fill
 from medaccel.pretraining.items import Items
 from medaccel.pretraining.network import PretrainingNet
-from medaccel.pretraining.tasks import Task
+from medaccel.pretraining.tasks import PretextTask
 from medaccel.pretraining.tasks.inpainting import Inpainting
 from medaccel.pretraining.tasks.instance import Instance
 from medaccel.pretraining.tasks.pixels import PixelContrast, PixPro
@@ -27,7 +28,6 @@ from medaccel.pretraining.tasks.rotation import Rotation
 
 # Held-out items have numbers of their own.
 _FIRST_ITEM = 1 << 40
-_BODY_HU = -500.0
 PAIRS = 64
 INPAINTED = 16
 PIXEL_PAIRS = 16
@@ -49,7 +49,7 @@ class HeldOut:
 
 def evaluate(
     net: PretrainingNet,
-    tasks: Sequence[Task],
+    tasks: Sequence[PretextTask],
     volumes: Volumes,
     *,
     windows: Sequence[Sequence[float]],
@@ -141,7 +141,7 @@ def inpainting_error(
         prediction = task.predict(net, net.features(seen, {task.level})[task.level], seen, hidden)
         filled = torch.where(mask, prediction[0].cpu(), truth)[0].numpy()
         harmonic = harmonic_fill(view[0].numpy(), mask[0].numpy())
-        body = (mask & (hu > _BODY_HU))[0].numpy()
+        body = (mask & (hu > BODY_HU))[0].numpy()
         if not body.any():
             continue
         inside = truth[0].numpy()[body]
@@ -215,7 +215,7 @@ def pixel_retrieval(
     Counted are pixels that have one there at all. "body": those whose mean over the view's voxels is above −500 HU,
     which leaves out the air, where all places look alike.
     """
-    level = (_BODY_HU - float(limits[0])) / (float(limits[1]) - float(limits[0]))
+    level = (BODY_HU - float(limits[0])) / (float(limits[1]) - float(limits[0]))
     found: dict[str, list[Tensor]] = {"all": [], "body": [], "chance": []}
     for item in drawn:
         views = torch.stack([item["view1"], item["view2"]]).to(device)

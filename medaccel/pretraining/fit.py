@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from medaccel.pretraining.network import PretrainingNet
-from medaccel.pretraining.tasks import Step, Task
-from medaccel.studies.settings import check_group
+from medaccel.pretraining.settings import PretrainingTrainerSettings
+from medaccel.pretraining.tasks import PretextTask, Step
+from medaccel.studies.typed import converted
 from medaccel.training import ranks
-from medaccel.training.fit import TRAINING, NetworkFit
-
-#: `TRAINING`'s, as pretraining has them: the last weights are kept, not a running average.
-DEFAULTS: Mapping[str, Any] = {**TRAINING, "ema_decay": 0.0, "batch_size": 4, "learning_rate": 1e-3}
+from medaccel.training.fit import NetworkFit
 
 
 class PretrainingFit(NetworkFit):
@@ -27,13 +25,13 @@ class PretrainingFit(NetworkFit):
         network: with the tasks' heads.
         tasks: in its order.
         weights: of their losses, by name.
-        settings: `DEFAULTS`' keys.
+        settings: as `settings_of` gives them.
     """
 
     def __init__(
         self,
         network: PretrainingNet,
-        tasks: Sequence[Task],
+        tasks: Sequence[PretextTask],
         weights: Mapping[str, float],
         settings: Mapping[str, Any],
     ) -> None:
@@ -56,14 +54,12 @@ class PretrainingFit(NetworkFit):
 
 
 def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A training's settings: `DEFAULTS`, and what was given.
+    """A training's settings: what was given, and the others' defaults.
 
     Raises:
         ValueError: a setting that is unknown, of another type or out of range, a cache that there is none of.
     """
-    settings = {**DEFAULTS, **check_group("trainer", trainer, DEFAULTS)}
-    if settings["cache"] not in ("memory", "disk"):
-        raise ValueError(f"trainer: cache is {settings['cache']!r}; expected 'memory' or 'disk'")
+    settings = converted("trainer", trainer, PretrainingTrainerSettings).whole()
     if settings["steps"] % settings["steps_per_epoch"]:
         raise ValueError(
             f"trainer: steps is {settings['steps']}; expected a multiple of steps_per_epoch, "

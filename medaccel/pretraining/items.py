@@ -19,7 +19,7 @@ from torch import Tensor
 from medaccel.data.ct_transforms import window
 from medaccel.data.views import TwoViews, intensity_transforms
 from medaccel.pretraining.data import Volumes
-from medaccel.pretraining.tasks import Task
+from medaccel.pretraining.tasks import PretextTask
 
 # Tells a batch's random numbers from an item's.
 _OF_A_BATCH = 1
@@ -49,7 +49,7 @@ class Items(torch.utils.data.Dataset):
     def __init__(
         self,
         volumes: Volumes,
-        tasks: Sequence[Task],
+        tasks: Sequence[PretextTask],
         *,
         windows: Sequence[Sequence[float]],
         roi_size: Sequence[int],

@@ -1,21 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel pretraining run`: prepare scans, train, evaluate on held-out ones, write weights and a report.
 
-config.yaml             the options
-scans/                  phantoms, where no scans were given
-cache/                  scans as they are trained on, unless another folder was named
-inputs.json             size, time and SHA-256 of the scans' files, where scans were given
-scans.json              what was trained on, held out, skipped, found twice
-training/               logs, and what an interrupted training goes on from
-checkpoints/weights.pt  the backbone's trained tensors, for `medaccel.nets.load_pretrained`
-metrics.json|csv, report.html
+See `run_folder` for what lies where.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,32 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medaccel.data.files import atomic_path, read_json, write_text
+from medaccel.data.files import atomic_path, read_json
 from medaccel.pretraining.config import PretrainingConfig
+from medaccel.pretraining.run_folder import PretrainingFolder, weights
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
-from medaccel.studies.run_folder import REPORT, OptionsFolder
-from medaccel.studies.settings import before_work, check_accelerator, check_group, converted, hints_of, nearest
+from medaccel.studies.run_folder import REPORT
+from medaccel.studies.settings import before_work, check_accelerator
+from medaccel.studies.tables import write_csv, write_json
 from medaccel.training import ranks
 from medaccel.training.memory import Part, expect, local_processes, swin_unetr
 
 if TYPE_CHECKING:
     from medaccel.data.ct import ScanList
     from medaccel.pretraining.network import PretrainingNet
-    from medaccel.pretraining.tasks import Task
+    from medaccel.pretraining.tasks import PretextTask
 
 Say = Callable[[str], None]
-
-
-class PretrainingFolder(OptionsFolder):
-    """The folder of a pretraining."""
-
-    generated = ("scans", "training", "checkpoints", "metrics.json", "metrics.csv", "scans.json")
-    folders = ("checkpoints",)
-    worth = ("training/last.ckpt", "checkpoints/*.pt")
-
-    @property
-    def ended(self) -> bool:
-        return (self.path / REPORT).exists()
 
 
 def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
@@ -60,7 +40,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
     Args:
         config: the options.
         force: start clean where the folder holds a run with other options, or a finished one.
-        resume: refuse a folder that holds no run. (One that holds this run is taken up in any case.)
+        resume: refuse a folder that holds no run. (One that holds this run is resumed in any case.)
         say: told what happens, a line at a time.
 
     Returns:
@@ -91,7 +71,7 @@ class Plan:
     """What `check` has made of the options: settings, tasks, the network, and the scans that are given."""
 
     settings: Mapping[str, Any]
-    tasks: Sequence[Task]
+    tasks: Sequence[PretextTask]
     net: PretrainingNet
     found: ScanList | None
 
@@ -108,41 +88,24 @@ def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
     """
     from medaccel.data.ct import find_scans
     from medaccel.data.views import TwoViews
-    from medaccel.nets import SwinUNETR
     from medaccel.pretraining.fit import settings_of
     from medaccel.pretraining.network import PretrainingNet
-    from medaccel.pretraining.tasks import TASKS, make_tasks
+    from medaccel.pretraining.tasks import make_tasks
 
     settings = settings_of(config.trainer)
     check_accelerator("trainer: accelerator", settings["accelerator"])
-    for name, task in TASKS.items():
-        check_group(name, config.settings.get(name, {}), task.defaults)
     tasks = make_tasks(list(config.weights), config.settings, config.roi_size)
-    _check_options("views", config.views, TwoViews, ("roi_size", "intensity"))
     try:
         TwoViews(config.roi_size, **config.views)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"views is {config.views}: {error}") from error
-    _check_options("network", config.network, SwinUNETR, ("in_channels", "out_channels"))
+        raise ValueError(f"views is {dict(config.views)}: {error}") from error
     torch.manual_seed(config.seed)  # of the weights
     try:
         net = PretrainingNet(tasks, **config.network)
     except Exception as error:  # what a network stumbles over depends on what is wrong
-        raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
+        raise ValueError(f"network is {dict(config.network)}; expected options of SwinUNETR ({error})") from error
     found = find_scans(*config.scans, check_units=config.check_units) if config.scans and with_scans else None
     return Plan(settings, tasks, net, found)
-
-
-def _check_options(group: str, given: Mapping[str, Any], target: Any, own: Sequence[str]) -> None:
-    """Refuses options that a class doesn't have, that are set here, or that are of another type than its own."""
-    hints = {name: hint for name, hint in hints_of(target).items() if name not in ("self", "args", "kwargs", *own)}
-    for name, value in given.items():
-        if name not in hints:
-            raise ValueError(
-                f"{group} is {dict(given)}; expected options of {target.__name__}, of which {name} is none"
-                f"{nearest(name, hints)}"
-            )
-        converted(f"{group}.{name}", value, hints[name])
 
 
 def _refuse_changed_scans(config: PretrainingConfig) -> None:
@@ -159,7 +122,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
     from medaccel.pretraining.evaluation import evaluate
     from medaccel.pretraining.fit import PretrainingFit
     from medaccel.pretraining.items import Items
-    from medaccel.pretraining.report import write_report
+    from medaccel.pretraining.report.write import write_report
     from medaccel.training.fit import train
 
     settings, tasks, net = plan.settings, plan.tasks, plan.net
@@ -182,7 +145,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
                 workers=settings["num_workers"],
                 found=plan.found,
             )
-            write_text(folder / "scans.json", json.dumps(found, indent=1) + "\n", force=True)
+            write_json(folder / "scans.json", found)
     plain = read_json(folder / "scans.json")
     scans = Scans.of(plain, cache)
     if ranks.rank() == 0 and settings["cache"] == "memory":
@@ -224,8 +187,10 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
         "losses": losses,
     }
     _save_weights(weights(folder), config, net.trained_state(), metrics)
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n", force=True)
-    write_text(folder / "metrics.csv", _csv(losses), force=True)
+    write_json(folder / "metrics.json", metrics)
+    epochs = (dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True))
+    rows = [{"epoch": number, **epoch} for number, epoch in enumerate(epochs, start=1)]
+    write_csv(folder / "metrics.csv", rows, ["epoch", *losses])
     write_report(report, config, metrics, held_out, plain)  # the last file: where it is, the run has ended
     say(f"weights: {weights(folder).resolve()}")
     say(f"report: {report.resolve()}")
@@ -239,7 +204,7 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
     parts = swin_unetr(
         config.roi_size,
         2 * settings["batch_size"] / max(ranks.world_size(), 1),
-        int(config.network.get("feature_size", 24)),
+        config.network.feature_size,
         training=True,
     )
     if kept:
@@ -251,11 +216,6 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
         gpu=torch.cuda.is_available() and settings["accelerator"] != "cpu",
         processes=local_processes(),
     ).sentence
-
-
-def weights(output: Path) -> Path:
-    """Where a run leaves its weights."""
-    return output / "checkpoints" / "weights.pt"
 
 
 def _phantoms(config: PretrainingConfig) -> Path:
@@ -281,12 +241,3 @@ def _save_weights(
     }
     with atomic_path(path, force=True) as temporary:
         torch.save(content, temporary)
-
-
-def _csv(losses: Mapping[str, list[float]]) -> str:
-    """Mean losses, a line an epoch."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["epoch", *losses])
-    writer.writerows([number + 1, *values] for number, values in enumerate(zip(*losses.values(), strict=True)))
-    return text.getvalue()

@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-contained HTML reports: sections of text, tables and figures (`html`), figure helpers (`figures`)."""
+"""Builds self-contained HTML reports: sections of text, tables and figures (`html`), and helpers for figures
+(`figures`)."""

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures for reports, as PNG: image grids in patient orientation and true proportions, curves and
-histograms.
+"""Draws figures for reports, as PNG: image grids in patient orientation and true proportions, curves and histograms.
 
 Volumes are turned to the closest canonical orientation first (i to the patient's right, j to the front, k to
 the head). Images are shown in radiological convention: the patient's right is on the viewer's left, the head
@@ -42,7 +41,7 @@ COLOURS = ("#0b5cad", "#d1495b", "#2e8b57", "#8a5cc2", "#c98a00", "#4a5560")
 
 @dataclass(frozen=True)
 class Slice:
-    """A picture of a volume: `pixels` (rows, columns) from the top left, `spacing` in mm (down, right).
+    """Holds a picture of a volume: `pixels` (rows, columns) from the top left, and `spacing` in mm (down, right).
 
     `edges` are the letters at the left, right, top and bottom: R, L, A(nterior), P, H(ead), F(eet).
     """
@@ -54,14 +53,14 @@ class Slice:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A row of an image grid: pictures of one size that share a window and a colour bar.
+    """Describes a row of an image grid: pictures of one size that share a window and a colour bar.
 
     Attributes:
-        slices: one a column; None leaves the place empty.
-        titles: above the pictures, one a column.
+        slices: pictures, one per column; None leaves the place empty.
+        titles: titles above the pictures, one per column.
         low, high: the window, in the pictures' unit.
-        label: of the colour bar, with the unit.
-        colours: matplotlib's name.
+        label: text of the colour bar, with the unit.
+        colours: matplotlib's name of the colour map.
     """
 
     slices: Sequence[Slice | None]
@@ -73,11 +72,11 @@ class ImageRow:
 
 
 def to_canonical(volume: Array, affine: Array) -> tuple[Array, tuple[float, float, float]]:
-    """The volume with axes to the patient's right, front and head, and its spacing in mm.
+    """Turns a volume's axes to the patient's right, front and head, and returns it with its spacing in mm.
 
     Args:
         volume: (i, j, k).
-        affine: 4×4, to RAS millimetres, as nibabel's.
+        affine: 4×4, maps voxel indices to RAS in mm, as nibabel's does.
     """
     import nibabel
 
@@ -87,17 +86,18 @@ def to_canonical(volume: Array, affine: Array) -> tuple[Array, tuple[float, floa
 
 
 def coronal_slice(volume: Array, spacing: tuple[float, float, float], j: int) -> Slice:
-    """Slice j of a canonical volume, head up."""
+    """Returns slice j of a canonical volume, head up."""
     return _coronal(volume[:, j, :], spacing)
 
 
 def coronal_projection(volume: Array, spacing: tuple[float, float, float]) -> Slice:
-    """Maximum-intensity projection of a canonical volume along the patient's front-to-back axis, head up."""
+    """Returns the maximum-intensity projection of a canonical volume along the patient's front-to-back axis, head
+    up."""
     return _coronal(volume.max(axis=1), spacing)
 
 
 def axial_slice(volume: Array, spacing: tuple[float, float, float], k: int) -> Slice:
-    """Slice k of a canonical volume, the patient's front up."""
+    """Returns slice k of a canonical volume, the patient's front up."""
     return Slice(volume[::-1, ::-1, k].T, (spacing[1], spacing[0]), ("R", "L", "A", "P"))
 
 
@@ -106,7 +106,7 @@ def _coronal(plane: Array, spacing: tuple[float, float, float]) -> Slice:
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Let a function draw in this module's style; matplotlib's own settings are as before when it returns."""
+    """Lets a function draw in this module's style; matplotlib's own settings are restored when it returns."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -120,14 +120,14 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 @styled
 def image_grid(rows: Sequence[ImageRow], *, width: float = 11.0, scale_bar: float | None = None) -> bytes:
-    """Rows of pictures, all at one scale in mm, each row with its colour bar, the first with a scale bar.
+    """Draws rows of pictures, all at one scale in mm, each row with its colour bar, the first with a scale bar.
 
     Args:
-        width: of the figure, inches.
-        scale_bar: its length in mm; default a round length, at most a third of a picture.
+        width: the figure's width, inches.
+        scale_bar: the bar's length in mm; default a round length, at most a third of a picture.
 
     Raises:
-        ValueError: no picture at all, or rows of different lengths.
+        ValueError: there is no picture at all, or rows differ in length.
     """
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
@@ -141,9 +141,9 @@ def image_grid(rows: Sequence[ImageRow], *, width: float = 11.0, scale_bar: floa
         )
     column_width = max(right for row in sizes for _, right in row)  # mm
     heights = [max((down for down, _ in row), default=1.0) for row in sizes]
-    bar, gap, head = 0.85, 0.06, 0.24  # inches: right margin of a colour bar, between pictures, a title
+    bar, gap, head = 0.85, 0.06, 0.24  # inches: margin right of a colour bar, gap between pictures, height of a title
     picture = (width - bar - gap * (columns - 1)) / columns
-    scale = picture / column_width  # inches a mm
+    scale = picture / column_width  # inches per mm
     height = sum(h * scale + head for h in heights) + 0.08 * len(rows)
 
     figure = new_figure(width, height)
@@ -188,7 +188,7 @@ def image_grid(rows: Sequence[ImageRow], *, width: float = 11.0, scale_bar: floa
 
 @styled
 def line_plot(series: Mapping[str, Sequence[float]], *, x_label: str, y_label: str, log: bool = False) -> bytes:
-    """Curves of values over their index from 1, such as losses over epochs.
+    """Draws curves of values over their index from 1, such as losses over epochs.
 
     Raises:
         ValueError: no curve has a point.
@@ -213,7 +213,7 @@ def line_plot(series: Mapping[str, Sequence[float]], *, x_label: str, y_label: s
 
 @dataclass(frozen=True)
 class HistogramPanel:
-    """Densities over common bin edges; `reference` is drawn dashed behind them, under its name."""
+    """Holds densities over common bin edges; `reference` is drawn dashed behind them, under its name."""
 
     title: str
     edges: Array
@@ -223,7 +223,7 @@ class HistogramPanel:
 
 @styled
 def histogram_plot(panels: Sequence[HistogramPanel], *, x_label: str) -> bytes:
-    """Histograms side by side on common axes, as outlines, so that all of them show where they overlap."""
+    """Draws histograms side by side on common axes, as outlines, so that overlapping ones all show."""
     if not panels:
         raise ValueError("histogram_plot got no panel (expected at least one)")
     figure = new_figure(11.0, 3.1)
@@ -245,7 +245,7 @@ def histogram_plot(panels: Sequence[HistogramPanel], *, x_label: str) -> bytes:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of that size in inches, on white paper and bound to no window."""
+    """Makes a matplotlib figure of that size in inches, on white paper and bound to no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -255,14 +255,14 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def to_png(figure: Any) -> bytes:
-    """The figure as PNG. No software version and no date inside: the same figure is the same bytes."""
+    """Returns the figure as PNG, without software version or date: the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _size(part: Slice) -> tuple[float, float]:
-    """Height and width in mm."""
+    """Returns height and width in mm."""
     return part.pixels.shape[0] * part.spacing[0], part.pixels.shape[1] * part.spacing[1]
 
 
@@ -277,7 +277,7 @@ def _frame(axes: Any) -> None:
 
 
 def _outlined(axes: Any, x: float, y: float, text: str, across: str, up: str, **placing: Any) -> None:
-    """Text that is legible on white air and on black uptake."""
+    """Writes text that is legible on white air and on black uptake."""
     from matplotlib.patheffects import withStroke
 
     effects = [withStroke(linewidth=2, foreground="white")]
@@ -296,7 +296,7 @@ def _letters(axes: Any, edges: tuple[str, str, str, str]) -> None:
 
 
 def _scale_bar(axes: Any, length: float) -> None:
-    """At the lower left, inside the picture."""
+    """Draws the scale bar at the lower left, inside the picture."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
     x, y = left + 0.04 * (right - left), bottom + 0.045 * (top - bottom)
@@ -306,7 +306,7 @@ def _scale_bar(axes: Any, length: float) -> None:
 
 
 def _bar_length(width: float) -> float:
-    """A round length of at most a third of the picture's width, in mm."""
+    """Returns a round length in mm of at most a third of the picture's width."""
     return max((n for n in (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0) if n <= width / 3), default=1.0)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report as one HTML file that needs nothing else: styles and figures are inside, scripts there are none.
+"""Writes a report as one HTML file that needs nothing else: styles and figures are inside, and scripts are not used.
 
     page = Page(
         title="Restoration of 60 s PET",
@@ -8,7 +8,7 @@
     )
     write_html("report.html", page)
 
-Text is escaped; pass `markupsafe.Markup` where markup is meant.
+Text is escaped; pass `markupsafe.Markup` for markup.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from medaccel.report.figures import DPI
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the ends of its interval, shown as "11.8 [10.2, 13.1]"; NaN ends are not shown."""
+    """Holds a value with the ends of its interval, shown as "11.8 [10.2, 13.1]"; NaN ends are not shown."""
 
     value: float
     low: float
@@ -41,15 +41,15 @@ Cell = float | int | str | Interval
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers or text.
+    """Describes a column of numbers or text.
 
     Attributes:
         header: its name.
-        unit: below the name, such as "%" or "SUV²".
-        digits: after the decimal point.
-        signed: a plus sign on positive numbers.
-        best: which of the rows that are no reference is marked: the largest, the smallest, the one nearest to
-            0; None marks none.
+        unit: text below the name, such as "%" or "SUV²".
+        digits: number of digits after the decimal point.
+        signed: put a plus sign before positive numbers.
+        best: the row to mark among those that are no reference: the largest, the smallest, or the one nearest to 0;
+            None marks no row.
     """
 
     header: str
@@ -61,7 +61,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its name, a cell a column. `reference` rows are set apart and never marked as best."""
+    """Holds a row: its name, and a cell per column. `reference` rows are set apart and never marked as best."""
 
     label: str
     cells: Sequence[Cell]
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns; `label` heads the rows' names. NaN shows as a dash.
+    """Arranges rows under columns; `label` heads the rows' names, and NaN shows as a dash.
 
     Raises:
         ValueError: a row has another number of cells than there are columns.
@@ -91,7 +91,7 @@ class Table:
                 )
 
     def formatted(self) -> list[dict[str, Any]]:
-        """For the template: each row's label and kind, and its cells' text, range and mark."""
+        """Prepares for the template each row's label and kind, and its cells' text, range and mark."""
         marked = {index: self._best(index) for index in range(len(self.columns))}
         rows = []
         for number, row in enumerate(self.rows):
@@ -104,7 +104,7 @@ class Table:
         return rows
 
     def _best(self, index: int) -> set[int]:
-        """The rows to mark in a column: all that look equal to the best, if another looks worse."""
+        """Returns the rows to mark in a column: all that look equal to the best, if another looks worse."""
         column = self.columns[index]
         if column.best is None:
             return set()
@@ -123,7 +123,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG with its caption; `alt` says what it shows to who can't see it."""
+    """Holds a PNG with its caption; `alt` describes it to readers who can't see it."""
 
     png: bytes
     caption: str
@@ -132,19 +132,20 @@ class Figure:
 
     @property
     def width(self) -> int:
-        """In CSS pixels, 96 an inch: figures of one font size look so beside each other."""
+        """Returns the width in CSS pixels, 96 per inch: figures with one font size then look alike beside each
+        other."""
         pixels = int.from_bytes(self.png[16:20], "big")  # PNG's header
         return round(pixels * 96 / DPI)
 
     @property
     def source(self) -> str:
-        """As a data URI."""
+        """Returns the image as a data URI."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """Holds a paragraph."""
 
     text: str
     kind: str = field(default="text", init=False)
@@ -152,7 +153,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Note:
-    """A paragraph set apart: what the reader must know to read the table or figure beside it."""
+    """Holds a paragraph set apart, which the reader must know to read the table or figure beside it."""
 
     text: str
     kind: str = field(default="note", init=False)
@@ -160,7 +161,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Code:
-    """Preformatted text, folded under its title."""
+    """Holds preformatted text, folded under its title."""
 
     title: str
     text: str
@@ -172,10 +173,17 @@ Block = Table | Figure | Text | Note | Code
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """Holds a heading and the parts under it.
+
+    Args:
+        title: the heading, for readers.
+        blocks: the parts under it.
+        key: names the section for the code that arranges a page, however its heading is worded.
+    """
 
     title: str
     blocks: Sequence[Block]
+    key: str = ""
 
     @property
     def anchor(self) -> str:
@@ -184,7 +192,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report. `facts` are short pairs under the title, such as {"Studies": "20, simulated"}."""
+    """Holds a report. `facts` are short pairs under the title, such as {"Studies": "20, simulated"}."""
 
     title: str
     summary: Sequence[str]
@@ -193,7 +201,7 @@ class Page:
 
 
 def format_cell(cell: Cell, column: Column) -> tuple[str, str]:
-    """A cell's text and its interval's, with a true minus sign; a dash for NaN, ∞ for infinity."""
+    """Formats a cell's value and its interval, with a true minus sign; NaN becomes a dash, infinity ∞."""
     if isinstance(cell, str):
         return cell, ""
     if isinstance(cell, Interval):
@@ -215,7 +223,7 @@ def _number(value: float, column: Column) -> str:
 
 
 def render(page: Page) -> str:
-    """The page as HTML text."""
+    """Renders the page as HTML text."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -226,12 +234,12 @@ def render(page: Page) -> str:
 
 
 def write_html(path: str | os.PathLike[str], page: Page, *, force: bool = False) -> None:
-    """Write the page atomically. Raises OSError as `medaccel.data.files.atomic_path`."""
+    """Writes the page atomically; raises the OSError of `medaccel.data.files.atomic_path`."""
     write_text(path, render(page), force=force)
 
 
 def versions(packages: Sequence[str] = ("medaccel", "torch", "monai")) -> dict[str, str]:
-    """Versions of installed packages (read, not imported), of Python, and the platform."""
+    """Returns the versions of installed packages (read, not imported) and of Python, and the platform."""
     found = {}
     for package in packages:
         try:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PET restoration: short exposures made to look like long ones; simulator, phantoms, methods, report."""
+"""Restores PET: makes short exposures look like long ones; with simulator, phantoms, methods and report."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fitted method on a user's own PET: the command `medaccel restoration apply`."""
+"""Applies a fitted method to a user's own PET: the command `medaccel restoration apply`."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import warnings
@@ -35,21 +34,22 @@ from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.evaluation.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
-from medaccel.restoration.methods.base import Method, check_volume
+from medaccel.restoration.methods.base import Method, RestorationRequest, check_volume
 from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.uptake import check_suv
+from medaccel.studies.digest import file_sha256
 from medaccel.training.memory import expect
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
-TRAINING_RANGE = "training_range"  # in a method's `fitted.parameters`: `TrainingRange.plain`
-_MISSING_CT = 0.2  # share of the body without tissue in the CT that is too much to be lungs and bowel
+TRAINING_RANGE = "training_range"  # key in a method's `fitted.parameters` whose value is `TrainingRange.plain`
+_MISSING_CT = 0.2  # a greater share of the body without tissue in the CT can't be lungs and bowel
 
 
 @dataclass(frozen=True)
 class _Input:
-    """What was read: the image in SUV, the series where it was DICOM, the study's CT where it has one."""
+    """Holds the image in SUV, the series if the input was DICOM, and the study's CT if it has one."""
 
     path: Path
     image: Nifti1Image
@@ -71,43 +71,45 @@ def apply(
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
-    """Restore one PET with a fitted method. For research only.
+    """Restores one PET with a fitted method. For research only.
 
-    The output has the input's grid, in SUV. A warning says where the image is unlike those that the method was fitted
-    on: exposure, voxel size, noise.
+    The output has the input's grid, in SUV. A warning names the ways in which the image differs from those that the
+    method was fitted on: exposure, voxel size, noise.
 
     Args:
-        checkpoint: what a fit stored, `checkpoints/<method>.pt` of a run.
+        checkpoint: the file of a fit, `checkpoints/<method>.pt` of a run.
         input: a .nii or .nii.gz file in SUV; a folder with a PET DICOM series; or a study folder with
             PET_<seconds>.nii.gz, of which the file of the exposure is taken.
-        output: a .nii or .nii.gz file; or, of DICOM input, a folder for a derived DICOM series in the unit of the
+        output: a .nii or .nii.gz file; or, for DICOM input, a folder for a derived DICOM series in the unit of the
             source. Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
         seconds: the input's exposure, one that the method was fitted on; by default its primary one.
         ct: a .nii or .nii.gz file in HU, or the folder of a CT DICOM series, in the same space; by default the study
-            folder's CT.nii.gz, where there is one. Methods that look at no CT pass over it.
+            folder's CT.nii.gz, if it exists. Methods that use no CT ignore it.
         samples: how many to draw, for methods that draw; by default their own setting.
-        seed: of the samples.
-        series_uid: SeriesInstanceUID, where the DICOM folder has several series.
+        seed: the seed of the samples.
+        series_uid: SeriesInstanceUID, if the DICOM folder has several series.
         check_units: refuse an input that can't be in SUV, by the body's median, and a CT that doesn't look like HU.
-        force: overwrite the output where it exists.
+        force: overwrite an existing output.
         progress: show progress on stderr.
 
     Returns:
         The paths that were written; the restored image is the last.
 
     Raises:
-        ValueError: an output name of another format, or DICOM output without DICOM input; a checkpoint that is
-            damaged or of another format; an exposure that the method wasn't fitted on; an input that is damaged or no
-            SUV (negative, not finite, zero everywhere, one slice, in another unit); a CT that is none in HU, or
-            elsewhere; `samples` where the method draws none; more memory is expected than is free.
-        OSError: no input or checkpoint; the output exists, or can't be written, and an old one stays as it was.
+        ValueError: the output's name has another format, or DICOM output is asked for without DICOM input; the
+            checkpoint is damaged or has another format; the method wasn't fitted on the exposure; the input is
+            damaged or not in SUV (negative, not finite, zero everywhere, one slice, in another unit); the CT is not
+            in HU, or lies elsewhere; `samples` is given to a method that draws none; the work needs more memory than
+            is free.
+        OSError: input or checkpoint is missing; the output exists or can't be written, and an old one stays as it
+            was.
 
     Warns:
-        UserWarning: the image is unlike those that the method was fitted on, or may not be in SUV; the CT lacks a
+        UserWarning: the image differs from those that the method was fitted on, or may not be in SUV; the CT lacks a
             part of the body.
     """
     checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
-    _check_output(input, output, force)  # what can be refused is refused before anything is read
+    _check_output(input, output, force)  # the output is checked before anything is read
     method = load_method(checkpoint)
     exposure = method.seconds(seconds)
     deviation = _deviation_path(output)
@@ -135,7 +137,9 @@ def apply(
     if progress:
         print(f"medaccel: {needed.sentence}", file=sys.stderr)
     restored = method.restore(
-        volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
+        RestorationRequest(
+            volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
+        )
     )
     del volume, hounsfield
     bad = int(np.count_nonzero(~np.isfinite(restored.volume)))
@@ -143,7 +147,8 @@ def apply(
         raise ValueError(f"{read.path}: {method.name} gave {bad} voxels that are NaN or infinite; nothing is written")
     written = []
     if restored.std is not None:
-        # Of the activity, where the method predicts that; the image is the measured part and the rest's activity.
+        # The deviation is the activity's, for methods that predict it; the image is the measured part and the rest's
+        # activity.
         share = 1.0 if restored.activity is None else 1 - restored.weight
         save_nifti(deviation, _image(restored.std * share, read, f"std of {method.name}, uncalibrated"), force=force)
         written.append(deviation)
@@ -151,7 +156,7 @@ def apply(
     if is_nifti_name(output) or read.series is None:
         save_nifti(output, _image(restored.volume, read, what), force=force)
     else:
-        derivation = f"Checkpoint with SHA-256 {_digest(checkpoint)}, seed {seed}."
+        derivation = f"Checkpoint with SHA-256 {file_sha256(checkpoint)}, seed {seed}."
         write_derived_pet(output, restored.volume, read.series, description=what, derivation=derivation, force=force)
     return (*written, output)
 
@@ -161,7 +166,7 @@ def _is_study(folder: Path) -> bool:
 
 
 def _check_output(input: Path, output: Path, force: bool) -> None:
-    """Refuses an output that can't be, by its name, by what is there, or by what the input is."""
+    """Refuses an output whose name, existing content or kind of input doesn't allow it."""
     if is_nifti_name(output):
         check_output(output, force=force)
         return
@@ -180,19 +185,11 @@ def _check_output(input: Path, output: Path, force: bool) -> None:
 
 
 def _deviation_path(output: Path) -> Path:
-    """`pet_std.nii.gz` beside `pet.nii`, `pet.nii.gz` or the folder `pet`."""
+    """Returns the path `pet_std.nii.gz` beside `pet.nii`, `pet.nii.gz` or the folder `pet`."""
     name = output.name
     if is_nifti_name(output):
         name = name[: name.lower().rindex(".nii")]
     return output.with_name(f"{name}_std.nii.gz")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _Input:
@@ -218,7 +215,7 @@ def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _
 def _unlike(
     method: Method, read: _Input, volume: np.ndarray, spacing: tuple[float, float, float], seconds: int
 ) -> list[str]:
-    """What a user should know before trusting the result, a sentence each."""
+    """Returns the warnings that a user needs before trusting the result, a sentence each."""
     sentences = []
     measured = None if read.series is None else _frame_seconds(read.series)
     if measured is not None and abs(measured / seconds - 1) > SECONDS_MARGIN:
@@ -236,7 +233,7 @@ def _unlike(
 
 
 def _frame_seconds(series: DicomSeries) -> float | None:
-    """The duration that the first slice's header says; None where it says none."""
+    """Returns the duration in the first slice's header; None if it has none."""
     try:
         value = float(optional(series.headers[0], "ActualFrameDuration") or 0) / 1000
     except (TypeError, ValueError):
@@ -252,7 +249,7 @@ def _ct_on_grid(
     check_units: bool,
     progress: bool,
 ) -> np.ndarray:
-    """HU at the PET's voxels, float32, trilinear; air beyond the CT."""
+    """Returns HU at the PET's voxels, float32, trilinear; air beyond the CT."""
     image = read_dicom_series(path, progress=progress) if path.is_dir() else read_nifti(path)
     values = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
     if not np.isfinite(values).all():

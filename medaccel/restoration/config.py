@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `medaccel restoration run` and `score` are told."""
+"""Defines the options of `medaccel restoration run` and `score`."""
 
 from __future__ import annotations
 
@@ -12,50 +12,54 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.restoration.methods import METHODS
-from medaccel.studies.digest import digest
-from medaccel.studies.settings import (
-    TRAINING,
-    check_fields,
-    check_group,
-    check_keys,
-    check_seeds_range,
-    check_written,
+from medaccel.restoration.settings import (
+    ConditionalSettings,
+    GaussianSettings,
+    SDEditSettings,
+    SettingsByMethod,
+    SwinSettings,
+    TrainerSettings,
 )
+from medaccel.restoration.simulation.config import SimulatorConfig
+from medaccel.studies.digest import digest
+from medaccel.studies.settings import check_seeds_range, check_written
+from medaccel.studies.typed import check_fields, plain
 
-# Of a scoring's folder: nothing that leads elsewhere, is hidden, or begins as an option does.
+# A scoring's folder has such a name: it doesn't lead elsewhere, isn't hidden, and doesn't begin like an option.
 _NAME = re.compile(r"\w(?:[\w .+-]{0,98}[\w+-])?")
 _RESERVED = {
     *("config.yaml", "splits.json", "scored.json", "metrics.json", "metrics.csv", "report.html"),
     *("checkpoints", "fits", "studies", "scored", "validation", "figures"),
 }
-# Simulated studies that a measured patient's would be mixed with.
+# A measured patient's simulated studies would be mixed with these.
 _STUDIES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RestorationConfig:
     """Options of a run; the same options give the same figures (on one number of threads and one processor).
 
     Args:
-        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        output: folder of the run; made if missing. A second run with the same options continues where the first
+            ended.
         train_studies: folder of study folders to fit on (`PET_60.nii.gz`, `PET_90.nii.gz`, …). Phantoms of the
             standard generator by default.
         validation_studies: folder of study folders to choose on. By default, some patients of `train_studies`.
         validation_fraction: share of the patients of `train_studies` that are set aside, at least one.
-        train_phantoms: how many phantoms are fitted on where there are no `train_studies`.
-        validation_phantoms: how many more of the same generator are chosen on.
+        train_phantoms: how many phantoms are fitted on if `train_studies` is not given.
+        validation_phantoms: how many further phantoms of the same generator serve to choose on.
         phantom_spacings: voxel sizes of those phantoms, mm, in turn; they cover 384 × 288 × 448 mm.
         input_seconds: exposure to restore from, s.
         also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
-        methods: what is fitted: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (where that package is installed),
+        methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (if that package is installed),
             swin_unetr, diffusion_sdedit, diffusion_conditional.
-        settings: of methods, by name, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
-        trainer: of every network: accelerator, strategy, precision, num_workers, cache, checkpoint_minutes and the
-            other settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
-        check_units: refuse `train_studies` and `validation_studies` that can't be in SUV, or whose CT is none in HU.
-        seed: of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
-        simulator: physical parameters that differ from the frozen defaults, by name.
+        settings: settings of single methods, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
+        trainer: settings of all methods that have them, unless a method's own say otherwise. For several devices,
+            start the command with `torchrun`.
+        check_units: refuse `train_studies` and `validation_studies` that can't be in SUV, or whose CT is not in HU.
+        seed: seed of everything: phantom i has seed + i, validation phantoms start 500 later, test phantoms 1000.
+        simulator: physical parameters of the simulated scanner; the defaults are frozen.
     """
 
     output: Path = Path("runs/restoration")
@@ -69,11 +73,11 @@ class RunConfig:
     also_seconds: tuple[int, ...] = ()
     target_seconds: int = 90
     methods: tuple[str, ...] = ("gaussian1", "gaussian3", "gaussian_mix")
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    settings: SettingsByMethod = field(default_factory=SettingsByMethod)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
     check_units: bool = True
     seed: int = 0
-    simulator: dict[str, Any] = field(default_factory=dict)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -85,13 +89,10 @@ class RunConfig:
                 )
         if not self.methods or set(self.methods) - set(METHODS) or len(set(self.methods)) != len(self.methods):
             raise ValueError(f"methods is {list(self.methods)}; expected some of {', '.join(METHODS)}, each once")
-        check_keys("settings", self.settings, METHODS)
-        # Those that all networks share; what else `trainer` may name is known where the methods are imported.
-        check_group("trainer", {k: v for k, v in self.trainer.items() if k in TRAINING}, TRAINING)
         for name in ("train_phantoms", "validation_phantoms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
-        # Seeds: training from 0, validation from 500, test from 1000 on.
+        # Seeds start at 0 for training, 500 for validation, 1000 for test.
         if self.train_phantoms > 500 or self.validation_phantoms > 500:
             raise ValueError(
                 f"train_phantoms is {self.train_phantoms} and validation_phantoms {self.validation_phantoms}; "
@@ -110,49 +111,53 @@ class RunConfig:
 
     @property
     def exposures(self) -> tuple[int, ...]:
-        """All exposures that are restored from, the primary one first."""
+        """Returns all exposures to restore from, the primary one first."""
         return (self.input_seconds, *self.also_seconds)
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
-        values = _plain(dataclasses.asdict(self))
-        if self.check_units:  # runs of before there was the option go on
+        """Returns the options as plain YAML and JSON values; paths are absolute, so that a run can be continued from
+        anywhere."""
+        values = _plain(self)
+        if self.check_units:  # runs from before the option existed can continue
             del values["check_units"]
-        del values["output"]  # where a run lies is no part of what it is
+        del values["output"]  # a run may be moved: its folder does not identify it
         return values
 
     def digest(self) -> str:
-        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        """Identifies the options by 12 hexadecimal digits of SHA-256."""
         return digest(self.plain())
 
     @classmethod
-    def of(cls, output: Path, plain: Mapping[str, Any]) -> RunConfig:
-        """What `plain` gave, in a folder.
+    def of(cls, output: Path, plain: Mapping[str, Any]) -> RestorationConfig:
+        """Rebuilds the options from the result of `plain` and a folder.
 
         Raises:
-            ValueError: options that this version does not know.
+            ValueError: this version does not know some of the options.
         """
         values = dict(plain)
         check_written(output / "config.yaml", values, cls)
         return cls(**{**values, "output": output})
 
 
+RunConfig = RestorationConfig  # its name in earlier versions
+
+
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What a finished run is scored on; by default phantoms of the shifted generator.
+    """Options of a scoring of a finished run, which by default takes phantoms of the shifted generator.
 
     Args:
         run: folder of a finished `medaccel restoration run`.
-        dicom: folder of a PET series: simulated exposures of this patient.
+        dicom: folder of a PET series; exposures of this patient are simulated.
         realisations: independent noise realisations of the `dicom` patient.
         test_studies: folder of study folders.
-        test_phantoms: how many phantoms of the shifted generator, where neither `dicom` nor `test_studies` is given.
+        test_phantoms: how many phantoms of the shifted generator, if neither `dicom` nor `test_studies` is given.
         methods: some of the run's; by default all.
         samples: how many samples the diffusion methods draw of a volume; by default as many as their settings say.
-        sampled_studies: on how many of the studies, the first ones, those methods are scored; by default all.
-        name: of the results' folder in the run's `scored`; by default what the studies are. A plain name, and none
-            of the run's own files.
-        check_units: refuse studies that can't be in SUV, or whose CT is none in HU.
+        sampled_studies: number of studies, from the first on, on which those methods are scored; by default all.
+        name: name of the results' folder in the run's `scored`; by default it says what the studies are. It is a
+            plain name, and not one of the run's own files.
+        check_units: refuse studies that can't be in SUV, or whose CT is not in HU.
     """
 
     run: Path
@@ -189,7 +194,7 @@ class ScoreConfig:
 
     @property
     def label(self) -> str:
-        """Name of the results' folder."""
+        """Returns the name of the results' folder."""
         if self.name is not None:
             return self.name
         if self.dicom is not None:
@@ -197,25 +202,23 @@ class ScoreConfig:
         return "phantoms" if self.test_studies is None else self.test_studies.resolve().name
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values, without the run that they are applied to."""
-        values = _plain(dataclasses.asdict(self))
+        """Returns the options as plain YAML and JSON values, without the run that they are applied to."""
+        values = _plain(self)
         if self.check_units:
             del values["check_units"]
         del values["run"]
         return values
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    result = {}
-    for name, value in values.items():
-        if isinstance(value, Path):
-            value = str(value.resolve())
-        result[name] = json.loads(json.dumps(value))
-    return result
+def _plain(config: Any) -> dict[str, Any]:
+    values = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+    resolved = {name: str(v.resolve()) if isinstance(v, Path) else plain(v) for name, v in values.items()}
+    found: dict[str, Any] = json.loads(json.dumps(resolved))
+    return found
 
 
-# Enough steps to see that everything works, in a minute or two; far too few for a good network.
-DEMO_RUN = RunConfig(
+# The demo has enough steps to show in a minute or two that everything works; far too few for a good network.
+DEMO_RUN = RestorationConfig(
     train_phantoms=2,
     validation_phantoms=1,
     methods=(
@@ -227,29 +230,29 @@ DEMO_RUN = RunConfig(
         "diffusion_sdedit",
         "diffusion_conditional",
     ),
-    settings={
-        "gaussian1": {"epochs": 4},
-        "gaussian3": {"epochs": 4},
-        "gaussian_mix": {"epochs": 4},
+    settings=SettingsByMethod(
+        gaussian1=GaussianSettings(epochs=4),
+        gaussian3=GaussianSettings(epochs=4),
+        gaussian_mix=GaussianSettings(epochs=4),
         # So few steps can't do much; small ones keep it near the denoised copy that it starts from.
-        "swin_unetr": {"steps": 15, "steps_per_epoch": 5, "learning_rate": 1e-4, "base": "nlm"},
-        "diffusion_sdedit": {
-            "steps": 20,
-            "steps_per_epoch": 5,
-            "roi_size": [32, 32, 32],
-            "channels": [8, 16, 32],
-            "t0": [10, 40],
-            "samples": 2,
-            "sampling_steps": 3,
-        },
-        "diffusion_conditional": {
-            "steps": 20,
-            "steps_per_epoch": 5,
-            "roi_size": [32, 32, 32],
-            "channels": [8, 16, 32],
-            "samples": 2,
-            "sampling_steps": 3,
-        },
-    },
+        swin_unetr=SwinSettings(steps=15, steps_per_epoch=5, learning_rate=1e-4, base="nlm"),
+        diffusion_sdedit=SDEditSettings(
+            steps=20,
+            steps_per_epoch=5,
+            roi_size=(32, 32, 32),
+            channels=(8, 16, 32),
+            t0=(10, 40),
+            samples=2,
+            sampling_steps=3,
+        ),
+        diffusion_conditional=ConditionalSettings(
+            steps=20,
+            steps_per_epoch=5,
+            roi_size=(32, 32, 32),
+            channels=(8, 16, 32),
+            samples=2,
+            sampling_steps=3,
+        ),
+    ),
 )
 DEMO_TEST_PHANTOMS = 3

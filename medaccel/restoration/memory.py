@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What memory the restoration commands expect to need: see `medaccel.training.memory`."""
+"""Estimates the memory that the restoration commands need; see `medaccel.training.memory`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods import method_class
 from medaccel.training import memory, ranks
 from medaccel.training.memory import Part
 
-# Bytes a voxel of a study, measured: while its exposures are simulated; while it is restored and scored.
+# These are measured bytes per voxel of a study: while its exposures are simulated; while it is restored and scored.
 _SIMULATED, _WORKED_ON = 200.0, 200.0
-# Volumes of a study that training keeps beside its exposures: target, truth, body, weight, CT; float32.
+# Training keeps so many volumes of a study beside its exposures: target, truth, body, weight, CT; float32.
 _KEPT = 5
-# Volumes up to so many voxels the diffusion methods see whole, not in windows.
+# The diffusion methods see volumes up to so many voxels whole, not in windows.
 _WHOLE = 2_000_000
 
 
-def expected_of_run(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[list[Part]]:
-    """The stages of a run; `settings` are each method's own, without defaults."""
+def expected_of_run(config: RestorationConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[list[Part]]:
+    """Returns the stages of a run; `settings` are each method's own, without defaults."""
     voxels, studies = _studies(config)
     stages = [] if config.train_studies is not None else [[_of_volume("simulating a phantom", voxels, _SIMULATED)]]
     for name in config.methods:
@@ -42,9 +42,9 @@ def expected_of_run(config: RunConfig, settings: Mapping[str, Mapping[str, Any]]
 
 
 def expected_of_scoring(
-    config: RunConfig, chosen: ScoreConfig, settings: Mapping[str, Mapping[str, Any]]
+    config: RestorationConfig, chosen: ScoreConfig, settings: Mapping[str, Mapping[str, Any]]
 ) -> list[list[Part]]:
-    """The stages of a scoring; `settings` by method."""
+    """Returns the stages of a scoring; `settings` by method."""
     stages = []
     if chosen.test_studies is not None:
         voxels = _largest(chosen.test_studies, config.target_seconds)
@@ -61,7 +61,7 @@ def expected_of_scoring(
 
 
 def expected_of_restoring(name: str, settings: Mapping[str, Any], voxels: int) -> list[Part]:
-    """One study of so many voxels, restored by a method and scored."""
+    """Returns the memory for one study of so many voxels, restored by a method and scored."""
     chosen = _all_settings(name, settings)
     parts = [_of_volume("a study's volumes", voxels, _WORKED_ON)]
     if "roi_size" in chosen:
@@ -76,7 +76,7 @@ def expected_of_restoring(name: str, settings: Mapping[str, Any], voxels: int) -
 
 
 def on_gpu(settings: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the networks of some methods are computed on a GPU."""
+    """Tells whether the networks of some methods are computed on a GPU."""
     import torch
 
     wanted = [_all_settings(name, own).get("accelerator", "cpu") for name, own in settings.items()]
@@ -97,8 +97,8 @@ def _of_volume(name: str, voxels: int, a_voxel: float) -> Part:
     return Part(f"{name} ({voxels / 1e6:.1f} million voxels)", voxels * a_voxel, "crop the studies to the body")
 
 
-def _studies(config: RunConfig) -> tuple[int, int]:
-    """Voxels of the largest study, and how many are trained on, at most."""
+def _studies(config: RestorationConfig) -> tuple[int, int]:
+    """Returns the voxels of the largest study, and the largest number of studies that are trained on."""
     if config.train_studies is not None:
         from medaccel.restoration.study import find_studies
 
@@ -111,7 +111,8 @@ def _studies(config: RunConfig) -> tuple[int, int]:
 
 
 def _largest(folder: Path, seconds: int) -> int:
-    """Voxels of the largest study, by the headers; what can't be read is refused elsewhere, in better words."""
+    """Returns the voxels of the largest study, by the headers; unreadable files are refused elsewhere, in better
+    words."""
     import nibabel
 
     from medaccel.restoration.study import find_studies

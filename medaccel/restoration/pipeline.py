@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from medaccel.restoration import memory
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
-from medaccel.restoration.methods.base import Method, Task
-from medaccel.restoration.report.text import REFERENCES
-from medaccel.restoration.report.write import write_outcome
+from medaccel.restoration.methods.base import Method, RestorationTask
+from medaccel.restoration.methods.names import REFERENCES
+from medaccel.restoration.report.write import write_report
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
 from medaccel.restoration.sources import (
@@ -41,15 +41,15 @@ from medaccel.restoration.study import read_parameters
 from medaccel.studies.digest import digest
 from medaccel.studies.inputs import check_inputs
 from medaccel.studies.lock import locked
-from medaccel.studies.run_folder import remove_temporaries
-from medaccel.studies.settings import before_work, check_accelerator, check_group
+from medaccel.studies.run_folder import REPORT, remove_temporaries
+from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
 
 Say = Callable[[str], None]
 
 
-def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
+def run(config: RestorationConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
     """Fits the methods, chooses on validation studies, and writes a report of that.
 
     Under `torchrun` all processes train together; the first one does everything else.
@@ -57,7 +57,7 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
     Args:
         config: the options.
         force: start clean where the folder holds a run with other options, or a finished one.
-        resume: refuse a folder that holds no run. (One that holds this run is taken up in any case.)
+        resume: refuse a folder that holds no run. (One that holds this run is resumed in any case.)
         say: told what happens, a line at a time.
 
     Returns:
@@ -73,7 +73,7 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
         stages = memory.expected_of_run(config, own)
         expected = expect("the run", *stages, gpu=memory.on_gpu(own), processes=local_processes())
     folder = RunFolder(config.output)
-    ranks.join(str(config.trainer.get("accelerator", "auto")))
+    ranks.join(config.trainer.accelerator)
     alone = folder.session(config.plain(), force, resume, say) if ranks.rank() == 0 else nullcontext()
     with alone:
         if ranks.rank() == 0:
@@ -81,16 +81,12 @@ def run(config: RunConfig, *, force: bool = False, resume: bool = False, say: Sa
         return _run(config, folder, say)
 
 
-def check(config: RunConfig) -> None:
+def check(config: RestorationConfig) -> None:
     """Refuses what can be refused before anything is made: settings, devices, packages, studies.
 
     Raises:
         ValueError, OSError: so.
     """
-    known: dict[str, Any] = {}
-    for name in METHODS:
-        known.update(method_class(name).defaults)
-    check_group("trainer", config.trainer, known)
     for name in METHODS:
         # Also the settings of methods that this run leaves out: a mistake in them would be found by the next one.
         if name in config.methods or name in config.settings:
@@ -101,11 +97,11 @@ def check(config: RunConfig) -> None:
         reason = getattr(method_class(name), "unavailable", lambda: None)()
         if reason is not None:
             raise ValueError(f"methods: {name} can't run here: {reason}")
-    check_accelerator("trainer: accelerator", str(config.trainer.get("accelerator", "auto")))
+    check_accelerator("trainer: accelerator", config.trainer.accelerator)
     check_sources(config)
 
 
-def _run(config: RunConfig, folder: RunFolder, say: Say) -> Path:
+def _run(config: RestorationConfig, folder: RunFolder, say: Say) -> Path:
     with ranks.first_process() as first:
         if first:
             training_studies(config, say)
@@ -114,7 +110,7 @@ def _run(config: RunConfig, folder: RunFolder, say: Say) -> Path:
     fitted = {name: _fit(config, folder, name, train, validation, trained_on, say) for name in config.methods}
     if ranks.rank() != 0:
         ranks.leave()
-        return config.output / "report.html"
+        return config.output / REPORT
     say(f"scoring on the {len(validation)} validation studies")
     _discard_other_rows(config.output / "validation", {"checkpoints": folder.hashes(config)})
     scorer = Scorer(fitted, config.output / "validation")
@@ -126,7 +122,7 @@ def _run(config: RunConfig, folder: RunFolder, say: Say) -> Path:
         choices[name] = choices[name] | {"calibration": {t: json.loads(c.to_json()) for t, c in found.items()}}
     folder.freeze(config, choices, best)
     say(f"chosen on validation: {best}")
-    report = write_outcome(
+    report = write_report(
         config.output,
         config,
         scorer,
@@ -186,7 +182,7 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
 
 def _score(
     chosen: ScoreConfig,
-    config: RunConfig,
+    config: RestorationConfig,
     frozen: Mapping[str, Any],
     methods: Mapping[str, Method],
     calibrations: dict[str, dict[str, Calibration]],
@@ -222,7 +218,7 @@ def _score(
         one_patient=chosen.dicom is not None,
     )
     scored = [scorer.score(paths, seconds, config.target_seconds) for seconds in config.exposures]
-    report = write_outcome(
+    report = write_report(
         output,
         config,
         scorer,
@@ -238,15 +234,16 @@ def _score(
     return report
 
 
-def task_of(config: RunConfig) -> Task:
+def task_of(config: RestorationConfig) -> RestorationTask:
     """What the options ask to predict from what."""
-    return Task(config.exposures, config.target_seconds)
+    return RestorationTask(config.exposures, config.target_seconds)
 
 
-def settings_of(config: RunConfig, name: str) -> dict[str, Any]:
+def settings_of(config: RestorationConfig, name: str) -> dict[str, Any]:
     """A method's settings: the trainer's, where it takes them, then its own."""
-    known = method_class(name).defaults
-    return {k: v for k, v in config.trainer.items() if k in known} | config.settings.get(name, {})
+    kind = method_class(name)
+    shared = {key: value for key, value in config.trainer.items() if key in kind.defaults}
+    return shared | dict(config.settings.get(name, {}))
 
 
 def choose_best(scored: Sequence[Scored]) -> str:
@@ -275,7 +272,7 @@ def choose_best(scored: Sequence[Scored]) -> str:
 
 
 def _fit(
-    config: RunConfig,
+    config: RestorationConfig,
     folder: RunFolder,
     name: str,
     train: Sequence[Path],

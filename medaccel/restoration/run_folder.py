@@ -13,23 +13,22 @@ metrics.json|csv, figures/, report.html    on the validation studies
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from medaccel.data.files import read_json, write_text
-from medaccel.restoration.config import RunConfig
-from medaccel.studies.digest import digest
+from medaccel.data.files import read_json
+from medaccel.restoration.config import RestorationConfig
+from medaccel.studies.digest import digest, file_sha256
 from medaccel.studies.lock import LOCK
 from medaccel.studies.run_folder import OptionsFolder
+from medaccel.studies.tables import write_json
 
 
 class RunFolder(OptionsFolder):
-    """`start` begins or takes up a run, `frozen` is what a score needs."""
+    """`start` begins or resumes a run, `frozen` is what a score needs."""
 
     generated = (
         *("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json", "splits.json"),
@@ -44,7 +43,7 @@ class RunFolder(OptionsFolder):
         values.pop("frozen", None)
         return values
 
-    def freeze(self, config: RunConfig, choices: Mapping[str, Any], best: str) -> None:
+    def freeze(self, config: RestorationConfig, choices: Mapping[str, Any], best: str) -> None:
         """Records what was chosen, and the hashes that hold it fast.
 
         Args:
@@ -63,7 +62,7 @@ class RunFolder(OptionsFolder):
             )
         self.write(config.plain() | {"frozen": content | {"digest": digest(content)}})
 
-    def frozen(self) -> tuple[RunConfig, dict[str, Any]]:
+    def frozen(self) -> tuple[RestorationConfig, dict[str, Any]]:
         """The options and what was chosen.
 
         Raises:
@@ -78,7 +77,7 @@ class RunFolder(OptionsFolder):
             raise FileNotFoundError(
                 f"{self.path}: this run has not ended (nothing is frozen); run `medaccel restoration run` again first"
             )
-        config = RunConfig.of(self.path, values)
+        config = RestorationConfig.of(self.path, values)
         recorded = content.pop("digest")
         if digest(content) != recorded:
             raise ValueError(f"{self.record}: what was chosen has been changed since (its digest is not {recorded})")
@@ -104,15 +103,15 @@ class RunFolder(OptionsFolder):
             entries = read_json(path) if path.exists() else []
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             entries.append({"time": now, **entry})
-            write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", force=True)
+            write_json(path, entries)
             lock.unlink(missing_ok=True)
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
-    def hashes(self, config: RunConfig) -> dict[str, str]:
+    def hashes(self, config: RestorationConfig) -> dict[str, str]:
         """SHA-256 of each method's checkpoint that is there."""
         found = {}
         for name in config.methods:
             path = self.checkpoint(name)
             if path.exists():
-                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                found[name] = file_sha256(path)
         return found

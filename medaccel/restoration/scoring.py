@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medaccel.data.files import atomic_path, read_json, write_text
+from medaccel.data.files import atomic_path, read_json
 from medaccel.data.tensors import check_tensors, first_line, load_tensors
 from medaccel.restoration.evaluation import metrics
+from medaccel.restoration.evaluation.blocks import block_errors
 from medaccel.restoration.evaluation.calibration import Calibration, Item, fit_calibration
 from medaccel.restoration.evaluation.noise_effects import NoiseLevel, noise_level
 from medaccel.restoration.evaluation.study_scores import StudyEvaluator
-from medaccel.restoration.methods.base import Method, Restoration
-from medaccel.restoration.report.text import IDENTITY, NOISE_FREE, ORACLE
-from medaccel.restoration.statistics import block_errors
-from medaccel.restoration.study import Study, load_study
+from medaccel.restoration.methods.base import Method, Restoration, RestorationRequest
+from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE
+from medaccel.restoration.study import PETStudy, load_study
+from medaccel.studies.tables import json_text, nan_for_null, write_json
 
 EXAMPLES = 3  # studies whose restored images are kept
 
@@ -43,7 +44,7 @@ class Scored:
     Attributes:
         seconds, target_seconds: what was restored to what.
         paths: study folders.
-        rows: method: rows of `evaluation.evaluate`; of a study that a method was not asked for, NaN.
+        rows: method: rows of `StudyEvaluator.evaluate`; of a study that a method was not asked for, NaN.
         noise: how noisy each input is.
         times: method: seconds of each restoration.
         blocks: distance ("mse", "ssim"): method: summed errors (studies, axial blocks).
@@ -97,8 +98,8 @@ class Scorer:
         for position, path in enumerate(tqdm(paths, desc=label, unit="study", disable=not self.progress)):
             record = self._study(path, position, seconds, target_seconds)
             for name, row in record["rows"].items():
-                result.rows.setdefault(name, []).append({k: math.nan if v is None else v for k, v in row.items()})
-            result.noise.append(NoiseLevel(**{k: math.nan if v is None else v for k, v in record["noise"].items()}))
+                result.rows.setdefault(name, []).append(nan_for_null(row))
+            result.noise.append(NoiseLevel(**nan_for_null(record["noise"])))
             for name, value in record["times"].items():
                 result.times.setdefault(name, []).append(value)
             for distance, found in record["blocks"].items():
@@ -143,6 +144,7 @@ class Scorer:
         study = load_study(path, (seconds, target_seconds))
         evaluator = StudyEvaluator(study, seconds, target_seconds)
         image = study.exposures[seconds]
+        request = RestorationRequest(image, study.spacing, seconds, study.ct, samples=self.samples)
         images, times = {IDENTITY: image}, {}
         skipped = []
         for name, method in tqdm(self.methods.items(), desc=study.name, leave=False, disable=not self.progress):
@@ -150,7 +152,7 @@ class Scorer:
                 skipped.append(name)
                 continue
             start = time.perf_counter()
-            found = method.restore(image, study.spacing, seconds=seconds, ct=study.ct, samples=self.samples)
+            found = method.restore(request)
             times[name] = time.perf_counter() - start
             images[name] = found.volume
             self._keep(path, position, seconds, name, found, study, evaluator.mask)
@@ -180,8 +182,8 @@ class Scorer:
             "times": times,
             "blocks": blocks,
         }
-        write_text(file, plain_json(record), force=True)
-        return dict(json.loads(plain_json(record)))
+        write_json(file, record)
+        return dict(json.loads(json_text(record)))
 
     def _kept(self, file: Path, path: Path, seconds: int) -> dict[str, Any]:
         """A study's record in its file. Raises ValueError where that, or a volume that belongs to it, is damaged."""
@@ -211,7 +213,7 @@ class Scorer:
         seconds: int,
         name: str,
         found: Restoration,
-        study: Study,
+        study: PETStudy,
         mask: metrics.Mask,
     ) -> None:
         if position < EXAMPLES:
@@ -241,18 +243,3 @@ def fit_calibrations(scorer: Scorer, scored: Sequence[Scored]) -> dict[str, dict
             if items:
                 found.setdefault(name, {})[str(one.seconds)] = fit_calibration(items)
     return found
-
-
-def plain_json(value: Any) -> str:
-    """JSON text; a number that is not finite becomes null."""
-
-    def clean(v: Any) -> Any:
-        if isinstance(v, Mapping):
-            return {str(k): clean(x) for k, x in v.items()}
-        if isinstance(v, list | tuple):
-            return [clean(x) for x in v]
-        if isinstance(v, np.generic):
-            v = v.item()
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    return json.dumps(clean(value), indent=1, ensure_ascii=False) + "\n"

@@ -3,36 +3,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from medaccel.data import open_series, read_nifti, read_pet_series, voxel_spacing, write_text
+from medaccel.data import open_series, read_nifti, read_pet_series, voxel_spacing
 from medaccel.data.files import read_json
 from medaccel.data.hounsfield import check_hu
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.methods.base import check_volume
+from medaccel.restoration.simulation.config import SimulatorConfig
 from medaccel.restoration.simulation.generate import simulate_study, write_studies
-from medaccel.restoration.simulation.simulator import Progress, SimulatorConfig
+from medaccel.restoration.simulation.simulator import Progress
 from medaccel.restoration.study import STUDY_JSON, find_studies, is_complete, read_parameters, save_study
 from medaccel.restoration.uptake import check_suv
 from medaccel.studies.inputs import Record, differences, refuse_changes
 from medaccel.studies.inputs import record as inputs_of
-from medaccel.studies.settings import converted, hints_of
+from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 
 VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
 
 
-def check_sources(config: RunConfig) -> None:
+def check_sources(config: RestorationConfig) -> None:
     """Fails before the fits at what would fail after them: options and folders that can't be used."""
     simulator_of(config)
     if config.train_studies is not None:
@@ -67,7 +66,7 @@ def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None
                 check_hu(values, ct)
 
 
-def _checked_before(config: RunConfig, studies: Sequence[Path]) -> bool:
+def _checked_before(config: RestorationConfig, studies: Sequence[Path]) -> bool:
     """Whether a run of the same studies has got as far as its splits.json, and nothing has been changed since."""
     record = config.output / "splits.json"
     try:
@@ -81,19 +80,13 @@ def _checked_before(config: RunConfig, studies: Sequence[Path]) -> bool:
     return unchanged and bool(content.get("units_checked")) and known >= {str(study.absolute()) for study in studies}
 
 
-def simulator_of(config: RunConfig) -> SimulatorConfig:
+def simulator_of(config: RestorationConfig) -> SimulatorConfig:
     """The simulator that the options describe.
 
     Raises:
-        ValueError: an unknown or impossible parameter, or one of the run's exposures is not simulated.
+        ValueError: one of the run's exposures is not simulated.
     """
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.simulator.items()}
-    hints = hints_of(SimulatorConfig)
-    values = {k: converted(f"simulator.{k}", v, hints[k]) if k in hints else v for k, v in values.items()}
-    try:
-        simulator = SimulatorConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"simulator has an unknown parameter: {error}") from error
+    simulator = config.simulator
     missing = {*config.exposures, config.target_seconds} - set(simulator.durations)
     if missing:
         raise ValueError(
@@ -103,7 +96,7 @@ def simulator_of(config: RunConfig) -> SimulatorConfig:
     return simulator
 
 
-def split(config: RunConfig) -> tuple[list[Path], list[Path]]:
+def split(config: RestorationConfig) -> tuple[list[Path], list[Path]]:
     """Training and validation studies of `train_studies` and `validation_studies`; no patient is in both.
 
     Raises:
@@ -137,7 +130,7 @@ def patient(study: Path) -> str:
     return str(read_parameters(study).get("patient", study.resolve().name))
 
 
-def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
+def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
     """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json.
 
     Raises:
@@ -169,18 +162,18 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
     if "inputs" in before and any(before[role] != names[role] for role in names):
         refuse_changes(config.output, "run", ["the studies or their patients are others"])
     content = {**names, "units_checked": config.check_units, "inputs": inputs}
-    write_text(record, json.dumps(content, indent=1) + "\n", force=True)
+    write_json(record, content)
     return train, validation
 
 
-def _files(study: Path, config: RunConfig) -> list[Path]:
+def _files(study: Path, config: RestorationConfig) -> list[Path]:
     """What a run reads of a study."""
     names = [f"PET_{seconds}.nii.gz" for seconds in (*config.exposures, config.target_seconds)]
     names += ["CT.nii.gz", "lesions.nii.gz", "noise_free.nii.gz", "activity.nii.gz", "organs.nii.gz", STUDY_JSON]
     return [study / name for name in names if (study / name).is_file()]
 
 
-def given_to_score(config: RunConfig, chosen: ScoreConfig) -> list[Path]:
+def given_to_score(config: RestorationConfig, chosen: ScoreConfig) -> list[Path]:
     """The files of the studies, or of the series, that are given to score on; none where phantoms are made.
 
     Raises:
@@ -194,7 +187,7 @@ def given_to_score(config: RunConfig, chosen: ScoreConfig) -> list[Path]:
     return [file for path in _unseen(config, chosen.test_studies) for file in _files(path, config)]
 
 
-def _unseen(config: RunConfig, folder: Path) -> list[Path]:
+def _unseen(config: RestorationConfig, folder: Path) -> list[Path]:
     paths = find_studies(folder)
     seen = {patient(p) for role in known_studies(config) for p in role}
     shared = sorted(seen & {patient(p) for p in paths})
@@ -203,13 +196,13 @@ def _unseen(config: RunConfig, folder: Path) -> list[Path]:
     return paths
 
 
-def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
+def known_studies(config: RestorationConfig) -> tuple[list[Path], list[Path]]:
     """What `training_studies` of another process wrote."""
     names = read_json(config.output / "splits.json")
     return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
 
 
-def studies_to_score(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
+def studies_to_score(config: RestorationConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
     """Study folders to score on.
 
     Raises:
@@ -228,7 +221,7 @@ def studies_to_score(config: RunConfig, chosen: ScoreConfig, say: Callable[[str]
 
 
 def _phantoms(
-    config: RunConfig,
+    config: RestorationConfig,
     role: str,
     count: int,
     generator: str,
@@ -252,7 +245,9 @@ def _phantoms(
     return paths
 
 
-def _real_patient(config: RunConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]) -> list[Path]:
+def _real_patient(
+    config: RestorationConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]
+) -> list[Path]:
     """Simulated exposures of a measured PET: its denoised activity is the truth."""
     say(f"test studies: {chosen.realisations} noise realisations of the PET in {dicom} (simulated exposures)")
     simulator = simulator_of(config)

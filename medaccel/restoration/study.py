@@ -16,7 +16,6 @@ an interrupted writing shows.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -26,14 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from medaccel.data import make_nifti, read_nifti, resample, save_nifti, voxel_spacing, write_text
+from medaccel.data import make_nifti, read_nifti, resample, save_nifti, voxel_spacing
 from medaccel.data.files import read_json
+from medaccel.studies.tables import write_json
 
 STUDY_JSON = "study.json"
 FORMAT = 1
 AIR_HU = -1000.0
 _PET_NAME = re.compile(r"PET_([1-9]\d*)\.nii\.gz")
-# Attribute of Study -> file, values >= 0, whole numbers.
+# Attribute of PETStudy -> file, values >= 0, whole numbers.
 _OPTIONAL = {
     "ct": ("CT.nii.gz", False, False),
     "lesions": ("lesions.nii.gz", True, True),
@@ -46,7 +46,7 @@ _AFFINE_TOLERANCE = 1e-2
 
 
 @dataclass
-class Study:
+class PETStudy:
     """One patient; all arrays (i, j, k) on one grid.
 
     Args:
@@ -76,7 +76,7 @@ class Study:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> Study:
+def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PETStudy:
     """Read and check a study.
 
     Args:
@@ -104,7 +104,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> St
             raise FileNotFoundError(f"{folder / f'PET_{seconds}.nii.gz'}: missing exposure (the study has {names})")
 
     first = read_nifti(folder / f"PET_{found[0]}.nii.gz")
-    study = Study(
+    study = PETStudy(
         name=folder.resolve().name,
         spacing=voxel_spacing(first),
         affine=np.asarray(first.affine, dtype=np.float64),
@@ -128,7 +128,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> St
     return study
 
 
-def save_study(folder: str | Path, study: Study, *, force: bool = False) -> None:
+def save_study(folder: str | Path, study: PETStudy, *, force: bool = False) -> None:
     """Write a study, each file atomically; the folder is made if missing.
 
     Files of an interrupted writing are replaced. `force` replaces a complete study as well.
@@ -226,7 +226,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_text(folder / STUDY_JSON, json.dumps(record, indent=2) + "\n", force=True)
+    write_json(folder / STUDY_JSON, record, indent=2)
 
 
 def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: bool) -> np.ndarray:

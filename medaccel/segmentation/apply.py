@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import warnings
@@ -15,16 +13,18 @@ from typing import Any
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
-from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing, write_text
+from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing
 from medaccel.data.ct import Scan, find_scans, read_scan
 from medaccel.data.dicom_write import RESEARCH_ONLY
 from medaccel.data.files import check_input
+from medaccel.data.hounsfield import BODY_HU
+from medaccel.studies.digest import file_sha256
+from medaccel.studies.tables import write_json
 
 _META_IMAGE = (".mhd", ".mha")
 # A scan may have voxels that much smaller or larger than those of the training, and its body's mean that far off, HU.
 _SPACING_FACTOR = 1.5
 _BODY_MARGIN = 100.0
-_BODY_HU = -500.0
 
 
 def apply(
@@ -97,13 +97,13 @@ def apply(
     content = {
         "input": str(input),
         "output": str(output),
-        "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "checkpoint_sha256": file_sha256(checkpoint),
         "shape": list(scan.shape),
         "spacing_mm": list(voxel_spacing(scan)),
         "structures": volumes(labels, trained.labels),
     }
     save_nifti(output, labels, force=force)
-    write_text(report, json.dumps(content, indent=1) + "\n", force=force)
+    write_json(report, content, force=force)
     return output, report
 
 
@@ -161,9 +161,9 @@ def _unlike(scan: Nifti1Image, seen: Mapping[str, Any]) -> list[str]:
         size = " × ".join(f"{step:g}" for step in steps)
         sentences.append(f"has voxels of {size} mm, and the network was trained on {low:g} to {high:g} mm")
     values = np.asarray(scan.dataobj)
-    body = values[values > _BODY_HU]
+    body = values[values > BODY_HU]
     if not body.size:
-        sentences.append(f"nothing in it is above {_BODY_HU:g} HU (is it a CT in HU?)")
+        sentences.append(f"nothing in it is above {BODY_HU:g} HU (is it a CT in HU?)")
     elif seen["body_hu"]:
         mean, (least, most) = float(body.mean()), seen["body_hu"]
         if not least - _BODY_MARGIN <= mean <= most + _BODY_MARGIN:

@@ -12,7 +12,6 @@ order and, where weights leave any, the same random ones.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from medaccel.data import voxel_spacing, write_text
+from medaccel.data import voxel_spacing
+from medaccel.data.hounsfield import BODY_HU
 from medaccel.data.msd import Case, MSDDataset, load_case
 from medaccel.nets import load_pretrained
 from medaccel.segmentation.evaluation.metrics import score_case
@@ -40,15 +40,15 @@ from medaccel.segmentation.model.training import (
     validation_case,
 )
 from medaccel.segmentation.protocol import RANDOM, Cell, Split
+from medaccel.segmentation.run_folder import BEST, RESULT
+from medaccel.studies.digest import file_sha256
+from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 from medaccel.training.fit import train
 
-RESULT = "result.json"
-BEST = "best.pt"
 _LAST = "last.ckpt"
 # Of the network's tensors, those that give the classes: never taken from elsewhere.
 _HEAD = "out."
-_BODY_HU = -500.0
 # Settings that change where and how it is computed, not what.
 _MACHINE = ("accelerator", "strategy", "num_workers", "cache", "checkpoint_minutes", "sw_batch_size")
 
@@ -94,7 +94,7 @@ def run_cell(
     if (weights is None) != (cell.init == RANDOM):
         given = "none are given" if weights is None else f"{weights} is given"
         raise ValueError(f"cell {cell.name} starts from {cell.init!r}, but {given}; expected weights unless random")
-    sha256 = None if weights is None or not weights.is_file() else _sha256(weights)
+    sha256 = None if weights is None or not weights.is_file() else file_sha256(weights)
     if (folder / RESULT).is_file():
         return _finished(folder / RESULT, cell, s, sha256)
     by_name = {case.name: case for case in dataset.cases}
@@ -148,7 +148,7 @@ def run_cell(
                 "test_seconds": tested,
                 "seconds_per_step": (trained - check.seconds) / s["steps"],
             }
-            write_text(folder / RESULT, json.dumps(result, indent=1) + "\n", force=True)
+            write_json(folder / RESULT, result)
             (folder / _LAST).unlink(missing_ok=True)
     return json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
@@ -219,19 +219,11 @@ def _seen(dataset: MSDDataset, cases: Sequence[Case]) -> dict[str, Any]:
         scan, _ = load_case(dataset, case)
         values = np.asarray(scan.dataobj)
         sizes.append(voxel_spacing(scan))
-        body = values[values > _BODY_HU]
+        body = values[values > BODY_HU]
         if body.size:
             means.append(float(body.mean()))
     extent = [[min(axis), max(axis)] for axis in zip(*sizes, strict=True)]
     return {"spacing_mm": extent, "body_hu": [min(means), max(means)] if means else None}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _device(accelerator: str) -> torch.device:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from medaccel.phantoms.ct_dataset import TASKS
 from medaccel.pretraining.config import COARSEST, PretrainingConfig
@@ -25,40 +25,23 @@ from medaccel.segmentation.protocol import (
     select,
     split_cases,
 )
+from medaccel.segmentation.settings import (
+    IllustrationSettings,
+    PhantomSettings,
+    PrimarySettings,
+    SegmentationSettings,
+    Selection,
+    TaskOptions,
+)
 from medaccel.studies.digest import digest
-from medaccel.studies.settings import check_fields, check_group, check_keys, check_seeds_range, converted, nearest
+from medaccel.studies.settings import check_seeds_range
+from medaccel.studies.typed import UnfitError, check_fields, nearest, plain
 
 BACKENDS = ("loky", "dask", "ray", "sequential")
 #: Pretraining on the labels of another task.
 SUPERVISED = "supervised"
 # How the work is done and what is shown beside it; figures don't depend on them.
 _NO_OPTIONS = ("output", "jobs", "backend", "scheduler", "select", "illustration")
-_TASK = {"data", "preset", "settings", "by_fraction", "check_units"}
-_PHANTOMS: dict[str, Any] = {
-    "cases": 60,
-    "spacing": [4.0, 4.0, 4.0],
-    "pool": 200,
-    "pool_spacing": [4.0, 4.0, 4.0],
-    "seed": 0,
-}
-_PRIMARY: dict[str, Any] = {
-    "task": "spleen",
-    "fraction": 0.2,
-    "init": "instance_pixel",
-    "against": RANDOM,
-    "seeds": list(SEEDS),
-    "expected": 3.0,  # Dice points
-}
-# Defaults give the types.
-_ILLUSTRATION: dict[str, Any] = {
-    "image": "",
-    "organs": "",
-    "label": 1,
-    "task": "spleen",
-    "fraction": 1.0,
-    "init": RANDOM,
-    "seed": 0,
-}
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
@@ -68,56 +51,55 @@ class SegmentationConfig:
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
-        tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}, by_fraction: {1.0: {…}}}.
-            Without data, "spleen" and "lung" are phantom tasks. preset is one of `medaccel.segmentation.model.presets`, by
-            default the phantoms' or "generic"; settings are those of the preset and of the training that differ, in
-            this task alone, and by_fraction those that differ further at a share of the labels, for every
-            initialization alike: more labels take more steps to a plateau. check_units: false takes data that
-            don't look like CT in HU.
-        phantoms: of the phantom tasks: cases each, spacing in mm, pool (how many unlabelled scans are pretrained on
-            where `pretraining` names no scans), pool_spacing, seed.
+        tasks: the tasks, by name: '{spleen: {data: data/Task09_Spleen, preset: Task09_Spleen}}'. Without data,
+            "spleen" and "lung" are phantom tasks.
+        phantoms: the cases of phantom tasks, and the scans that are pretrained on where there are no others.
         inits: initializations: random, the presets of pretraining (nvidia, instance, instance_pixel, pixpro, all),
             supervised (pretraining on the labels of another task of the study), and any name that `weights` has.
         fractions: shares of the training half's labels.
-        seeds: of the runs, one split each.
+        seeds: seeds of the runs, one split each.
         weights: given weights of initializations, by name, one file or several, which the seeds take in turn:
             '{published: [model_swinvit.pt]}'. Where there are none, the initialization is pretrained.
-        pretraining: options of `medaccel pretraining run` that all presets share.
+        pretraining: options of `medaccel pretraining run` that all presets share. The study sets output, preset,
+            tasks and seed itself.
         pretraining_seeds: how many times each preset is pretrained; seeds take the weights in turn.
-        settings: of the training that differ from the presets', in all tasks.
+        settings: settings that differ from the presets', in all tasks; the defaults below are those of "generic".
         select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report is
             on all cells that are there.
         jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and what is there is
             reported.
-        backend: of joblib: loky (processes on this machine), dask or ray (an existing cluster that sees the same
-            folders), or sequential.
+        backend: joblib's backend: loky (processes on this machine), dask or ray (an existing cluster that sees the
+            same folders), or sequential.
         scheduler: the cluster's address, such as tcp://10.0.0.1:8786.
-        primary: the comparison that the report begins with, named before anything is run: task, fraction, init,
-            against, the seeds that it is over, and the gain that is expected, in Dice points; '{none: true}' is
-            for none.
-        illustration: a scan that a cell's model is shown on: image, organs (a label map), label (its value), and of
-            the cell task, fraction, init and seed. No figure of the study.
+        primary: the comparison that the report begins with, named before anything is run.
+        illustration: a scan that a cell's model is shown on; no figure of the study.
     """
 
+    #: Options of a pretraining that are none of its user's here.
+    set_elsewhere: ClassVar[dict[str, tuple[str, ...]]] = {"pretraining": ("output", "preset", "tasks", "seed")}
+
     output: Path = Path("runs/segmentation")
-    tasks: dict[str, dict[str, Any]] = field(default_factory=lambda: {name: {} for name in TASKS})
-    phantoms: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, TaskOptions] = field(default_factory=lambda: {name: TaskOptions() for name in TASKS})
+    phantoms: PhantomSettings = field(default_factory=PhantomSettings)
     inits: tuple[str, ...] = INITIALIZATIONS
     fractions: tuple[float, ...] = FRACTIONS
     seeds: tuple[int, ...] = SEEDS
     weights: dict[str, list[str]] = field(default_factory=dict)
-    pretraining: dict[str, Any] = field(default_factory=dict)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     pretraining_seeds: int = 2
-    settings: dict[str, Any] = field(default_factory=dict)
-    select: dict[str, list[Any]] = field(default_factory=dict)
+    settings: SegmentationSettings = field(default_factory=SegmentationSettings)
+    select: Selection = field(default_factory=Selection)
     jobs: int = 1
     backend: str = "loky"
     scheduler: str | None = None
-    primary: dict[str, Any] = field(default_factory=dict)
-    illustration: dict[str, Any] = field(default_factory=dict)
+    primary: PrimarySettings = field(default_factory=PrimarySettings)
+    illustration: IllustrationSettings = field(default_factory=IllustrationSettings)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        try:
+            check_fields(self)
+        except UnfitError as unfit:
+            raise self._of_task(unfit) from None
         self._check_tasks()
         self._check_inits()
         if self.pretraining_seeds < 1:
@@ -147,15 +129,11 @@ class SegmentationConfig:
         return select(self.cells(), self.select)
 
     @property
-    def phantom_options(self) -> dict[str, Any]:
-        return _PHANTOMS | self.phantoms
-
-    @property
     def comparison(self) -> dict[str, Any] | None:
         """The primary comparison, whole; None where none is asked for."""
-        if self.primary.get("none"):
+        if self.primary.none:
             return None
-        return _PRIMARY | self.primary
+        return {name: value for name, value in self.primary.whole().items() if name != "none"}
 
     def pretraining_of(self, init: str, number: int, output: Path, more: Mapping[str, Any]) -> PretrainingConfig:
         """The options of a preset's pretraining.
@@ -168,10 +146,9 @@ class SegmentationConfig:
         Raises:
             ValueError: options that pretraining doesn't have, or that the study sets.
         """
-        own = {"output", "preset", "tasks", "seed"} & set(self.pretraining)
+        own = set(self.set_elsewhere["pretraining"]) & set(self.pretraining)
         if own:
             raise ValueError(f"pretraining names {sorted(own)}, which the study sets itself; expected other options")
-        check_keys("pretraining", self.pretraining, [known.name for known in dataclasses.fields(PretrainingConfig)])
         values = {**more, **self.pretraining}
         try:
             return PretrainingConfig.of(output, {**values, "preset": init, "seed": number})
@@ -181,8 +158,8 @@ class SegmentationConfig:
     def overrides(self, task: str, fraction: float | None = None) -> dict[str, Any]:
         """The settings of a task's cells that differ from its preset's: of all, or of those at one fraction."""
         options = self.tasks[task]
-        found = {**self.settings, **options.get("settings", {})}
-        for key, values in options.get("by_fraction", {}).items():
+        found = {**self.settings, **options.settings}
+        for key, values in options.by_fraction.items():
             if fraction is not None and float(key) == fraction:
                 found.update(values)
         return found
@@ -194,7 +171,8 @@ class SegmentationConfig:
 
     def plain(self) -> dict[str, Any]:
         """What a run is, as plain YAML and JSON values, with absolute paths; how and where it is run is left out."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NO_OPTIONS}
+        names = [one.name for one in dataclasses.fields(self) if one.name not in _NO_OPTIONS]
+        values: dict[str, Any] = {name: plain(getattr(self, name)) for name in names}
         for task in values["tasks"].values():
             if task.get("data") is not None:
                 task["data"] = str(Path(task["data"]).resolve())
@@ -207,45 +185,46 @@ class SegmentationConfig:
         """Identifies the options: 12 hexadecimal digits of SHA-256."""
         return digest(self.plain())
 
+    def _of_task(self, unfit: UnfitError) -> ValueError:
+        """An error in the settings of cells, as a task's."""
+        where = unfit.path
+        if where[0] == "settings":
+            task, inner = next(iter(self.tasks), ""), where[1:]
+        elif where[0] == "tasks" and len(where) > 2 and where[2] in ("settings", "by_fraction"):
+            task, inner = where[1], where[3 if where[2] == "settings" else 4 :]
+        else:
+            return unfit
+        if not inner and not unfit.problem.startswith(" names"):  # no settings at all
+            return unfit
+        return ValueError(f"task {task}: {inner[-1] if inner else 'settings'}{unfit.problem}")
+
     def _check_tasks(self) -> None:
         if not self.tasks:
             raise ValueError("tasks is empty; expected at least one")
         for name, task in self.tasks.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"tasks names {name!r}; expected letters, digits and _")
-            check_keys(f"tasks.{name}", task, _TASK)
-            for key, kind in (("data", Path | None), ("preset", str | None), ("settings", dict)):
-                if key in task:
-                    converted(f"tasks.{name}.{key}", task[key], kind)
-            if not isinstance(task.get("check_units", True), bool):
-                raise ValueError(f"tasks.{name}.check_units is {task['check_units']!r}; expected true or false")
-            if task.get("data") is None and name not in TASKS:
+            if task.data is None and name not in TASKS:
                 raise ValueError(
                     f"tasks.{name} has no data; expected a folder, or one of the phantoms' {list(TASKS)}"
                 )
             self._check_by_fraction(name)
-        object.__setattr__(self, "phantoms", check_group("phantoms", self.phantoms, _PHANTOMS))
         for name in ("spacing", "pool_spacing"):
-            steps = self.phantom_options[name]
+            steps = getattr(self.phantoms, name)
             if len(steps) != 3 or not all(0 < step <= COARSEST for step in steps):
                 raise ValueError(
-                    f"phantoms.{name} is {steps}; expected three sizes in mm, above 0 and at most {COARSEST:g}"
+                    f"phantoms.{name} is {list(steps)}; expected three sizes in mm, above 0 and at most {COARSEST:g}"
                 )
-        check_seeds_range("phantoms.seed", self.phantom_options["seed"])
+        check_seeds_range("phantoms.seed", self.phantoms.seed)
         for name in ("cases", "pool"):
-            count = self.phantom_options[name]
+            count = getattr(self.phantoms, name)
             if not 1 <= count <= 1000:
                 raise ValueError(f"phantoms.{name} is {count!r}; expected a whole number from 1 to 1000")
-        if any(task.get("data") is None for task in self.tasks.values()):
-            check_fractions(
-                [f"{i:03d}" for i in range(self.phantom_options["cases"])], self.fractions, "the phantom tasks"
-            )
+        if any(task.data is None for task in self.tasks.values()):
+            check_fractions([f"{i:03d}" for i in range(self.phantoms.cases)], self.fractions, "the phantom tasks")
 
     def _check_by_fraction(self, task: str) -> None:
-        given = self.tasks[task].get("by_fraction", {})
-        if not isinstance(given, Mapping) or not all(isinstance(values, Mapping) for values in given.values()):
-            raise ValueError(f"tasks.{task}.by_fraction is {given!r}; expected settings by fraction, {{1.0: {{…}}}}")
-        for key, values in given.items():
+        for key, values in self.tasks[task].by_fraction.items():
             if "feature_size" in values:
                 raise ValueError(f"tasks.{task}.by_fraction sets feature_size; expected one for all")
             try:
@@ -279,7 +258,6 @@ class SegmentationConfig:
             raise ValueError("inits has 'supervised' and there is one task; expected a second one to pretrain on")
 
     def _check_primary(self) -> None:
-        object.__setattr__(self, "primary", check_group("primary", self.primary, {**_PRIMARY, "none": True}))
         primary = self.comparison
         if primary is None:
             return
@@ -301,15 +279,14 @@ class SegmentationConfig:
     def _check_illustration(self) -> None:
         if not self.illustration:
             return
-        check_group("illustration", self.illustration, _ILLUSTRATION)
         missing = {"image", "task"} - set(self.illustration)
         if missing or ("organs" in self.illustration) != ("label" in self.illustration):
             raise ValueError(
-                f"illustration is {self.illustration}; expected image and task, and organs together with label"
+                f"illustration is {dict(self.illustration)}; expected image and task, and organs together with label"
             )
-        if self.illustration["task"] not in self.tasks:
+        if self.illustration.task not in self.tasks:
             raise ValueError(
-                f"illustration.task is {self.illustration['task']!r}; expected one of {', '.join(self.tasks)}"
+                f"illustration.task is {self.illustration.task!r}; expected one of {', '.join(self.tasks)}"
             )
 
 

@@ -20,11 +20,11 @@ from typing import Any
 from medaccel.data import write_text
 from medaccel.data.msd import MSDDataset
 from medaccel.segmentation.protocol import Cell, Split
+from medaccel.segmentation.run_folder import ERROR, RESULT
 from medaccel.studies.lock import locked
 from medaccel.studies.run_folder import remove_temporaries
 from medaccel.training import ranks
 
-RESULT, ERROR = "result.json", "error.txt"
 # There while a cell is run, and afterwards where its process was killed.
 _BEGUN = "begun"
 #: As `medaccel.segmentation.cell.run_cell`.

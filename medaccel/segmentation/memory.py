@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nibabel
@@ -97,14 +96,14 @@ def expected_of_study(config: SegmentationConfig, settings: Mapping[str, Mapping
 
 def _sizes(config: SegmentationConfig, task: str, spacing: Sequence[float]) -> tuple[list[Size], int]:
     """Of a task's cases, and its classes; of phantoms that are still to be made, too."""
-    given = config.tasks[task].get("data")
+    given = config.tasks[task].data
     if given is None:
-        options = config.phantom_options
-        shape = [math.ceil(length / step) for length, step in zip(_PHANTOM_MM, options["spacing"], strict=True)]
-        affine = np.diag([*options["spacing"], 1.0])
+        made = config.phantoms
+        shape = [math.ceil(length / step) for length, step in zip(_PHANTOM_MM, made.spacing, strict=True)]
+        affine = np.diag([*made.spacing, 1.0])
         empty = Nifti1Image(np.broadcast_to(np.int16(0), shape), affine)
-        return [Size.of(empty, spacing)] * int(options["cases"]), 2
-    dataset = read_dataset(Path(given))
+        return [Size.of(empty, spacing)] * made.cases, 2
+    dataset = read_dataset(given)
     sizes = []
     for case in dataset.cases:
         try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all that is there.
 
-Each part is taken up where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
+Each part is resumed where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
 cluster without dask or ray, the cells are an array of jobs:
 
     medaccel segmentation run --config study.yaml --jobs 0        prepares data and pretraining
@@ -14,22 +14,24 @@ Several devices within a cell are Lightning's: `torchrun … -m medaccel.cli seg
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medaccel.data.msd import DATASET_JSON, MSDDataset, read_dataset
+from medaccel.data.msd import DATASET_JSON, MSDDataset
 from medaccel.phantoms.ct_dataset import write_pool, write_task
 from medaccel.pretraining.names import PRESETS
-from medaccel.segmentation.config import SUPERVISED, SegmentationConfig, check_fractions
-from medaccel.segmentation.grid import ERROR, RESULT, RunCell, Work, attempt, check_backend, run_grid
+from medaccel.pretraining.settings import NetworkSettings
+from medaccel.segmentation.config import SUPERVISED, SegmentationConfig
+from medaccel.segmentation.grid import RunCell, attempt, check_backend, run_grid
 from medaccel.segmentation.memory import expected_of_study, on_gpu
-from medaccel.segmentation.protocol import RANDOM, Cell, split_cases, write_splits
-from medaccel.segmentation.run_folder import StudyFolder
+from medaccel.segmentation.protocol import RANDOM, Cell, write_splits
+from medaccel.segmentation.run_folder import ERROR, RESULT, StudyFolder
+from medaccel.segmentation.study import SegmentationStudy, check_data, options_of, settings_of
 from medaccel.studies.inputs import INPUTS, check_inputs, differences, read, refuse_changes
+from medaccel.studies.run_folder import REPORT
 from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
@@ -37,8 +39,6 @@ from medaccel.training.memory import expect, local_processes
 Say = Callable[[str], None]
 #: As `pretrain_preset`.
 Pretrain = Callable[[SegmentationConfig, str, int, StudyFolder, int, Say], None]
-WEIGHTS = Path("checkpoints") / "weights.pt"  # of a pretraining
-BEST = "best.pt"  # of a cell
 _NAMED = 5  # of many failed cells, this many are named
 
 
@@ -57,7 +57,7 @@ def run(
     Args:
         config: the options.
         force: start clean where the folder holds a study with other options, or a finished one.
-        resume: refuse a folder that holds no study. (One that holds this study is taken up in any case.)
+        resume: refuse a folder that holds no study. (One that holds this study is resumed in any case.)
         cell: number of one of the chosen cells, from 0: that one alone is run, what it needs must be there, and no
             report is written.
         say: told what happens, a line at a time.
@@ -80,7 +80,7 @@ def run(
     folder = StudyFolder(config.output)
     if cell is not None:
         with before_work():
-            study = Study(config, folder, settings)
+            study = SegmentationStudy(config, folder, settings)
             _refuse_changed_data(study, cell)
         return _run_one(study, cell, say, run_cell)
     options = options_of(config, settings)
@@ -148,33 +148,17 @@ def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, An
     ).sentence
 
 
-def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
-    """The tasks' data that are given, checked.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
-    """
-    given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
-    found = {
-        name: read_dataset(path, check_units=config.tasks[name].get("check_units", True))
-        for name, path in given.items()
-    }
-    for name, dataset in found.items():
-        check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
-    return found
-
-
 def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[Path]:
     """The files that a study is given: volumes and labels of its tasks, and weights."""
     files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
     for name, dataset in data.items():
-        if config.tasks[name].get("data") is not None:
+        if config.tasks[name].data is not None:
             files.append(dataset.folder / DATASET_JSON)
             files += [file for case in dataset.cases for file in (case.image, case.label)]
     return files
 
 
-def _refuse_changed_data(study: Study, cell: int) -> None:
+def _refuse_changed_data(study: SegmentationStudy, cell: int) -> None:
     """`--cell`: as a study's own run, of the one task; nothing is recorded, others may run beside it."""
     record, chosen = study.folder.path / INPUTS, study.config.chosen()
     if record.exists() and 0 <= cell < len(chosen):
@@ -198,7 +182,7 @@ def _run(
         if first:
             check_inputs(folder.path, "study", _inputs(config, check_data(config)))
             make_data(config, folder, chosen)
-    study = Study(config, folder, settings)
+    study = SegmentationStudy(config, folder, settings)
     if ranks.rank() == 0:
         splits = {name: list(of_task.values()) for name, of_task in study.splits.items()}
         write_splits(folder.path / "splits.json", splits, config.fractions)
@@ -212,18 +196,20 @@ def _run(
     failed = _run_cells(study, list(donors), say, run_cell, "to be fine-tuned from")
     if not failed and config.jobs:
         failed = _run_cells(study, chosen, say, run_cell, "of the study")
-    report = folder.path / "report.html"
+    report = folder.path / REPORT
     if ranks.rank() == 0:
-        from medaccel.segmentation.report.write import write_outcome
+        from medaccel.segmentation.report.write import write_report
 
-        report = write_outcome(study, say)
+        report = write_report(study, say)
     ranks.leave()
     if failed:
         raise ValueError(_failures(failed, folder.path, say))
     return report
 
 
-def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell | None, what: str) -> dict[str, str]:
+def _run_cells(
+    study: SegmentationStudy, cells: Sequence[Cell], say: Say, run_cell: RunCell | None, what: str
+) -> dict[str, str]:
     works = [study.work(one) for one in cells]
     if works and ranks.rank() == 0:
         say(f"{len(works)} cells {what}, {sum(work.finished for work in works)} of them finished")
@@ -237,7 +223,7 @@ def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell 
     )
 
 
-def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
+def _run_one(study: SegmentationStudy, number: int, say: Say, run_cell: RunCell | None) -> Path:
     """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
     with before_work():
         one = _prepared(study, number)
@@ -252,7 +238,7 @@ def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> P
     return work.folder / RESULT
 
 
-def _prepared(study: Study, number: int) -> Cell:
+def _prepared(study: SegmentationStudy, number: int) -> Cell:
     """One of the chosen cells, if what it needs is there."""
     study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
@@ -279,33 +265,6 @@ def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
     )
 
 
-def settings_of(config: SegmentationConfig, task: str, fraction: float | None = None) -> dict[str, Any]:
-    """All settings of a task's cells, or of those at one fraction.
-
-    Raises:
-        ValueError: an unknown preset or setting, or a value out of range.
-    """
-    from medaccel.segmentation.model.presets import make_settings
-
-    options = config.tasks[task]
-    preset = options.get("preset") or ("generic" if options.get("data") is not None else f"phantom_{task}")
-    try:
-        settings = make_settings({"preset": preset, **config.overrides(task, fraction)})
-        if settings["steps"] % settings["steps_per_epoch"]:
-            raise ValueError(
-                f"steps is {settings['steps']}; expected a multiple of steps_per_epoch, {settings['steps_per_epoch']}"
-            )
-    except ValueError as error:
-        raise ValueError(f"task {task}: {error}") from error
-    return settings
-
-
-def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a study is: its options, and the cells' settings, which another version's presets could change."""
-    plain: dict[str, Any] = json.loads(json.dumps({"cells": settings}))
-    return config.plain() | plain
-
-
 def pretrain_preset(
     config: SegmentationConfig, init: str, number: int, folder: StudyFolder, width: int, say: Say
 ) -> None:
@@ -322,80 +281,18 @@ def pretrain_preset(
 
     more = {"scans": [str(folder.pool)], "cache_folder": folder.path / "pretraining" / "cache"}
     options = config.pretraining_of(init, number, folder.pretraining(f"{init}-{number}"), more)
-    pretrain(replace(options, network={"feature_size": width, **options.network}), say=say)
+    pretrain(replace(options, network=NetworkSettings(**{"feature_size": width, **options.network})), say=say)
 
 
 def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[Cell]) -> None:
     """Writes the phantoms that the cells need, and those of a task that was begun."""
-    options = config.phantom_options
+    options = config.phantoms
     needed = {cell.task for cell in cells}
     needed |= {config.donor(cell.task) for cell in cells if cell.init == SUPERVISED}
     for name, task in config.tasks.items():
         path = folder.task(name)
-        if task.get("data") is None and (name in needed or (path / DATASET_JSON).exists()):
-            write_task(path, name, options["cases"], seed=options["seed"], spacing=options["spacing"])
+        if task.data is None and (name in needed or (path / DATASET_JSON).exists()):
+            write_task(path, name, options.cases, seed=options.seed, spacing=options.spacing)
     pretrained = any(cell.init not in (RANDOM, SUPERVISED, *config.weights) for cell in cells)
-    if pretrained and not config.pretraining.get("scans"):
-        write_pool(folder.pool, options["pool"], seed=options["seed"], spacing=options["pool_spacing"])
-
-
-class Study:
-    """What the cells share: data, splits, settings, and what each starts from.
-
-    Args:
-        config, folder: of the study.
-        settings: of each task.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case. Phantoms may be missing.
-    """
-
-    def __init__(
-        self, config: SegmentationConfig, folder: StudyFolder, settings: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        self.config, self.folder, self.settings = config, folder, settings
-        self.data: dict[str, MSDDataset] = {}
-        for name, task in config.tasks.items():
-            given = task.get("data")
-            path = folder.task(name) if given is None else Path(given)
-            if given is not None or path.exists():
-                self.data[name] = read_dataset(path, check_units=task.get("check_units", True))
-                check_fractions([case.name for case in self.data[name].cases], config.fractions, f"task {name}")
-        self.splits = {
-            name: {seed: split_cases([case.name for case in dataset.cases], seed) for seed in config.seeds}
-            for name, dataset in self.data.items()
-        }
-
-    def supervised(self, cell: Cell) -> bool:
-        """Whether it starts from what another task's labels taught."""
-        return cell.init == SUPERVISED and SUPERVISED not in self.config.weights
-
-    def pretrained(self, cell: Cell) -> bool:
-        """Whether it starts from a pretraining of the study's own."""
-        return cell.init not in (RANDOM, SUPERVISED, *self.config.weights)
-
-    def donor(self, cell: Cell) -> Cell:
-        """The cell whose network a supervised one starts from: the other task's, trained on all of its labels."""
-        seed = self.config.seeds[cell.pretraining % len(self.config.seeds)]
-        return Cell(self.config.donor(cell.task), RANDOM, 1.0, seed)
-
-    def weights(self, cell: Cell) -> Path | None:
-        """The file that a cell starts from, there or not."""
-        if cell.init == RANDOM:
-            return None
-        if cell.init in self.config.weights:
-            return Path(self.config.weights[cell.init][cell.pretraining])
-        if self.supervised(cell):
-            return self.folder.cell(self.donor(cell).name) / BEST
-        return self.folder.pretraining(f"{cell.init}-{cell.pretraining}") / WEIGHTS
-
-    def work(self, cell: Cell) -> Work:
-        """With all that another process needs to run it."""
-        return Work(
-            cell,
-            self.data[cell.task],
-            self.splits[cell.task][cell.seed],
-            self.folder.cell(cell.name),
-            settings_of(self.config, cell.task, cell.fraction),
-            self.weights(cell),
-        )
+    if pretrained and not config.pretraining.scans:
+        write_pool(folder.pool, options.pool, seed=options.seed, spacing=options.pool_spacing)

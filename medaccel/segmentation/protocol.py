@@ -9,14 +9,13 @@ Subsets are nested, and a seed has one split for every initialization, so that r
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from medaccel.data import write_text
+from medaccel.studies.tables import write_json
 
 #: Of the study: initializations × fractions × seeds × tasks.
 INITIALIZATIONS = ("random", "nvidia", "instance", "instance_pixel")
@@ -83,7 +82,7 @@ def write_splits(path: str | Path, splits: Mapping[str, Sequence[Split]], fracti
         ]
         for task, of_task in splits.items()
     }
-    write_text(path, json.dumps(content, indent=1) + "\n", force=True)
+    write_json(path, content)
 
 
 @dataclass(frozen=True, order=True)

@@ -16,11 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medaccel.segmentation.protocol import Cell
 from medaccel.studies.run_folder import OptionsFolder
+
+#: Files of a cell: what it found, the network that was chosen, and why it failed.
+RESULT, BEST, ERROR = "result.json", "best.pt", "error.txt"
 
 
 class StudyFolder(OptionsFolder):
-    """Names what is in it; `start` begins or takes up a study."""
+    """Names what is in it; `start` begins or resumes a study."""
 
     noun = "study"
     generated = (
@@ -46,6 +50,10 @@ class StudyFolder(OptionsFolder):
 
     def cell(self, name: str) -> Path:
         return self.path / "cells" / name
+
+    def network(self, cell: Cell) -> Path:
+        """The file of the network that a cell chose."""
+        return self.cell(cell.name) / BEST
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuses to run one cell where the study was not prepared, or with other options.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every study has: a run folder, digests, statistics and tables."""
+"""Provides the parts that every study has: a run folder, digests, statistics and tables."""

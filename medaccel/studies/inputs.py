@@ -1,45 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was made of, file by file, so that data which changed between two runs of a folder is noticed.
+"""Records the input files of a run, so that data which changed between two runs of a folder is noticed.
 
-A file is known by its size, its time of change and the SHA-256 of all that it holds. As long as size and time are the
-recorded ones its content is not read again; where one differs, the content decides: a copied or touched file is the
-same one.
+A file is identified by its size, its time of change and the SHA-256 of its content. While size and time equal the
+recorded ones, the content is not read again; if one differs, the content decides: a copied or touched file counts as
+the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from medaccel.data.files import write_text
+from medaccel.studies.digest import file_sha256
+from medaccel.studies.tables import write_json
 
 INPUTS = "inputs.json"
-_CHUNK = 1 << 20
 _READERS = 4  # hashing releases the interpreter's lock; more readers than this gain nothing from a disk
 _ADVICE = "choose another --output, or --force to start clean"
-_NAMED = 3  # of many files that differ, this many are named
+_NAMED = 3  # an error names this many of the files that differ
 
 Record = dict[str, dict[str, Any]]
 
 
 def record(files: Iterable[Path]) -> Record:
-    """Size, time of change (ns) and SHA-256 of each file, by its absolute path."""
+    """Returns size, time of change (ns) and SHA-256 of each file, by its absolute path."""
     paths = sorted({path.resolve() for path in files})
     with ThreadPoolExecutor(_READERS) as pool:
         return dict(zip(map(str, paths), pool.map(_known_by, paths), strict=True))
 
 
 def differences(before: Record, files: Iterable[Path], *, lenient: bool = False) -> tuple[list[str], Record]:
-    """What differs from the recorded files, a sentence each, and the record with the times of today.
+    """Returns the differences from the recorded files, a sentence each, and the record with today's times.
 
     Args:
-        before: of `record`.
-        files: of today.
-        lenient: files that are gone, or are new, don't count.
+        before: the earlier result of `record`.
+        files: today's files.
+        lenient: ignore files that are gone or new.
     """
     paths = {str(path.resolve()): path.resolve() for path in files}
     said, after = [], dict(before)
@@ -61,13 +60,13 @@ def differences(before: Record, files: Iterable[Path], *, lenient: bool = False)
 
 
 def refuse_changes(where: Path, noun: str, said: list[str], advice: str = _ADVICE) -> None:
-    """Raises ValueError where `differences` has found any.
+    """Raises ValueError if `differences` has found any.
 
     Args:
-        where: the folder of what was made of the files.
-        noun: what that is.
-        said: of `differences`.
-        advice: what to do about it.
+        where: the folder of the things that were made from the files.
+        noun: the name of these things.
+        said: the sentences of `differences`.
+        advice: what the user can do about it.
     """
     if said:
         more = f", and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
@@ -78,10 +77,10 @@ def refuse_changes(where: Path, noun: str, said: list[str], advice: str = _ADVIC
 
 
 def check_inputs(folder: Path, noun: str, files: Iterable[Path], advice: str = _ADVICE) -> None:
-    """Records the files in the folder's inputs.json, or refuses those that differ from what is recorded there.
+    """Records the files in the folder's inputs.json, or refuses files that differ from its record.
 
     Raises:
-        ValueError: names what differs.
+        ValueError: some files differ; the message names them.
     """
     path, files = folder / INPUTS, list(files)
     if not path.exists():
@@ -95,10 +94,10 @@ def check_inputs(folder: Path, noun: str, files: Iterable[Path], advice: str = _
 
 
 def read(path: Path) -> Record:
-    """The record that a file holds.
+    """Returns the record in a file.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the file holds no record.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -111,13 +110,9 @@ def read(path: Path) -> Record:
 
 def save(path: Path, found: Mapping[str, Any]) -> None:
     """Writes a record, atomically."""
-    write_text(path, json.dumps(found, indent=1) + "\n", force=True)
+    write_json(path, found)
 
 
 def _known_by(path: Path) -> dict[str, Any]:
     stat = path.stat()
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            content.update(chunk)
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": content.hexdigest()}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_sha256(path)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process at a time works in a folder: a lock that ends with its process, however that ends."""
+"""Lets one process at a time work in a folder: the lock ends with its process, however that ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK, OWNER = ".lock", ".lock-owner"
-# Workers that a killed process forked keep its lock until they see that it is gone.
+# Workers forked by a killed process keep its lock until they notice that it is gone.
 _PATIENCE = 10.0  # s
 
 
@@ -25,8 +25,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     The operating system frees it when the process ends, so none is left behind by a kill.
 
     Args:
-        folder: what nobody else is to work in meanwhile.
-        what: names it in the message.
+        folder: the folder that no other process may work in meanwhile.
+        what: its name in the message.
 
     Raises:
         ValueError: another process has it; the message names that process and its machine.
@@ -37,14 +37,15 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         (folder / OWNER).write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
-        for name in (OWNER, LOCK):  # while it is held: who waits for the file sees that it is gone
+        # removed while the lock is held: a process that waits for the file sees that it is gone
+        for name in (OWNER, LOCK):
             with contextlib.suppress(OSError):
                 (folder / name).unlink()
         lock.release()
 
 
 def busy(folder: Path) -> bool:
-    """Whether a process works in a folder now."""
+    """Tells whether a process works in a folder now."""
     if not (folder / LOCK).exists():
         return False
     lock = FileLock(folder / LOCK)
@@ -73,7 +74,7 @@ def _acquire(lock: FileLock, folder: Path, what: str) -> None:
 
 
 def _owner(folder: Path) -> tuple[int | None, str]:
-    """Process and machine that wrote themselves down; None where nobody did."""
+    """Returns process and machine as the owner recorded them; None if it did not."""
     try:
         pid, host = (folder / OWNER).read_text(encoding="utf-8").split()
         return int(pid), host

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: begun once, taken up by the same options, and refused to others."""
+"""Keeps the folder of a run, which is begun once, continued with the same options, and refused to others."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from medaccel.studies.lock import LOCK, OWNER, busy, locked
 from medaccel.studies.settings import before_work
 
 REPORT = "report.html"
-# Lists the folders that hold the runs which this one replaces.
+# This file lists the folders that hold the runs which this one replaces.
 _REPLACED = ".replaced"
 _TEMPORARY = ".tmp-"
-# Where several runs write at the same time, a temporary file is given up by its writer after so many seconds.
+# If several runs write at the same time, a temporary file counts as abandoned after so many seconds.
 _SHARED, _GIVEN_UP = "cache", 600.0
 
 
 class OptionsFolder:
-    """A folder whose config.yaml says which options made what is in it.
+    """Describes a folder whose config.yaml records the options that made its content.
 
     Args:
         path: the folder.
@@ -38,12 +38,12 @@ class OptionsFolder:
         record: the path of config.yaml.
     """
 
-    #: What messages call that which the folder holds.
+    #: Messages call the folder's content by this name.
     noun: ClassVar[str] = "run"
-    #: Patterns of files and folders that a clean start moves aside, and folders that every start makes.
+    #: These patterns match files and folders that a clean start moves aside, and folders that every start makes.
     generated: ClassVar[tuple[str, ...]] = ()
     folders: ClassVar[tuple[str, ...]] = ()
-    #: Patterns of what an interrupted run goes on from, and of folders that other processes work in.
+    #: These patterns match files that an interrupted run continues from, and folders that other processes work in.
     worth: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
 
@@ -55,21 +55,21 @@ class OptionsFolder:
     def session(
         self, options: Mapping[str, Any], force: bool, resume: bool, say: Callable[[str], None]
     ) -> Iterator[None]:
-        """Makes the folder, or takes up what it holds, and keeps every other process out of it for the block.
+        """Makes the folder, or takes up its content, and keeps every other process out of it for the block.
 
-        With `force`, what an earlier run made is moved aside, and removed when the new one has its report. Where the
-        block fails before there is anything to go on from, the earlier run comes back.
+        With `force`, an earlier run's files are moved aside, and removed when the new run has its report. If the
+        block fails before it has made anything to continue from, the earlier run comes back.
 
         Args:
             options: plain YAML values.
-            force: begin anew where the folder holds a run, of whatever options.
+            force: begin anew if the folder holds a run, whatever its options.
             resume: refuse a folder that holds nothing.
-            say: told what happens, a line at a time.
+            say: a function that is called with each line of progress.
 
         Raises:
-            ValueError: the folder holds a run with other options, or something else; there is none to resume; another
-                process is working in it.
-            OSError: it can't be made.
+            ValueError: the folder holds a run with other options, or something else; it holds no run to resume;
+                another process is working in it.
+            OSError: the folder can't be made.
         """
         with before_work():
             self.refuse(options, force, resume)
@@ -98,10 +98,10 @@ class OptionsFolder:
             self._settle(say)
 
     def refuse(self, options: Mapping[str, Any], force: bool, resume: bool) -> None:
-        """Refuses what `session` would; makes and removes nothing.
+        """Refuses everything that `session` would refuse; makes and removes nothing.
 
         Raises:
-            ValueError: as `session`.
+            ValueError: `session` would raise it.
             OSError: the folder can't be made, or written.
         """
         if self.record.exists():
@@ -121,12 +121,14 @@ class OptionsFolder:
             raise OSError(number, f"the output folder can't be made: {os.strerror(number)}", str(self.path))
 
     def _foreign(self, path: Path) -> bool:
-        """Whether a folder without config.yaml has this from elsewhere, and not from a start that was killed."""
+        """Tells whether a file in a folder without config.yaml comes from elsewhere, and not from a start that was
+        killed."""
         begun = path.name in self.folders and path.is_dir() and not any(path.iterdir())
         return not (begun or path.name in (LOCK, OWNER) or path.name.startswith(_TEMPORARY))
 
     def _refuse_busy(self, force: bool) -> None:
-        """A clean start would pull the folder away from under those who work in a part of it."""
+        """Raises if other processes work in a part of the folder, since a clean start would pull it away from under
+        them."""
         for pattern in self.parts if force else ():
             for part in self.path.glob(pattern):
                 if busy(part):
@@ -157,7 +159,8 @@ class OptionsFolder:
             (self.path / name).mkdir(exist_ok=True)
 
     def _settle(self, say: Callable[[str], None], failed: bool = False) -> None:
-        """Removes what was replaced where there is a report; brings it back where there is nothing to go on from."""
+        """Removes the replaced runs if the folder has a report; brings them back if it has nothing to continue
+        from."""
         asides = self._asides()
         if not asides:
             return
@@ -175,14 +178,14 @@ class OptionsFolder:
             )
 
     def _asides(self) -> list[Path]:
-        """Where runs that this one replaces were moved to."""
+        """Lists the folders that the replaced runs were moved to."""
         record = self.path / _REPLACED
         if not record.exists():
             return []
         return [Path(line) for line in record.read_text(encoding="utf-8").splitlines() if Path(line).is_dir()]
 
     def _move_aside(self) -> Path:
-        """Renames, one after the other, what a run has made; config.yaml goes last and tells that all have gone."""
+        """Renames a run's files one after the other; config.yaml goes last, and so shows that all have gone."""
         whole = self.path.resolve()
         # Beside the folder, unless that is another file system or not ours to write.
         beside = whole.parent.stat().st_dev == whole.stat().st_dev and os.access(whole.parent, os.W_OK | os.X_OK)
@@ -201,7 +204,7 @@ class OptionsFolder:
         return aside
 
     def _made(self) -> list[Path]:
-        """What a run has made, without its config.yaml."""
+        """Lists a run's files, without its config.yaml."""
         names = [path for pattern in (*self.generated, INPUTS, REPORT) for path in self.path.glob(pattern)]
         return list(dict.fromkeys(names))
 
@@ -215,7 +218,8 @@ class OptionsFolder:
         self._move_back(aside, others)
 
     def _undo_interrupted(self) -> None:
-        """A process that was killed while it moved a run aside, or before it began its own, left no run here."""
+        """Undoes the start of a process that was killed while it moved a run aside, or before it began its own: it
+        left no run here."""
         asides = self._asides()
         if asides and not (self.record.exists() and (asides[-1] / self.record.name).exists()):
             self._move_back(asides[-1], asides[:-1])
@@ -233,14 +237,14 @@ class OptionsFolder:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to resume, where that can be told before anything is read."""
+        """Tells whether nothing is left to resume, as far as that shows before anything is read."""
         return False
 
     def check_same(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        """Refuses options that are not those of the folder.
+        """Refuses options that differ from the folder's.
 
         Raises:
-            ValueError: names those that differ.
+            ValueError: some options differ; the message names them.
         """
         differing = [name for name in {**now, **before} if before.get(name) != now.get(name)]
         if differing:
@@ -250,14 +254,14 @@ class OptionsFolder:
             )
 
     def options(self) -> dict[str, Any]:
-        """Those that the folder was begun with."""
+        """Returns the options that the folder was begun with."""
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        """All that config.yaml holds.
+        """Returns the whole content of config.yaml.
 
         Raises:
-            ValueError: it can't be read, or holds no options.
+            ValueError: the file can't be read, or holds no options.
         """
         try:
             values = yaml.safe_load(self.record.read_text(encoding="utf-8"))
@@ -273,7 +277,8 @@ class OptionsFolder:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder and below; parts where one works are left alone."""
+    """Removes files that killed processes left half-written in a folder and below; leaves parts where a process works
+    alone."""
     for root, folders, files in os.walk(folder):
         here = Path(root)
         for name in [name for name in (*folders, *files) if name.startswith(_TEMPORARY)]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning, set up for the networks: numbered items, running average, checkpoints by the clock, exact resuming."""
+"""Sets Lightning up for the networks: numbered items, running average, checkpoints by the clock, exact resuming."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = ["TRAINING", "NetworkFit", "train"]
 
 
 class NetworkFit(lightning.LightningModule):
-    """A network and its loss: subclasses give `losses`.
+    """Holds a network and its loss; subclasses define `losses`.
 
     Args:
-        network: what is trained.
-        settings: `TRAINING`'s.
+        network: the network to train.
+        settings: the settings of `TRAINING`.
     """
 
     def __init__(self, network: nn.Module, settings: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ class NetworkFit(lightning.LightningModule):
         self.network, self.settings = network, settings
 
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
-        """Terms by name, means over the batch; "loss" is the one to minimise."""
+        """Returns the loss's terms by name, as means over the batch; "loss" is the one to minimise."""
         raise NotImplementedError
 
     def training_step(self, batch: Mapping[str, Any], index: int) -> Tensor:
@@ -61,7 +61,8 @@ class NetworkFit(lightning.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """A gradient that isn't finite would make weights that aren't, and the next checkpoint hold them."""
+        """Raises if a gradient isn't finite, since it would make such weights and the next checkpoint would hold
+        them."""
         for name, parameter in self.network.named_parameters():
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
                 raise ValueError(
@@ -76,7 +77,7 @@ class NetworkFit(lightning.LightningModule):
         )
 
         def factor(step: int) -> float:
-            """Warm-up, then a cosine to a hundredth."""
+            """Returns the factor on the learning rate: a warm-up, then a cosine down to a hundredth."""
             done = min(step / s["steps"], 1.0)
             return min(1.0, (step + 1) / max(s["warm_up"], 1)) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -89,10 +90,11 @@ def _size(batch: Mapping[str, Any]) -> int:
 
 
 class _Record(lightning.Callback):
-    """Steps, their seconds and mean losses, and whose they are; kept in the checkpoint, for the run that resumes.
+    """Records steps, their seconds and mean losses, and the run that they belong to; the checkpoint keeps them for
+    the run that resumes.
 
     Args:
-        identity: of the settings and the seed: a checkpoint of others is refused.
+        identity: identifies settings and seed: a checkpoint with another identity is refused.
     """
 
     def __init__(self, identity: str) -> None:
@@ -123,7 +125,7 @@ class _Record(lightning.Callback):
 
 
 class _Atomic(TorchCheckpointIO):
-    """A checkpoint is there whole or not at all, also where the folder is on another file system than /tmp."""
+    """Writes a checkpoint whole or not at all, also if the folder is on another file system than /tmp."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_path(Path(path), force=True) as temporary:
@@ -133,8 +135,8 @@ class _Atomic(TorchCheckpointIO):
 class _ByTheClock(ModelCheckpoint):
     """Saves every so many minutes, and at the end.
 
-    An epoch's last step is saved with the epoch's end, so that what callbacks do there is in the checkpoint: a run
-    that resumes from behind the last step does not come by that end again.
+    An epoch's last step is saved after the epoch's end, so that the checkpoint holds the callbacks' work there: a run
+    that resumes after the last step does not repeat that end.
     """
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
@@ -143,7 +145,7 @@ class _ByTheClock(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.max_steps is not None and trainer.global_step >= trainer.max_steps:
-            self._last_time_checked = -math.inf  # always due
+            self._last_time_checked = -math.inf  # a save is always due
         super().on_train_batch_end(trainer, pl_module, None, None, trainer.global_step)
 
 
@@ -156,23 +158,23 @@ def train(
     progress: bool = True,
     callbacks: Sequence[lightning.Callback] = (),
 ) -> tuple[dict[str, list[float]], float, float]:
-    """Trains a network, from the folder's last checkpoint if there is one; it ends with its running average.
+    """Trains a network, from the folder's last checkpoint if it has one; the network ends as its running average.
 
     Args:
         module: its settings say how long, on what devices and in which precision.
-        items: endless and numbered, such as `medaccel.restoration.methods.patches.Patches`.
-        folder: for checkpoints, TensorBoard and CSV logs.
-        seed: of dropout and the like; the items have their own.
+        items: endless and numbered, such as `medaccel.restoration.methods.networks.patches.Patches`.
+        folder: holds checkpoints, TensorBoard and CSV logs.
+        seed: seed of dropout and the like; the items have their own.
         progress: show Lightning's bar.
-        callbacks: further ones, such as a validation; what their `state_dict` gives comes back when a run is resumed.
+        callbacks: further callbacks, such as a validation; their `state_dict` is restored when a run is resumed.
 
     Returns:
         Mean losses of each epoch by name; seconds that the steps took, all runs together; seconds a step.
 
     Raises:
-        ValueError: the loss isn't finite (the last checkpoint stays); settings that don't fit together; a checkpoint
-            of other settings.
-        KeyboardInterrupt: Ctrl-C.
+        ValueError: the loss isn't finite (the last checkpoint stays); settings don't fit together; the checkpoint has
+            other settings.
+        KeyboardInterrupt: the user pressed Ctrl-C.
     """
     s, world = module.settings, max(ranks.world_size(), 1)
     if s["steps"] % s["steps_per_epoch"]:
@@ -188,15 +190,15 @@ def train(
     if begun >= s["steps"]:
         return record.losses, record.seconds, record.seconds / max(record.steps, 1)
     lightning.seed_everything(seed, verbose=False)
-    # Lightning's hints on worker counts and accelerators repeat what the settings say.
+    # Lightning's hints on worker counts and accelerators repeat the settings.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
             max_steps=s["steps"],
-            limit_train_batches=s["steps_per_epoch"],  # what is called an epoch in logs and on the bar
+            limit_train_batches=s["steps_per_epoch"],  # one epoch of the logs and the bar
             accelerator=s["accelerator"],
-            # Several processes are torchrun's to start: Lightning's own would begin the whole command anew.
+            # torchrun starts several processes: Lightning would begin the whole command anew.
             devices=ranks.local_world_size(),
             num_nodes=world // ranks.local_world_size(),
             strategy="ddp" if s["strategy"] == "auto" and world > 1 else s["strategy"],
@@ -227,7 +229,7 @@ def train(
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(module, loader, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl-C, without a word; and it ignores the next ones
+        except SystemExit:  # Lightning silently raises this on Ctrl-C, and ignores the next ones
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, before)
@@ -236,7 +238,7 @@ def train(
 
 
 def _take_up(path: Path, module: NetworkFit, record: _Record, callbacks: Sequence[lightning.Callback]) -> int:
-    """Checks a checkpoint, and returns its step; of a finished training, all get what they ended with."""
+    """Checks a checkpoint, and returns its step; if the training is finished, restores its final state everywhere."""
     try:
         content = load_tensors(path, what="a checkpoint")
         state, step = content["callbacks"][record.state_key], int(content["global_step"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a pipeline expects to need: said before it starts, and refused where it can't fit.
+"""Estimates how much memory a pipeline needs: it is stated before the start, and refused if it can't fit.
 
-Estimates are rough, within a factor of about two: what is counted are the large things (a network's activations, a
-cache of scans, the logits of all classes), with bytes a voxel that were measured once.
+Estimates are rough, within a factor of about two: only the large things are counted (a network's activations, a cache
+of scans, the logits of all classes), with bytes per voxel that were measured once.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-#: Set to 1, nothing is refused for its memory.
+#: If this environment variable is 1, nothing is refused for its memory.
 IGNORE = "MEDACCEL_IGNORE_MEMORY"
-#: Python with torch, MONAI and Lightning, before any work.
+#: Python needs so many bytes with torch, MONAI and Lightning, before any work.
 BASE = 600e6
 _GIB = 2**30
-# Bytes a voxel of a batch, measured on a CPU in fp32: in training with the gradients, without, and for each of the
-# network's channels at full resolution.
+# These are bytes per voxel of a batch, measured on a CPU in fp32: in training with the gradients, without, and for
+# each of the network's channels at full resolution.
 _SWIN_TRAINING, _SWIN_TRAINING_CHANNEL = 920.0, 68.0
 _SWIN_WINDOW, _SWIN_WINDOW_CHANNEL = 110.0, 45.0
 _UNET_TRAINING_CHANNEL, _UNET_WINDOW_CHANNEL = 240.0, 66.0
-# A class' logits, with softmax, loss and gradients in training.
+# A class's logits need so much, with softmax, loss and gradients in training.
 _CLASS_TRAINING, _CLASS_WINDOW = 40.0, 8.0
-# Parameters of a Swin UNETR for feature_size 1 (they go with its square), and bytes of each in training.
+# A Swin UNETR has so many parameters at feature_size 1 (they grow with its square), and so many bytes for each in
+# training.
 _SWIN_PARAMETERS, _TRAINED = 28e3, 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the things that need memory at the same time.
+    """Describes one of the things that need memory at the same time.
 
     Args:
-        name: what it is, in words.
+        name: the thing in words.
         bytes: how much it needs.
-        reduce: what to change where that is too much.
-        network: whether it lies on the GPU where there is one.
+        reduce: what to change if that is too much.
+        network: True if it lies on the GPU of a machine that has one.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Part:
 def swin_unetr(
     roi_size: Sequence[int], batch: float, feature_size: int, *, training: bool, classes: int = 1
 ) -> list[Part]:
-    """What a Swin UNETR needs for a batch of windows of `roi_size` voxels."""
+    """Estimates the memory of a Swin UNETR for a batch of windows of `roi_size` voxels."""
     fixed, channel = (_SWIN_TRAINING, _SWIN_TRAINING_CHANNEL) if training else (_SWIN_WINDOW, _SWIN_WINDOW_CHANNEL)
     a_voxel = fixed + channel * feature_size + (_CLASS_TRAINING if training else _CLASS_WINDOW) * classes
     weights = _SWIN_PARAMETERS * feature_size**2 * (_TRAINED if training else 4)
@@ -61,10 +62,10 @@ def swin_unetr(
 def diffusion_unet(
     roi_size: Sequence[int], batch: float, channels: Sequence[int], shuffle: int, *, training: bool
 ) -> list[Part]:
-    """What the U-Net of the diffusion methods needs for a batch of windows of `roi_size` voxels."""
+    """Estimates the memory of the diffusion methods' U-Net for a batch of windows of `roi_size` voxels."""
     full = sum(count / 8**level for level, count in enumerate(channels)) / shuffle**3
     a_voxel = (_UNET_TRAINING_CHANNEL if training else _UNET_WINDOW_CHANNEL) * full
-    # Two residual blocks of two 3³ convolutions on the way down, three on the way up.
+    # The way down has two residual blocks of two 3³ convolutions, the way up three.
     weights = sum(5 * 2 * 27 * count**2 for count in channels) * (_TRAINED if training else 4)
     return [_activations(roi_size, batch, a_voxel, "channels", training), _weights(weights, "channels")]
 
@@ -84,11 +85,11 @@ def _weights(size: float, width: str) -> Part:
 
 
 class Expected(NamedTuple):
-    """What `expect` found.
+    """Holds the result of `expect`.
 
     Args:
-        bytes: of the host's memory, of all processes together.
-        sentence: that says so, beside what is free.
+        bytes: host memory that all processes together need.
+        sentence: this need in words, beside the free memory.
     """
 
     bytes: float
@@ -96,13 +97,13 @@ class Expected(NamedTuple):
 
 
 def expect(what: str, *stages: Iterable[Part], gpu: bool = False, processes: int = 1) -> Expected:
-    """Adds up what is needed at most, and refuses what can't fit.
+    """Adds up the greatest need, and refuses one that can't fit.
 
     Args:
-        what: needs it, to begin the sentence with.
+        what: the thing that needs the memory; the sentence begins with it.
         stages: parts that need memory at the same time; stages follow one another.
         gpu: whether networks are computed on the current CUDA device.
-        processes: of this machine that need that much each.
+        processes: number of processes on this machine that need that much each.
 
     Raises:
         ValueError: more is expected than is free, and MEDACCEL_IGNORE_MEMORY is not 1.
@@ -148,17 +149,18 @@ def _gib(size: float) -> str:
 
 
 def local_processes() -> int:
-    """How many processes torchrun has started on this machine; 1 without it."""
+    """Returns how many processes torchrun has started on this machine; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now; 0 where the system doesn't say."""
+    """Returns the bytes of memory that this process has now; 0 if the system doesn't say."""
     return _status("VmRSS") or 0
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still get, by what is free, its control groups and its limits; None: unknown."""
+    """Returns the bytes that this process can still get, by the free memory, its control groups and its limits; None
+    if unknown."""
     found = [_meminfo("MemAvailable"), _group_memory(), _address_space()]
     known = [value for value in found if value is not None]
     return max(min(known), 0) if known else None
@@ -185,7 +187,7 @@ def _address_space() -> int | None:
 
 
 def _group_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the tightest of this process' control groups leaves; both versions of them."""
+    """Returns the bytes that the tightest of this process's control groups leaves, of either version."""
     left = []
     for line in _lines(membership):
         _, controllers, group = line.split(":", 2)
@@ -201,11 +203,11 @@ def _group_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("
         else:
             continue
         folder = top / group.strip("/")
-        # In a container the group's path may be the host's, of which the container sees the end alone.
+        # In a container the group's path may be the host's, of which the container sees only the end.
         for at in (folder, *folder.parents):
             known = [_number(at / name) for name in (limit, usage)]
             if known[0] is not None and known[1] is not None:
-                # Cached files give way.
+                # Cached files give way to new allocations.
                 cached = next((int(s.split()[1]) for s in _lines(at / "memory.stat") if s.split()[0] == stat), 0)
                 left.append(known[0] - known[1] + cached)
             if at == top:

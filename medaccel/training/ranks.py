@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes started by `torchrun`: which one writes, and how the others wait for it."""
+"""Coordinates several processes started by `torchrun`: one writes, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from contextlib import contextmanager
 
 import torch
 
-# The others wait while the first chooses on the validation studies: hours, for big ones.
+# The others wait this long while the first chooses on the validation studies, which takes hours for big ones.
 _PATIENCE = datetime.timedelta(hours=24)
 
 
 def world_size() -> int:
-    """How many processes `torchrun` started; 1 without it."""
+    """Returns how many processes `torchrun` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """How many of them are on this machine."""
+    """Returns how many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number."""
+    """Returns this process's number."""
     return int(os.environ.get("RANK", "0"))
 
 
 def join(accelerator: str = "auto") -> None:
-    """Makes the process group, where there are several processes and none has made it.
+    """Makes the process group if several processes run and none has made it.
 
     Raises:
-        ValueError: more processes on this machine than it has GPUs, unless `accelerator` is "cpu".
+        ValueError: this machine has more processes than GPUs, unless `accelerator` is "cpu".
     """
     if world_size() > 1 and not torch.distributed.is_initialized():
         gpus = 0 if accelerator == "cpu" else torch.cuda.device_count()
@@ -52,7 +52,8 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Waits for all processes and takes the group apart; one that ended earlier would take the others with it."""
+    """Waits for all processes and takes the group apart; a process that ended earlier would take the others with
+    it."""
     barrier()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -60,6 +61,6 @@ def leave() -> None:
 
 @contextmanager
 def first_process() -> Iterator[bool]:
-    """True in the process that does the work of the block; the others wait at its end."""
+    """Yields True in the process that does the work of the block; the others wait at its end."""
     yield rank() == 0
     barrier()

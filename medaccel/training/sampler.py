@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items by their number: a dataset whose item n depends on (seed, n) alone gives a resumed run what it missed."""
+"""Numbers a dataset's items: an item n that depends on (seed, n) alone gives a resumed run the items it missed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 class Numbered(torch.utils.data.Sampler):
-    """The numbers of a process's items, from the step that training has reached when it is iterated.
+    """Yields the numbers of a process's items, from the step that training has reached when it is iterated.
 
     Args:
-        batch_size: items a step, of all processes.
+        batch_size: items per step, over all processes.
         rank, world_size: this process, and how many there are.
-        step: gives the optimizer steps that were made; a resumed run goes on with the next one's items.
+        step: returns the number of optimizer steps made; a resumed run goes on with the next step's items.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from medaccel.pretraining.data import Volumes
 from medaccel.pretraining.harmonic import harmonic_fill
 from medaccel.pretraining.items import Items
 from medaccel.pretraining.network import PretrainingNet
-from medaccel.pretraining.tasks import Task, make_tasks
+from medaccel.pretraining.tasks import PretextTask, make_tasks
 from tests.pretraining.made import ROI, WINDOW, prepared
 
 SQUARE = (64, 64, 32)
@@ -58,7 +58,7 @@ def test_holes_that_make_no_sense_are_refused():
 class _Knows:
     """A network that gives back, at every level, what `answer` makes of its input."""
 
-    def __init__(self, task: Task, answer: Any) -> None:
+    def __init__(self, task: PretextTask, answer: Any) -> None:
         self.heads, self.answer = {task.name: lambda x: x}, answer
 
     def features(self, x: torch.Tensor, levels: Any) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def test_a_network_that_restores_everything_has_no_error_and_beats_the_harmonic_
     assert not untrained["reached"]
 
 
-def _drawn(task: Task, volumes: Volumes, count: int) -> list[dict[str, torch.Tensor]]:
+def _drawn(task: PretextTask, volumes: Volumes, count: int) -> list[dict[str, torch.Tensor]]:
     items = Items(volumes, [task], windows=[WINDOW], roi_size=ROI)
     return [items.item(n % len(volumes), np.random.default_rng([5, n])) for n in range(count)]
 

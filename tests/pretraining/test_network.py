@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from medaccel.nets import SwinUNETR, load_pretrained
-from medaccel.pretraining.network import STRIDES, PretrainingNet, channels, features, parts_for
+from medaccel.pretraining.levels import STRIDES, channels, features, parts_for
+from medaccel.pretraining.network import PretrainingNet
 from medaccel.pretraining.tasks import make_tasks
 from tests.pretraining.made import ROI
 

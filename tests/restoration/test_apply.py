@@ -4,115 +4,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
-import nibabel
 import numpy as np
 import pytest
-import torch
 from pydicom.dataset import Dataset
 from scipy import ndimage
 
 from medaccel.cli import main
-from medaccel.data import make_nifti, open_series, read_dicom_series, read_nifti, read_pet_series, save_nifti
-from medaccel.restoration import methods
-from medaccel.restoration.apply import TRAINING_RANGE, apply
-from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level
-from medaccel.restoration.methods import load_method
-from medaccel.restoration.methods.base import Method, Restoration, Task
-from medaccel.restoration.study import Study, save_study
+from medaccel.data import open_series, read_dicom_series, read_nifti, read_pet_series
+from medaccel.restoration.apply import apply
+from medaccel.restoration.study import PETStudy, save_study
 from tests.data.dicom_series import write_series
+from tests.restoration.made import AFFINE, SPACING, Broken, Drawer, Smoother, body, checkpoint, nifti, values
 
-SPACING = (4.0, 4.0, 3.0)
-AFFINE = np.array([[-4.0, 0, 0, 50], [0, 4, 0, -60], [0, 0, 3, 7], [0, 0, 0, 1]])
-
-
-class Smoother(Method):
-    """Takes a share of a Gaussian's result; what it was handed can be looked at."""
-
-    name: ClassVar[str] = "smoother"
-    defaults: ClassVar[Mapping[str, Any]] = {"sigma": 1.0}
-    handed: ClassVar[dict[str, Any]] = {}
-
-    def fit(self, studies: Sequence[Path], validation: Sequence[Path], **options: Any) -> None:
-        raise NotImplementedError("these tests only load it")
-
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        self.handed.clear()
-        self.handed.update(volume=volume, spacing=spacing, seconds=seconds, ct=ct, samples=samples)
-        return Restoration(ndimage.gaussian_filter(volume, self.settings["sigma"]))
-
-    def state(self) -> dict[str, Any]:
-        return {"weight": torch.ones(2)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        if state["weight"].shape != (2,):
-            raise RuntimeError("size mismatch for weight")
-
-
-class Drawer(Smoother):
-    """A method that draws; its std is of the activity."""
-
-    name: ClassVar[str] = "drawer"
-    samples: ClassVar[bool] = True
-
-    def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
-        mean = super().restore(volume, spacing, **options).volume
-        noise = np.random.default_rng(options["seed"]).random(volume.shape).astype(np.float32)
-        return Restoration(mean, activity=mean, weight=self.seconds(options.get("seconds")) / 90, std=noise)
-
-
-class Broken(Smoother):
-    name: ClassVar[str] = "broken"
-
-    def restore(self, volume: np.ndarray, spacing: Sequence[float], **options: Any) -> Restoration:
-        return Restoration(np.full_like(volume, np.nan))
-
-
-@pytest.fixture(autouse=True)
-def _known_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (Smoother, Drawer, Broken):
-        monkeypatch.setitem(methods.METHODS, kind.name, f"{__name__}:{kind.__name__}")
-
-
-def body(seed: int = 0, shape: tuple[int, int, int] = (24, 22, 20)) -> np.ndarray:
-    """A warm block in air, with noise."""
-    volume = np.zeros(shape, dtype=np.float32)
-    volume[4:-4, 4:-4, :] = 2
-    noise = np.random.default_rng(seed).standard_normal(shape)
-    return (volume * (1 + 0.1 * noise)).clip(0).astype(np.float32)
-
-
-def checkpoint(folder: Path, kind: type[Method] = Smoother, *, told: bool = True) -> Path:
-    method = kind(Task((60, 30), 90))
-    if told:
-        level = noise_level(body(), SPACING)
-        method.fitted.parameters[TRAINING_RANGE] = TrainingRange((60, 30), SPACING, SPACING, level, level).plain()
-    path = folder / f"{kind.name}.pt"
-    method.save(path)
-    return path
-
-
-def nifti(path: Path, values: np.ndarray | None = None, affine: np.ndarray = AFFINE) -> Path:
-    save_nifti(path, make_nifti(body() if values is None else values, affine))
-    return path
-
-
-def values(path: Path) -> np.ndarray:
-    return np.asarray(nibabel.load(path).dataobj)
+pytestmark = pytest.mark.usefixtures("known_methods")
 
 
 # --- What comes out ---
@@ -164,7 +70,7 @@ def test_a_dicom_series_becomes_a_derived_one_or_nifti(tmp_path: Path) -> None:
 
 def test_a_study_folder_gives_the_exposure_and_its_ct(tmp_path: Path) -> None:
     ct = np.full(body().shape, 40, dtype=np.float32)
-    study = Study("s", SPACING, AFFINE, {30: body(1), 60: body(2)}, ct=ct)  # no PET_90
+    study = PETStudy("s", SPACING, AFFINE, {30: body(1), 60: body(2)}, ct=ct)  # no PET_90
     save_study(tmp_path / "s", study)
     apply(checkpoint(tmp_path), tmp_path / "s", tmp_path / "out.nii", seconds=30, progress=False)
     np.testing.assert_array_equal(Smoother.handed["volume"], body(1))
@@ -358,76 +264,6 @@ def test_a_result_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken gave 10560 voxels that are NaN"):
         apply(checkpoint(tmp_path, Broken), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", progress=False)
     assert not (tmp_path / "out.nii").exists()
-
-
-# --- Checkpoints ---
-
-
-def test_a_checkpoint_gives_the_method_back(tmp_path: Path) -> None:
-    method = load_method(checkpoint(tmp_path))
-    assert type(method) is Smoother
-    assert method.task == Task((60, 30), 90)
-    assert method.settings == {"sigma": 1.0}
-    assert method.fitted.parameters[TRAINING_RANGE]["seconds"] == [60, 30]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 2}, "a checkpoint of format 2; expected 1"),
-        ({"method": "magic"}, "method 'magic' is unknown; expected one of gaussian1,"),
-        ({"state": None}, "'state' is a NoneType in this checkpoint; expected a dict"),
-        ({"input_seconds": [120]}, "expected 0 < input < target"),
-        ({"settings": {"depth": 3}}, r"settings \['depth'\] are unknown"),
-        ({"fitted": {"speed": 1}}, "unexpected keyword argument 'speed'"),
-        ({"state": {"weight": torch.ones(3)}}, "size mismatch"),
-        ({"state": {}}, "not a checkpoint of 'smoother' that can be used .*weight"),
-    ],
-)
-def test_another_checkpoint_is_told_with_its_file(tmp_path: Path, change: dict, message: str) -> None:
-    path = checkpoint(tmp_path)
-    torch.save(torch.load(path, weights_only=True) | change, path)
-    with pytest.raises(ValueError, match=rf"smoother\.pt: .*{message}"):
-        load_method(path)
-
-
-def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    torch.save({"format": 1, "method": "smoother"}, path)
-    with pytest.raises(ValueError, match=r"x\.pt: 'input_seconds' is missing in this checkpoint; expected a list"):
-        load_method(path)
-
-
-@pytest.mark.parametrize("kept", [0, 10, 300, -20])
-def test_a_damaged_checkpoint_is_told(tmp_path: Path, kept: int) -> None:
-    path = checkpoint(tmp_path)
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"smoother\.pt: not a checkpoint that can be read"):
-        load_method(path)
-
-
-def test_a_file_with_code_or_something_else_is_no_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    torch.save(Task(), path)  # a class, which loading would have to run
-    with pytest.raises(ValueError, match=r"x\.pt: not a checkpoint that can be read"):
-        load_method(path)
-    torch.save([1], path)
-    with pytest.raises(ValueError, match=r"x\.pt: holds a list; expected a method's checkpoint"):
-        load_method(path)
-    with pytest.raises(FileNotFoundError):
-        load_method(tmp_path / "none.pt")
-
-
-def test_a_flipped_byte_of_a_checkpoint_is_told(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path)
-    whole = path.read_bytes()
-    weight = whole.index(np.ones(2, np.float32).tobytes())
-    for position in range(weight, weight + 8):
-        content = bytearray(whole)
-        content[position] ^= 0x40
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"smoother\.pt: not a checkpoint that can be read"):
-            apply(path, nifti(tmp_path / f"pet{position}.nii"), tmp_path / "out.nii", progress=False)
 
 
 # --- The command ---

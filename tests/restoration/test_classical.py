@@ -11,20 +11,13 @@ import scipy.ndimage
 import torch
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.methods.base import Method, Task
-from medaccel.restoration.methods.classical import (
-    BM4D,
-    Classical,
-    NonLocalMeans,
-    TotalVariation,
-    autocorrelation,
-    noise_level,
-    power_spectrum,
-)
-from medaccel.restoration.study import Study, load_study, save_study
+from medaccel.restoration.methods.base import Method, RestorationRequest, RestorationTask
+from medaccel.restoration.methods.bm4d import BM4D, autocorrelation, power_spectrum
+from medaccel.restoration.methods.classical import Classical, NonLocalMeans, TotalVariation, noise_level
+from medaccel.restoration.study import PETStudy, load_study, save_study
 
 SPACING = (4.0, 4.0, 4.0)
-TASK = Task((60, 30), 90)
+TASK = RestorationTask((60, 30), 90)
 METHODS = [NonLocalMeans, TotalVariation]
 
 
@@ -36,13 +29,13 @@ def make_truth() -> np.ndarray:
     return truth.astype(np.float32)
 
 
-def make_study(seed: int) -> Study:
+def make_study(seed: int) -> PETStudy:
     """Nested Poisson exposures, so the noise grows with the activity."""
     rng = np.random.default_rng(seed)
     truth = make_truth()
     third = [rng.poisson(truth * 12) / 12 for _ in range(3)]
     exposures = {30 * (n + 1): np.mean(third[: n + 1], axis=0).astype(np.float32) for n in range(3)}
-    return Study(f"made_{seed}", SPACING, np.diag([*SPACING, 1.0]), exposures, noise_free=truth)
+    return PETStudy(f"made_{seed}", SPACING, np.diag([*SPACING, 1.0]), exposures, noise_free=truth)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,7 @@ def test_a_fitted_method_takes_most_of_the_noise_of_another_study(
     study = load_study(paths[2])
     image, target = study.exposures[seconds], study.exposures[90]
     mask = metrics.body_mask(target, SPACING)
-    restored = fits[name].restore(image, SPACING, seconds=seconds).volume
+    restored = fits[name].restore(RestorationRequest(image, SPACING, seconds=seconds)).volume
     gain = metrics.score(metrics.mse(restored, target, mask), metrics.mse(image, target, mask))
     assert restored.dtype == np.float32
     assert metrics.share_of_limit(gain, seconds, 90) > 0.6
@@ -80,7 +73,7 @@ def test_a_fitted_method_takes_most_of_the_noise_of_another_study(
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS])
 def test_a_hot_lesion_keeps_its_uptake(fits: dict[str, Classical], paths: list[Path], name: str):
     image = load_study(paths[2]).exposures[60]
-    restored = fits[name].restore(image, SPACING).volume
+    restored = fits[name].restore(RestorationRequest(image, SPACING)).volume
     hot = scipy.ndimage.binary_erosion(make_truth() == 8)
     assert restored[hot].mean() == pytest.approx(image[hot].mean(), rel=0.1)
 
@@ -100,7 +93,7 @@ def test_the_choice_is_the_best_of_the_scores(fits: dict[str, Classical], name: 
 
 def test_the_search_is_on_validation_studies_and_on_training_ones_without_any(paths: list[Path], tmp_path: Path):
     def scores(studies: list[Path], validation: list[Path]) -> dict:
-        method = TotalVariation(Task(), {"strengths": [1.0], "iterations": 20})
+        method = TotalVariation(RestorationTask(), {"strengths": [1.0], "iterations": 20})
         method.fit(studies, validation, folder=tmp_path, progress=False)
         return method.fitted.scores
 
@@ -110,7 +103,7 @@ def test_the_search_is_on_validation_studies_and_on_training_ones_without_any(pa
 
 
 def test_a_best_strength_beyond_the_grid_is_found(paths: list[Path], tmp_path: Path):
-    method = TotalVariation(Task(), {"strengths": [0.4, 0.6]})
+    method = TotalVariation(RestorationTask(), {"strengths": [0.4, 0.6]})
     method.fit(paths[:1], paths[1:2], folder=tmp_path, progress=False)
     assert method.fitted.choices["60"]["strength"] > 0.7
 
@@ -119,11 +112,11 @@ def test_a_combined_restoration_tells_the_activity_it_rests_on(fits: dict[str, C
     method = NonLocalMeans(TASK)
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": True}}})
     image = load_study(paths[2]).exposures[60]
-    result = method.restore(image, SPACING, seconds=60)
+    result = method.restore(RestorationRequest(image, SPACING, seconds=60))
     assert result.activity is not None
     np.testing.assert_allclose(result.volume, (60 * image + 30 * result.activity) / 90, rtol=1e-5)
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": False}}})
-    direct = method.restore(image, SPACING, seconds=60)
+    direct = method.restore(RestorationRequest(image, SPACING, seconds=60))
     assert direct.activity is None
     np.testing.assert_array_equal(direct.volume, result.activity)
 
@@ -132,16 +125,16 @@ def test_a_combined_restoration_tells_the_activity_it_rests_on(fits: dict[str, C
 def test_the_largest_value_is_not_clipped(stabiliser: str):
     volume = np.full((12, 12, 12), 0.5, np.float32) + np.random.default_rng(0).random((12, 12, 12), np.float32) / 10
     volume[4:9, 4:9, 4:9] += 900
-    method = NonLocalMeans(Task(), {"stabiliser": stabiliser})
+    method = NonLocalMeans(RestorationTask(), {"stabiliser": stabiliser})
     method.load_state({"choices": {"60": {"strength": 0.5, "combined": False}}})
-    assert method.restore(volume, SPACING).volume[6, 6, 6] == pytest.approx(900.5, rel=0.01)
+    assert method.restore(RestorationRequest(volume, SPACING)).volume[6, 6, 6] == pytest.approx(900.5, rel=0.01)
 
 
 def test_a_volume_without_noise_comes_back_as_it_is():
     volume = np.ones((8, 8, 8), np.float32)
-    method = TotalVariation(Task())
+    method = TotalVariation(RestorationTask())
     method.load_state({"choices": {"60": {"strength": 1.0, "combined": True}}})
-    np.testing.assert_array_equal(method.restore(volume, SPACING).volume, volume)
+    np.testing.assert_array_equal(method.restore(RestorationRequest(volume, SPACING)).volume, volume)
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS])
@@ -155,7 +148,8 @@ def test_a_stored_method_restores_the_same_bits(
     again.load_state(content["state"])
     image = load_study(paths[0]).exposures[30]
     np.testing.assert_array_equal(
-        again.restore(image, SPACING, seconds=30).volume, method.restore(image, SPACING, seconds=30).volume
+        again.restore(RestorationRequest(image, SPACING, seconds=30)).volume,
+        method.restore(RestorationRequest(image, SPACING, seconds=30)).volume,
     )
 
 
@@ -198,19 +192,22 @@ def test_bm4d_says_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch, path
     assert reason is not None
     assert "bm4d" in reason
     with pytest.raises(ValueError, match="can't be imported"):
-        BM4D(Task()).fit(paths, [], folder=tmp_path, progress=False)
+        BM4D(RestorationTask()).fit(paths, [], folder=tmp_path, progress=False)
     assert NonLocalMeans.unavailable() is None
 
 
 @pytest.mark.skipif(BM4D.unavailable() is not None, reason=str(BM4D.unavailable()))
 def test_bm4d_takes_correlated_noise_away_and_is_stored_with_its_correlation(paths: list[Path], tmp_path: Path):
-    method = BM4D(Task(), {"strengths": [1.5], "search_slices": 10})
+    method = BM4D(RestorationTask(), {"strengths": [1.5], "search_slices": 10})
     method.fit(paths[:1], paths[1:2], folder=tmp_path, progress=False)
     assert max(mse for mse, _ in method.fitted.scores.values()) > 15
-    again = BM4D(Task())
+    again = BM4D(RestorationTask())
     again.load_state(method.state())
     image = load_study(paths[2]).exposures[60]
-    np.testing.assert_array_equal(again.restore(image, SPACING).volume, method.restore(image, SPACING).volume)
+    np.testing.assert_array_equal(
+        again.restore(RestorationRequest(image, SPACING)).volume,
+        method.restore(RestorationRequest(image, SPACING)).volume,
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,15 +223,15 @@ def test_bm4d_takes_correlated_noise_away_and_is_stored_with_its_correlation(pat
 )
 def test_settings_that_can_not_be_are_refused(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        NonLocalMeans(Task(), settings)
+        NonLocalMeans(RestorationTask(), settings)
 
 
 def test_what_can_not_be_fitted_or_restored_is_refused(tmp_path: Path):
-    method: Method = NonLocalMeans(Task())
+    method: Method = NonLocalMeans(RestorationTask())
     with pytest.raises(ValueError, match="no training studies"):
         method.fit([], [], folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="not fitted to 60 s yet"):
-        method.restore(np.ones((8, 8, 8), np.float32), SPACING)
+        method.restore(RestorationRequest(np.ones((8, 8, 8), np.float32), SPACING))
     study = make_study(0)
     study.exposures[60] = study.exposures[90]
     save_study(tmp_path / "same", study)

@@ -11,13 +11,13 @@ import pytest
 from scipy import ndimage
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.evaluation.study_scores import StudyEvaluator, evaluate, summarize
+from medaccel.restoration.evaluation.study_scores import StudyEvaluator, summarize
 
 SHAPE = (30, 28, 32)
 
 
 @dataclass(frozen=True)
-class Study:
+class SimulatedStudy:
     name: str = "phantom"
     spacing: tuple[float, float, float] = (4.0, 4.0, 4.0)
     exposures: dict[int, np.ndarray] = field(default_factory=dict)
@@ -27,8 +27,12 @@ class Study:
     organ_names: dict[str, int] | None = None
 
 
+def evaluate(restored: np.ndarray, study: SimulatedStudy, *seconds: int) -> dict[str, float]:
+    return StudyEvaluator(study, *seconds).evaluate(restored)
+
+
 @pytest.fixture(scope="module")
-def study() -> Study:
+def study() -> SimulatedStudy:
     """A linear model: a truth with a liver and three lesions, and nested increments of Gaussian noise."""
     generator = np.random.default_rng(7)
     truth = np.zeros(SHAPE)
@@ -41,15 +45,15 @@ def study() -> Study:
     truth[labels == 1], truth[labels == 2], truth[labels == 3] = 6.0, 8.0, 0.1
     seconds = [ndimage.gaussian_filter(generator.normal(0, 4.0, SHAPE), 0.7) for _ in range(3)]
     exposures = {30 * (n + 1): truth + sum(seconds[: n + 1]) / (n + 1) / math.sqrt(30) for n in range(3)}
-    return Study("phantom", (4.0, 4.0, 4.0), exposures, truth, labels, organs, {"liver": 5})
+    return SimulatedStudy("phantom", (4.0, 4.0, 4.0), exposures, truth, labels, organs, {"liver": 5})
 
 
 @pytest.fixture(scope="module")
-def evaluator(study: Study) -> StudyEvaluator:
+def evaluator(study: SimulatedStudy) -> StudyEvaluator:
     return StudyEvaluator(study, 60, 90)
 
 
-def test_the_input_itself_scores_zero_on_every_distance(study: Study, evaluator: StudyEvaluator):
+def test_the_input_itself_scores_zero_on_every_distance(study: SimulatedStudy, evaluator: StudyEvaluator):
     row = evaluator.evaluate(study.exposures[60])
     scores = {key: value for key, value in row.items() if key.startswith(("score_", "truth_score"))}
     assert len(scores) == 6
@@ -59,7 +63,7 @@ def test_the_input_itself_scores_zero_on_every_distance(study: Study, evaluator:
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(60, 33.3), (30, 66.7)])
-def test_the_oracle_scores_the_limit(study: Study, seconds: int, limit: float):
+def test_the_oracle_scores_the_limit(study: SimulatedStudy, seconds: int, limit: float):
     evaluator = StudyEvaluator(study, seconds, 90)
     best = metrics.oracle(study.exposures[seconds], study.noise_free, seconds, 90)
     row = evaluator.evaluate(best)
@@ -70,7 +74,7 @@ def test_the_oracle_scores_the_limit(study: Study, seconds: int, limit: float):
 
 
 def test_the_truth_scores_badly_against_the_noisy_target_and_perfectly_against_itself(
-    study: Study, evaluator: StudyEvaluator
+    study: SimulatedStudy, evaluator: StudyEvaluator
 ):
     row = evaluator.evaluate(study.noise_free)
     assert row["score_mse"] == pytest.approx(-100, abs=12)
@@ -82,7 +86,7 @@ def test_the_truth_scores_badly_against_the_noisy_target_and_perfectly_against_i
     assert row["lesion_large_lost"] == row["lesion_small_lost"] == row["hot_spots_small"] == 0
 
 
-def test_lesions_are_grouped_by_size_and_sign(study: Study, evaluator: StudyEvaluator):
+def test_lesions_are_grouped_by_size_and_sign(study: SimulatedStudy, evaluator: StudyEvaluator):
     halved = np.where(study.lesions > 0, 0.5 * study.noise_free, study.noise_free)
     row = evaluator.evaluate(halved)
     assert [row[f"lesion_{group}_count"] for group in ("large", "small", "cold")] == [1, 1, 1]
@@ -92,7 +96,7 @@ def test_lesions_are_grouped_by_size_and_sign(study: Study, evaluator: StudyEval
     assert (row["lesion_large_lost"], row["lesion_small_lost"]) == (1, 1)  # 6 → 3 and 8 → 4, over 1
 
 
-def test_a_created_hot_spot_is_counted_by_size(study: Study, evaluator: StudyEvaluator):
+def test_a_created_hot_spot_is_counted_by_size(study: SimulatedStudy, evaluator: StudyEvaluator):
     restored = study.noise_free.copy()
     restored[8:11, 14:17, 4:7] = 4.0
     restored[20:22, 14, 18] = 4.0
@@ -100,19 +104,19 @@ def test_a_created_hot_spot_is_counted_by_size(study: Study, evaluator: StudyEva
     assert (row["hot_spots_large"], row["hot_spots_small"]) == (1, 1)
 
 
-def test_the_livers_variation_falls_with_smoothing(study: Study, evaluator: StudyEvaluator):
+def test_the_livers_variation_falls_with_smoothing(study: SimulatedStudy, evaluator: StudyEvaluator):
     noisy = evaluator.evaluate(study.exposures[60])["liver_cov"]
     smooth = evaluator.evaluate(ndimage.gaussian_filter(study.exposures[60], 1.0))["liver_cov"]
     assert 0 < smooth < 0.7 * noisy
 
 
-def test_the_row_of_one_call_is_that_of_the_evaluator(study: Study, evaluator: StudyEvaluator):
+def test_the_row_of_one_call_is_that_of_the_evaluator(study: SimulatedStudy, evaluator: StudyEvaluator):
     restored = ndimage.gaussian_filter(study.exposures[60], 0.5)
     assert evaluate(restored, study, 60, 90) == evaluator.evaluate(restored)
 
 
-def test_a_real_study_has_nan_where_only_a_simulation_knows(study: Study):
-    real = Study("real", study.spacing, study.exposures)
+def test_a_real_study_has_nan_where_only_a_simulation_knows(study: SimulatedStudy):
+    real = SimulatedStudy("real", study.spacing, study.exposures)
     row = evaluate(study.exposures[60], real, 60, 90)
     assert row["score_mse"] == 0
     unknown = ("truth_mse", "implied_truth_score", "ceiling_score_ssim", "lesion_large_count", "liver_cov")
@@ -120,14 +124,14 @@ def test_a_real_study_has_nan_where_only_a_simulation_knows(study: Study):
     assert row.keys() == evaluate(study.exposures[60], study, 60, 90).keys()
 
 
-def test_a_simulation_without_lesions_still_counts_hot_spots(study: Study):
+def test_a_simulation_without_lesions_still_counts_hot_spots(study: SimulatedStudy):
     row = evaluate(study.exposures[60], replace(study, lesions=None, organ_names={"spleen": 1}), 60, 90)
     assert row["hot_spots_large"] >= 0
     assert math.isnan(row["lesion_large_lost"])
     assert math.isnan(row["liver_cov"])
 
 
-def test_a_missing_exposure_is_named(study: Study):
+def test_a_missing_exposure_is_named(study: SimulatedStudy):
     with pytest.raises(ValueError, match=r"study phantom has no 45 s exposure \(it has \[30, 60, 90\]\)"):
         StudyEvaluator(study, 45, 90)
 
@@ -140,12 +144,12 @@ def test_a_restored_volume_of_another_shape_or_with_nan_is_refused(evaluator: St
 
 
 def test_a_study_without_a_body_is_refused():
-    empty = Study("empty", exposures={60: np.zeros(SHAPE), 90: np.zeros(SHAPE)})
+    empty = SimulatedStudy("empty", exposures={60: np.zeros(SHAPE), 90: np.zeros(SHAPE)})
     with pytest.raises(ValueError, match="study empty: no body was found in the 90 s image"):
         StudyEvaluator(empty, 60, 90)
 
 
-def test_summary_is_the_mean_over_studies_with_lesions_pooled(study: Study, evaluator: StudyEvaluator):
+def test_summary_is_the_mean_over_studies_with_lesions_pooled(study: SimulatedStudy, evaluator: StudyEvaluator):
     first = evaluator.evaluate(study.exposures[60])
     second = first | {
         "score_mse": 10.0, "lesion_large_count": 2, "lesion_large_suvmax_bias": -30.0,

@@ -11,12 +11,12 @@ import torch
 
 from medaccel.restoration.methods import gaussian
 from medaccel.restoration.methods.gaussian import GaussianCascade, GaussianMix, fit, restore
-from medaccel.restoration.study import Study
+from medaccel.restoration.study import PETStudy
 
 SPACING = (4.0, 4.0, 3.0)
 
 
-def make_study(seed: int, noise: float = 0.6) -> Study:
+def make_study(seed: int, noise: float = 0.6) -> PETStudy:
     """A smooth body with white noise that a Gaussian can take away."""
     rng = np.random.default_rng(seed)
     truth = scipy.ndimage.gaussian_filter(rng.random((24, 22, 20)), 3.0)
@@ -24,16 +24,16 @@ def make_study(seed: int, noise: float = 0.6) -> Study:
     draw = lambda scale: (truth + scale * rng.standard_normal(truth.shape)).clip(0).astype(np.float32)  # noqa: E731
     first = draw(noise)
     second = ((2 * first + draw(noise * 2**0.5)) / 3).astype(np.float32)
-    return Study(f"made_{seed}", SPACING, np.diag([*SPACING, 1.0]), {60: first, 90: second}, noise_free=truth)
+    return PETStudy(f"made_{seed}", SPACING, np.diag([*SPACING, 1.0]), {60: first, 90: second}, noise_free=truth)
 
 
 @pytest.fixture(scope="module")
-def studies() -> list[Study]:
+def studies() -> list[PETStudy]:
     return [make_study(seed) for seed in range(2)]
 
 
 @pytest.fixture(scope="module")
-def fits(studies: list[Study]) -> dict:
+def fits(studies: list[PETStudy]) -> dict:
     return {name: fit(name, studies, 60, 90, epochs=8, progress=False) for name in gaussian.METHODS}
 
 
@@ -61,7 +61,7 @@ def test_fitting_lowers_the_loss_and_three_layers_end_where_one_does(fits: dict)
     assert losses["gaussian_mix"][-1] <= losses["gaussian1"][-1] + 1e-4
 
 
-def test_the_fitted_sigma_beats_every_sigma_of_a_grid(studies: list[Study], fits: dict):
+def test_the_fitted_sigma_beats_every_sigma_of_a_grid(studies: list[PETStudy], fits: dict):
     def loss(model: GaussianCascade) -> float:
         data = gaussian._Studies(studies, 60, 90)
         return float(gaussian.GaussianFit(model).loss([data[i] for i in range(len(data))]).detach())
@@ -92,12 +92,12 @@ def test_sigma_is_in_mm_whatever_the_spacing():
         assert spacing * np.sqrt((profile * k**2).sum()) == pytest.approx(4.0, rel=0.01)
 
 
-def test_fitting_again_gives_the_same_bits(studies: list[Study], fits: dict):
+def test_fitting_again_gives_the_same_bits(studies: list[PETStudy], fits: dict):
     _, again = fit("gaussian1", studies, 60, 90, epochs=8, progress=False)
     assert again.losses == fits["gaussian1"][1].losses
 
 
-def test_a_checkpoint_takes_the_fits_place(studies: list[Study], tmp_path: Path):
+def test_a_checkpoint_takes_the_fits_place(studies: list[PETStudy], tmp_path: Path):
     path = tmp_path / "gaussian1.pt"
     _, first = fit("gaussian1", studies, 60, 90, epochs=1, checkpoint=path, progress=False)
     _, second = fit("gaussian1", studies, 60, 90, epochs=5, checkpoint=path, progress=False)
@@ -110,7 +110,7 @@ def test_a_checkpoint_takes_the_fits_place(studies: list[Study], tmp_path: Path)
 
 
 def test_ctrl_c_in_the_middle_of_a_fit_is_a_keyboard_interrupt_and_saves_nothing(
-    studies: list[Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    studies: list[PETStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ):
     def interrupted(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -125,7 +125,7 @@ def test_ctrl_c_in_the_middle_of_a_fit_is_a_keyboard_interrupt_and_saves_nothing
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_bad_training_data_is_refused(studies: list[Study]):
+def test_bad_training_data_is_refused(studies: list[PETStudy]):
     with pytest.raises(ValueError, match="method 'median' is unknown"):
         fit("median", studies, 60, 90)
     with pytest.raises(ValueError, match="no training studies"):
@@ -136,7 +136,7 @@ def test_bad_training_data_is_refused(studies: list[Study]):
         fit("gaussian1", [same], 60, 90, progress=False)
 
 
-def test_a_loss_that_is_not_finite_stops_the_fit(studies: list[Study]):
+def test_a_loss_that_is_not_finite_stops_the_fit(studies: list[PETStudy]):
     module = gaussian.GaussianFit(GaussianCascade(1))
     with torch.no_grad():
         module.method.log_sigma.fill_(torch.nan)

@@ -11,12 +11,12 @@ import torch
 from medaccel.report.html import Page, Section, render
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods import load_method, make_method
-from medaccel.restoration.methods.base import Task
+from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
-from medaccel.restoration.methods.network import Candidates, body_box
+from medaccel.restoration.methods.networks.method import Candidates, body_box
 from medaccel.restoration.methods.sdedit import _NoiseShown
 from medaccel.restoration.report.fits import fit_blocks
-from medaccel.restoration.study import Study, save_study
+from medaccel.restoration.study import PETStudy, save_study
 from tests.restoration.test_gaussian_methods import SPACING, make_study
 
 TINY: dict[str, Any] = {
@@ -49,31 +49,31 @@ def fits(studies: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[
         "diffusion_conditional": TINY | {"base": "nlm"},
     }
     for name, chosen in settings.items():
-        methods[name] = make_method(name, Task((60,), 90), chosen)
+        methods[name] = make_method(name, RestorationTask((60,), 90), chosen)
         methods[name].fit(studies[:2], studies[2:], folder=folder / name, progress=False)
         methods[name].save(folder / f"{name}.pt")
     return {"methods": methods, "folder": folder}
 
 
 @pytest.fixture
-def study() -> Study:
+def study() -> PETStudy:
     return make_study(7)
 
 
 @pytest.mark.parametrize("name", ["swin_unetr", "diffusion_sdedit", "diffusion_conditional"])
 def test_a_restoration_is_the_blend_that_was_chosen_and_survives_storing(
-    name: str, fits: dict[str, Any], study: Study
+    name: str, fits: dict[str, Any], study: PETStudy
 ):
     method, image = fits["methods"][name], study.exposures[60]
     weight = method.fitted.choices["weight"]["60"]
     assert weight == 0 or 0.66 < weight < 0.76
-    found = method.restore(image, SPACING)
+    found = method.restore(RestorationRequest(image, SPACING))
     assert found.volume.shape == image.shape
     assert found.volume.dtype == np.float32
     assert np.isfinite(found.volume).all()
     assert found.weight == pytest.approx(weight)
     np.testing.assert_allclose(found.volume, weight * image + (1 - weight) * found.activity, rtol=1e-5, atol=1e-6)
-    again = load_method(fits["folder"] / f"{name}.pt", name).restore(image, SPACING)
+    again = load_method(fits["folder"] / f"{name}.pt", name).restore(RestorationRequest(image, SPACING))
     np.testing.assert_array_equal(again.volume, found.volume)
 
 
@@ -86,25 +86,25 @@ def test_the_candidates_are_named_with_their_scores(fits: dict[str, Any]):
     assert all(np.isfinite(scores).all() for scores in tried.values())
 
 
-def test_samples_depend_on_their_seed_and_their_mean_and_deviation_are_theirs(fits: dict[str, Any], study: Study):
+def test_samples_depend_on_their_seed_and_their_mean_and_deviation_are_theirs(fits: dict[str, Any], study: PETStudy):
     method: DiffusionMethod = fits["methods"]["diffusion_conditional"]
     image = study.exposures[60]
-    found = method.restore(image, SPACING, samples=3, keep_samples=True)
+    found = method.restore(RestorationRequest(image, SPACING, samples=3, keep_samples=True))
     assert found.samples is not None
     assert found.samples.shape == (3, *image.shape)
     np.testing.assert_allclose(found.activity, found.samples.mean(axis=0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.std, found.samples.std(axis=0, ddof=1), rtol=1e-4, atol=1e-5)
     assert not np.array_equal(found.samples[0], found.samples[1])
-    again = method.restore(image, SPACING, samples=2, keep_samples=True)
+    again = method.restore(RestorationRequest(image, SPACING, samples=2, keep_samples=True))
     np.testing.assert_array_equal(again.samples, found.samples[:2])
-    other = method.restore(image, SPACING, samples=2, keep_samples=True, seed=1)
+    other = method.restore(RestorationRequest(image, SPACING, samples=2, keep_samples=True, seed=1))
     assert not np.array_equal(other.samples, again.samples)
-    assert method.restore(image, SPACING, samples=1).std is None
+    assert method.restore(RestorationRequest(image, SPACING, samples=1)).std is None
     with pytest.raises(ValueError, match="samples is 0; expected a whole number >= 1"):
-        method.restore(image, SPACING, samples=0)
+        method.restore(RestorationRequest(image, SPACING, samples=0))
 
 
-def test_windows_of_a_large_volume_agree_with_the_whole(fits: dict[str, Any], study: Study):
+def test_windows_of_a_large_volume_agree_with_the_whole(fits: dict[str, Any], study: PETStudy):
     method = fits["methods"]["swin_unetr"]
     tall = np.concatenate([study.exposures[60]] * 5, axis=2)  # 100 slices: two windows along the axis
     whole = method.predict(tall, SPACING, 60, None)
@@ -126,8 +126,8 @@ def test_the_cap_is_what_independent_posterior_samples_reach():
     assert score == pytest.approx(sample_cap(4, 60, 90), abs=1)
 
 
-def test_the_choice_takes_both_scores(study: Study):
-    candidates = Candidates(Task((60,), 90), [study])
+def test_the_choice_takes_both_scores(study: PETStudy):
+    candidates = Candidates(RestorationTask((60,), 90), [study])
     image, truth = study.exposures[60], study.noise_free
     assert truth is not None
     candidates.add("oracle", study, 60, metrics.oracle(image, truth, 60, 90).astype(np.float32))
@@ -155,25 +155,25 @@ def test_the_box_holds_the_body_and_is_the_whole_where_there_is_none():
         (lambda v: v * 0, "zero everywhere"),
     ],
 )
-def test_a_volume_that_is_no_suv_is_refused(change: Any, message: str, fits: dict[str, Any], study: Study):
+def test_a_volume_that_is_no_suv_is_refused(change: Any, message: str, fits: dict[str, Any], study: PETStudy):
     for method in fits["methods"].values():
         with pytest.raises(ValueError, match=message):
-            method.restore(change(study.exposures[60]), SPACING)
+            method.restore(RestorationRequest(change(study.exposures[60]), SPACING))
 
 
-def test_an_exposure_that_was_not_fitted_to_is_refused(fits: dict[str, Any], study: Study):
+def test_an_exposure_that_was_not_fitted_to_is_refused(fits: dict[str, Any], study: PETStudy):
     with pytest.raises(ValueError, match="seconds is 45; expected one of 60"):
-        fits["methods"]["swin_unetr"].restore(study.exposures[60], SPACING, seconds=45)
+        fits["methods"]["swin_unetr"].restore(RestorationRequest(study.exposures[60], SPACING, seconds=45))
 
 
 @pytest.mark.parametrize(("reference", "predict"), [("target", "activity"), ("noise_free", "target")])
 def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str, studies: list[Path]):
     from torch.utils.data import default_collate
 
-    from medaccel.restoration.methods.networks import blend
-    from medaccel.restoration.methods.patches import Patches
+    from medaccel.restoration.methods.networks.nets import blend
+    from medaccel.restoration.methods.networks.patches import Patches
 
-    method = make_method("swin_unetr", Task((60,), 90), {"predict": predict, "loss": "mse"})
+    method = make_method("swin_unetr", RestorationTask((60,), 90), {"predict": predict, "loss": "mse"})
     batch = default_collate([Patches(studies, method.task, roi_size=(16, 16, 16), reference=reference)[0]])
     module = method.module()  # type: ignore[attr-defined]
     # What the network would have to predict: for the target reference, the activity whose blend is PET90.
@@ -198,11 +198,11 @@ def test_the_loss_falls_to_zero_at_what_it_asks_for(reference: str, predict: str
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        make_method("swin_unetr", Task(), settings)
+        make_method("swin_unetr", RestorationTask(), settings)
     with pytest.raises(ValueError, match=r"channels.*to divide 8"):
-        make_method("diffusion_sdedit", Task(), {"shuffle": 4, "channels": [8, 8, 8]})
+        make_method("diffusion_sdedit", RestorationTask(), {"shuffle": 4, "channels": [8, 8, 8]})
     with pytest.raises(ValueError, match="expected increasing levels"):
-        make_method("diffusion_sdedit", Task(), {"t0": [10, 5]})
+        make_method("diffusion_sdedit", RestorationTask(), {"t0": [10, 5]})
 
 
 class _Silent(torch.nn.Module):

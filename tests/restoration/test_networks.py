@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from medaccel.restoration.evaluation import metrics
-from medaccel.restoration.methods import losses
-from medaccel.restoration.methods.base import Task
-from medaccel.restoration.methods.base_image import base_image
-from medaccel.restoration.methods.networks import ActivityNet, Conditioning, blend
-from medaccel.restoration.methods.patches import Patches, PrepareStudy
-from medaccel.restoration.methods.scaling import SCALINGS, scaling
+from medaccel.restoration.methods.base import RestorationTask
+from medaccel.restoration.methods.networks import losses
+from medaccel.restoration.methods.networks.base_image import base_image
+from medaccel.restoration.methods.networks.nets import ActivityNet, Conditioning, blend
+from medaccel.restoration.methods.networks.patches import Patches, PrepareStudy
+from medaccel.restoration.methods.networks.scaling import SCALINGS, scaling
 from medaccel.restoration.study import load_study, save_study
 from medaccel.training.sampler import Numbered
 from tests.restoration.test_gaussian_methods import SPACING, make_study
@@ -132,7 +132,7 @@ def test_smoothing_is_in_millimetres_whatever_the_voxels():
 
 
 def test_a_patch_depends_on_seed_and_number_alone(studies: list[Path]):
-    make = lambda **options: Patches(studies, Task((60,), 90), roi_size=(16, 16, 16), **options)  # noqa: E731
+    make = lambda **options: Patches(studies, RestorationTask((60,), 90), roi_size=(16, 16, 16), **options)  # noqa: E731
     one, other = make(seed=3), make(seed=3, cache="none")
     _ = one[4]
     for key, value in one[7].items():
@@ -144,7 +144,7 @@ def test_a_patch_depends_on_seed_and_number_alone(studies: list[Path]):
 
 
 def test_all_volumes_of_a_patch_are_cropped_turned_and_scaled_alike(studies: list[Path]):
-    patches = Patches(studies, Task((60,), 90), roi_size=(16, 16, 16))
+    patches = Patches(studies, RestorationTask((60,), 90), roi_size=(16, 16, 16))
     for number in range(6):
         patch = patches[number]
         noise = (patch["input"] - patch["noise_free"])[patch["mask"].bool()]
@@ -156,7 +156,7 @@ def test_all_volumes_of_a_patch_are_cropped_turned_and_scaled_alike(studies: lis
 
 
 def test_a_study_smaller_than_the_patch_is_padded(studies: list[Path]):
-    patch = Patches(studies, Task((60,), 90), roi_size=(32, 32, 32))[0]
+    patch = Patches(studies, RestorationTask((60,), 90), roi_size=(32, 32, 32))[0]
     assert patch["input"].shape == (1, 32, 32, 32)
     assert float(patch["mask"].sum()) > 0
 
@@ -174,20 +174,20 @@ def test_numbers_are_shared_out_among_processes_and_begin_at_the_step_that_was_r
 
 def test_what_can_not_be_trained_on_is_refused(tmp_path: Path, studies: list[Path]):
     with pytest.raises(ValueError, match="no training studies"):
-        Patches([], Task(), roi_size=(16, 16, 16))
+        Patches([], RestorationTask(), roi_size=(16, 16, 16))
     with pytest.raises(ValueError, match="cache is 'tape'; expected one of memory, disk, none"):
-        Patches(studies, Task(), roi_size=(16, 16, 16), cache="tape")
+        Patches(studies, RestorationTask(), roi_size=(16, 16, 16), cache="tape")
     with pytest.raises(FileNotFoundError, match=r"PET_120\.nii\.gz: missing exposure"):
-        PrepareStudy(Task((60,), 120))({"study": str(studies[0])})
+        PrepareStudy(RestorationTask((60,), 120))({"study": str(studies[0])})
     study = make_study(0)
     study.noise_free = None
     save_study(tmp_path / "measured", study)
     with pytest.raises(FileNotFoundError, match=r"has no noise_free\.nii\.gz"):
-        PrepareStudy(Task(), "noise_free")({"study": str(tmp_path / "measured")})
-    measured = PrepareStudy(Task())({"study": str(tmp_path / "measured")})
+        PrepareStudy(RestorationTask(), "noise_free")({"study": str(tmp_path / "measured")})
+    measured = PrepareStudy(RestorationTask())({"study": str(tmp_path / "measured")})
     assert not measured["has_noise_free"]
     assert torch.equal(measured["noise_free"], measured["target"])
     study.exposures[90] = study.exposures[60]
     save_study(tmp_path / "same", study)
     with pytest.raises(ValueError, match="do not differ within the body"):
-        PrepareStudy(Task())({"study": str(tmp_path / "same")})
+        PrepareStudy(RestorationTask())({"study": str(tmp_path / "same")})

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving back: noise stays away, lesions that the denoising took come back."""
+"""Residual shrinkage: noise stays away, lesions that the denoising took come back."""
 
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from medaccel.restoration.methods.residual import give_back
+from medaccel.restoration.methods.networks.residual import residual_shrinkage
 
 SPACING = (4.0, 4.0, 4.0)
 SHAPE = (40, 36, 32)
@@ -31,7 +31,7 @@ def _scan(lesion: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
 def test_a_lesion_that_was_smoothed_away_comes_back():
     volume, truth, inside = _scan(lesion=4.0)
     lost = np.where(inside, 2.0, truth).astype(np.float32)
-    back = give_back(volume, lost, _body(), SPACING, threshold=2.0)
+    back = residual_shrinkage(volume, lost, _body(), SPACING, threshold=2.0)
     # A sphere of 14 mm keeps about a third of its height through 10 mm FWHM.
     assert back[inside].mean() > 2.0 + 0.25 * 4.0
     far = _body() & (gaussian_filter(inside.astype(float), 4) < 1e-3)
@@ -41,7 +41,7 @@ def test_a_lesion_that_was_smoothed_away_comes_back():
 def test_a_perfect_activity_hardly_changes_and_less_so_the_higher_the_threshold():
     volume, truth, _ = _scan(lesion=4.0)
     changes = [
-        float(np.square(give_back(volume, truth, _body(), SPACING, threshold) - truth)[_body()].mean())
+        float(np.square(residual_shrinkage(volume, truth, _body(), SPACING, threshold) - truth)[_body()].mean())
         for threshold in (0.0, 1.0, 2.0, 4.0)
     ]
     assert changes == sorted(changes, reverse=True)
@@ -52,17 +52,17 @@ def test_a_perfect_activity_hardly_changes_and_less_so_the_higher_the_threshold(
 def test_a_hot_spot_that_the_denoising_made_up_goes_away():
     volume, truth, inside = _scan(lesion=0.0)
     invented = np.where(inside, 6.0, truth).astype(np.float32)
-    back = give_back(volume, invented, _body(), SPACING, threshold=2.0)
+    back = residual_shrinkage(volume, invented, _body(), SPACING, threshold=2.0)
     assert back[inside].mean() < 6.0 - 0.2 * 4.0
     assert back.min() >= 0
 
 
 def test_outside_the_body_and_without_one_nothing_changes():
     volume, truth, _ = _scan(lesion=4.0)
-    back = give_back(volume, truth * 0.5, _body(), SPACING, threshold=0.0)
+    back = residual_shrinkage(volume, truth * 0.5, _body(), SPACING, threshold=0.0)
     assert np.array_equal(back[~_body()], 0.5 * truth[~_body()])
     nothing = np.zeros(SHAPE, dtype=bool)
-    assert np.array_equal(give_back(volume, truth, nothing, SPACING, threshold=1.0), truth)
+    assert np.array_equal(residual_shrinkage(volume, truth, nothing, SPACING, threshold=1.0), truth)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
@@ -70,6 +70,6 @@ def test_it_scales_with_the_uptake(factor: float):
     """But for the floor of 0.1 SUV, which tells an empty voxel from a cold one."""
     volume, truth, _ = _scan(lesion=4.0)
     smooth = gaussian_filter(truth, 2)
-    once = give_back(volume, smooth, _body(), SPACING, threshold=1.5)
-    scaled = give_back(factor * volume, factor * smooth, _body(), SPACING, threshold=1.5)
+    once = residual_shrinkage(volume, smooth, _body(), SPACING, threshold=1.5)
+    scaled = residual_shrinkage(factor * volume, factor * smooth, _body(), SPACING, threshold=1.5)
     assert np.allclose(scaled / factor, once, atol=0.15)

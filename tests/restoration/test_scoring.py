@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from medaccel.restoration.methods import make_method
-from medaccel.restoration.methods.base import Task
-from medaccel.restoration.methods.patches import Patches
+from medaccel.restoration.methods.base import RestorationTask
+from medaccel.restoration.methods.networks.patches import Patches
 from medaccel.restoration.scoring import Scorer, read_volume
 from medaccel.restoration.study import save_study
 from tests.restoration.test_gaussian_methods import make_study
@@ -19,7 +19,7 @@ from tests.restoration.test_gaussian_methods import make_study
 def test_damaged_rows_and_volumes_are_made_again_to_the_same_figures(tmp_path: Path):
     study = tmp_path / "made_0"
     save_study(study, make_study(0))
-    method = make_method("gaussian1", Task(), {"epochs": 1})
+    method = make_method("gaussian1", RestorationTask(), {"epochs": 1})
     method.fit([study], [], folder=tmp_path / "fit", progress=False)
     scorer = Scorer({"gaussian1": method}, tmp_path / "scored", progress=False)
     before = scorer.score([study], 60, 90)
@@ -51,7 +51,7 @@ def test_a_damaged_cache_of_prepared_studies_is_made_again(tmp_path: Path):
     save_study(study, make_study(0))
 
     def first_patch() -> dict[str, Any]:
-        return Patches([study], Task(), roi_size=(16, 16, 16), cache="disk", cache_folder=cache)[0]
+        return Patches([study], RestorationTask(), roi_size=(16, 16, 16), cache="disk", cache_folder=cache)[0]
 
     expected = first_patch()
     (path,) = cache.glob("*.pt")

@@ -15,7 +15,7 @@ from medaccel.restoration.methods.gaussian import fit
 from medaccel.restoration.simulation.activity import denoise_activity
 from medaccel.restoration.simulation.generate import phantom_study, write_studies
 from medaccel.restoration.simulation.simulator import SimulatorConfig, draw_counts, expected_projections, simulate
-from medaccel.restoration.study import Study, load_study
+from medaccel.restoration.study import PETStudy, load_study
 
 SPACING = (6.0, 6.0, 6.0)
 FAST = SimulatorConfig(n_angles=24, n_subsets=6, iterations=1)
@@ -29,7 +29,7 @@ def cylinder(slices: int = 6) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def studies() -> list[Study]:
+def studies() -> list[PETStudy]:
     """Phantoms of the standard generator, with the frozen defaults."""
     return [phantom_study(seed) for seed in range(3)]
 
@@ -108,7 +108,7 @@ def test_any_list_of_durations_is_simulated():
 
 
 # --- the frozen difficulty ----------------------------------------------------------------------------------------
-def test_liver_noise_is_10_to_13_percent_at_90_seconds(studies: list[Study]):
+def test_liver_noise_is_10_to_13_percent_at_90_seconds(studies: list[PETStudy]):
     values = []
     for study in studies:
         liver = (study.organs == study.organ_names["liver"]) & (study.lesions == 0)
@@ -117,13 +117,13 @@ def test_liver_noise_is_10_to_13_percent_at_90_seconds(studies: list[Study]):
     assert max(values) < 0.15
 
 
-def test_one_fitted_gaussian_scores_9_to_15_percent_at_60_seconds(studies: list[Study]):
+def test_one_fitted_gaussian_scores_9_to_15_percent_at_60_seconds(studies: list[PETStudy]):
     _, fitted = fit("gaussian1", studies, 60, 90, epochs=4, progress=False)
     assert 9 <= 100 * (1 - fitted.losses[-1]) <= 15
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(60, 33.3), (30, 66.7)])
-def test_the_oracle_reaches_the_physical_limit(studies: list[Study], seconds: int, limit: float):
+def test_the_oracle_reaches_the_physical_limit(studies: list[PETStudy], seconds: int, limit: float):
     scores = []
     for study in studies:
         image, target = study.exposures[seconds], study.exposures[90]
@@ -133,7 +133,7 @@ def test_the_oracle_reaches_the_physical_limit(studies: list[Study], seconds: in
     assert np.mean(scores) == pytest.approx(limit, abs=2)
 
 
-def test_noise_correlates_along_every_axis_as_in_a_reconstruction(studies: list[Study]):
+def test_noise_correlates_along_every_axis_as_in_a_reconstruction(studies: list[PETStudy]):
     study = studies[0]
     mask = metrics.body_mask(study.exposures[90], study.spacing)
     analysis = analyse_noise(study.exposures[60], study.exposures[90], mask, study.spacing)

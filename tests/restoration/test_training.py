@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from medaccel.restoration.methods import load_method, make_method
-from medaccel.restoration.methods.base import Task
+from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.conditional import DiffusionConditional
-from medaccel.restoration.methods.patches import Patches
+from medaccel.restoration.methods.networks.patches import Patches
 from medaccel.restoration.study import save_study
 from medaccel.training.fit import train
 from tests.restoration.test_gaussian_methods import make_study
 
-TASK = Task((60,), 90)
+TASK = RestorationTask((60,), 90)
 # The smallest network that there is: what is tested here is what happens around it.
 TINY: dict[str, Any] = {
     "channels": [8, 16],

@@ -14,18 +14,18 @@ from medaccel.data import open_series, voxel_spacing
 from medaccel.data.dicom import load_series
 from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level
 from medaccel.restoration.simulation.generate import phantom_study
-from medaccel.restoration.study import Study, save_study
+from medaccel.restoration.study import PETStudy, save_study
 
 SHAPE, SPACING = (76, 56, 46), (4.0, 4.0, 4.0)
 
 
 @pytest.fixture(scope="module")
-def persons() -> list[Study]:
+def persons() -> list[PETStudy]:
     return [phantom_study(seed, shape=SHAPE, spacing=SPACING) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def folders(persons: list[Study], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def folders(persons: list[PETStudy], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("studies")
     for person in persons:
         save_study(root / person.name, person)
@@ -40,7 +40,7 @@ def fitted(folders: list[Path]) -> TrainingRange:
 # --- noise_level ---
 
 
-def test_a_shorter_exposure_is_noisier_by_the_root_of_the_time(persons: list[Study]) -> None:
+def test_a_shorter_exposure_is_noisier_by_the_root_of_the_time(persons: list[PETStudy]) -> None:
     for person in persons:
         level = {t: noise_level(image, SPACING) for t, image in person.exposures.items()}
         assert level[30] > level[60] > level[90]
@@ -48,24 +48,24 @@ def test_a_shorter_exposure_is_noisier_by_the_root_of_the_time(persons: list[Stu
         assert level[60] / level[90] == pytest.approx(1.5**0.5, rel=0.1)
 
 
-def test_two_persons_have_about_the_same(persons: list[Study]) -> None:
+def test_two_persons_have_about_the_same(persons: list[PETStudy]) -> None:
     first, second = (noise_level(person.exposures[60], SPACING) for person in persons)
     assert second / first == pytest.approx(1, abs=0.25)
 
 
-def test_anatomy_counts_for_little(persons: list[Study]) -> None:
+def test_anatomy_counts_for_little(persons: list[PETStudy]) -> None:
     for person in persons:
         assert person.noise_free is not None
         assert noise_level(person.noise_free, SPACING) < 0.2 * noise_level(person.exposures[90], SPACING)
 
 
 @pytest.mark.parametrize("factor", [0.01, 7000.0])
-def test_the_unit_makes_no_difference(persons: list[Study], factor: float) -> None:
+def test_the_unit_makes_no_difference(persons: list[PETStudy], factor: float) -> None:
     image = persons[0].exposures[60]
     assert noise_level(factor * image, SPACING) == pytest.approx(noise_level(image, SPACING), rel=1e-3)
 
 
-def test_a_hot_bladder_makes_no_difference(persons: list[Study]) -> None:
+def test_a_hot_bladder_makes_no_difference(persons: list[PETStudy]) -> None:
     image = persons[0].exposures[60]
     hot = image.copy()
     hot[36:42, 26:32, 20:26] += 100
@@ -95,7 +95,7 @@ def test_what_has_no_noise_level_is_refused(volume: np.ndarray, spacing: tuple, 
         noise_level(volume, spacing)
 
 
-def test_two_slices_are_enough(persons: list[Study]) -> None:
+def test_two_slices_are_enough(persons: list[PETStudy]) -> None:
     image = persons[0].exposures[60]
     assert 0 < noise_level(image[:, :, 20:22], SPACING) < noise_level(image, SPACING)  # neighbours share noise
 
@@ -104,7 +104,7 @@ def test_two_slices_are_enough(persons: list[Study]) -> None:
 
 
 def test_a_range_is_that_of_its_studies_and_survives_json(
-    fitted: TrainingRange, persons: list[Study], folders: list[Path]
+    fitted: TrainingRange, persons: list[PETStudy], folders: list[Path]
 ) -> None:
     levels = sorted(noise_level(person.exposures[60], SPACING) for person in persons)
     assert fitted.seconds == (60,)
@@ -116,12 +116,12 @@ def test_a_range_is_that_of_its_studies_and_survives_json(
     assert TrainingRange.from_plain(json.loads(json.dumps(both.plain()))) == both
 
 
-def test_what_it_was_fitted_on_needs_no_warning(fitted: TrainingRange, persons: list[Study]) -> None:
+def test_what_it_was_fitted_on_needs_no_warning(fitted: TrainingRange, persons: list[PETStudy]) -> None:
     for person in persons:
         assert fitted.warnings(person.exposures[60], SPACING, 60) == []
 
 
-def test_each_departure_is_a_sentence(fitted: TrainingRange, persons: list[Study]) -> None:
+def test_each_departure_is_a_sentence(fitted: TrainingRange, persons: list[PETStudy]) -> None:
     image = persons[0].exposures[60]
     assert fitted.warnings(image, SPACING, 65) == []  # within 10 %
     [sentence] = fitted.warnings(image, SPACING, 30)
@@ -137,7 +137,7 @@ def test_each_departure_is_a_sentence(fitted: TrainingRange, persons: list[Study
     ]
 
 
-def test_noise_outside_of_the_range_is_a_sentence(fitted: TrainingRange, persons: list[Study]) -> None:
+def test_noise_outside_of_the_range_is_a_sentence(fitted: TrainingRange, persons: list[PETStudy]) -> None:
     person = persons[0]
     assert person.noise_free is not None
     [sentence] = fitted.warnings(person.noise_free, SPACING, 60)

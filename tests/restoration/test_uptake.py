@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from medaccel.cli import main
 from medaccel.data import make_nifti, read_nifti, read_pet_series, save_nifti, voxel_spacing
-from medaccel.restoration.config import RunConfig, ScoreConfig
+from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.pipeline import run
 from medaccel.restoration.sources import check_sources
 from medaccel.restoration.study import load_study, save_study
@@ -111,11 +111,11 @@ def scale(path: Path, factor: float) -> None:
 @pytest.mark.parametrize("name", ["PET_60.nii.gz", "PET_90.nii.gz"])
 def test_one_study_in_another_unit_is_named_before_anything_is_fitted(studies: Path, name: str, tmp_path: Path):
     scale(studies / "made_1" / name, 5000)
-    config = RunConfig(output=tmp_path / "run", train_studies=studies, methods=("gaussian1",))
+    config = RestorationConfig(output=tmp_path / "run", train_studies=studies, methods=("gaussian1",))
     with pytest.raises(ValueError, match=rf"made_1/{name}: the body's median is .*check_units: false"):
         run(config)
     assert not config.output.exists()
-    check_sources(RunConfig(output=tmp_path / "run", train_studies=studies, check_units=False))
+    check_sources(RestorationConfig(output=tmp_path / "run", train_studies=studies, check_units=False))
 
 
 def test_a_label_map_in_place_of_the_ct_is_named(studies: Path, tmp_path: Path):
@@ -124,14 +124,16 @@ def test_a_label_map_in_place_of_the_ct_is_named(studies: Path, tmp_path: Path):
     labels[3:9, 3:9, 3:9] = 2
     save_nifti(studies / "made_2" / "CT.nii.gz", make_nifti(labels, study.affine))
     with pytest.raises(ValueError, match=r"made_2/CT\.nii\.gz: looks like a label map: 2 integer values from 0 to 2"):
-        check_sources(RunConfig(output=tmp_path / "run", train_studies=studies))
+        check_sources(RestorationConfig(output=tmp_path / "run", train_studies=studies))
 
 
 def test_studies_are_read_again_only_where_they_have_changed(
     studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = {"gaussian1": {"epochs": 1}}
-    config = RunConfig(output=tmp_path / "run", train_studies=studies, methods=("gaussian1",), settings=settings)
+    config = RestorationConfig(
+        output=tmp_path / "run", train_studies=studies, methods=("gaussian1",), settings=settings
+    )
     run(config)
     read: list[Path] = []
     monkeypatch.setattr("medaccel.restoration.sources.check_suv", lambda volume, spacing, path: read.append(path))
@@ -143,16 +145,18 @@ def test_studies_are_read_again_only_where_they_have_changed(
 
 
 def test_the_options_of_before_are_the_same_run(tmp_path: Path):
-    assert "check_units" not in RunConfig(output=tmp_path).plain()
+    assert "check_units" not in RestorationConfig(output=tmp_path).plain()
     assert "check_units" not in ScoreConfig(run=tmp_path).plain()
-    assert RunConfig(output=tmp_path, check_units=False).plain()["check_units"] is False
+    assert RestorationConfig(output=tmp_path, check_units=False).plain()["check_units"] is False
 
 
 def test_a_score_refuses_such_studies_too(studies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     test = tmp_path / "test"
     save_study(test / "made_7", make_study(7))
     settings = {"gaussian1": {"epochs": 1}}
-    config = RunConfig(output=tmp_path / "run", train_studies=studies, methods=("gaussian1",), settings=settings)
+    config = RestorationConfig(
+        output=tmp_path / "run", train_studies=studies, methods=("gaussian1",), settings=settings
+    )
     run(config)
     scale(test / "made_7" / "PET_60.nii.gz", 1 / 5000)
     assert main(["restoration", "score", str(config.output), "--test_studies", str(test)]) == 1

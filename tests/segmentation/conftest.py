@@ -23,3 +23,11 @@ def tiny_cell(tiny_task: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """Folder and result of a finished cell from random initialization."""
     folder = tmp_path_factory.mktemp("tiny") / "cell"
     return folder, run_tiny(tiny_task, folder)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Spleens of nine phantoms, 8 mm."""
+    folder = tmp_path_factory.mktemp("task")
+    write_task(folder, "spleen", 9, spacing=(8.0, 8.0, 8.0), progress=False)
+    return folder

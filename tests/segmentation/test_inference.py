@@ -2,10 +2,13 @@
 """Label maps on the scan's own grid, with a network whose answer is known."""
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from nibabel import Nifti1Image
 from torch import Tensor, nn
 
@@ -13,7 +16,7 @@ from medaccel.data import make_nifti, resample
 from medaccel.data.ct_transforms import canonical
 from medaccel.segmentation.evaluation.metrics import dice
 from medaccel.segmentation.model import inference
-from medaccel.segmentation.model.inference import logit_planes, predict_labels, predict_probabilities, segment
+from medaccel.segmentation.model.inference import logit_planes, predict_labels, probability_planes, segment
 from medaccel.segmentation.model.presets import make_settings
 
 SETTINGS = make_settings(
@@ -45,6 +48,11 @@ def scan(shape: tuple[int, int, int] = (70, 60, 50)) -> tuple[np.ndarray, np.nda
     labels[ball((0.65, 0.45, 0.5), 8)] = 2
     hu = np.where(ball((0.5, 0.5, 0.5), 24), 0.0, -1000.0)
     return (hu + 60.0 * (labels == 1) + 95.0 * (labels == 2)).astype(np.int16), labels
+
+
+def predict_probabilities(network: nn.Module, image: MetaTensor, settings: Mapping[str, Any]) -> Tensor:
+    """(classes, i, j, k): all planes at once."""
+    return torch.cat([p for _, p in probability_planes(network, image, settings)], dim=1)
 
 
 @pytest.mark.parametrize(

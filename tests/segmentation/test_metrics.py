@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures of a segmentation, on shapes whose scores are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,9 +10,10 @@ from medaccel.segmentation.evaluation.metrics import (
     bland_altman,
     component_voxels,
     largest_components,
-    lesion_summary,
     score_case,
 )
+from medaccel.segmentation.evaluation.results import Run
+from medaccel.segmentation.protocol import Cell
 
 SPACING = (2.0, 2.0, 2.0)
 EMPTY = np.zeros((16, 16, 16), dtype=bool)
@@ -121,15 +124,13 @@ def test_components_are_counted_by_size():
 
 
 def test_lesions_are_summed_up_over_cases():
-    rows = [
-        score_case(cube(4, 8), cube(4, 8) | cube(10, 12), SPACING).plain(),
-        score_case(cube(4, 8) | cube(10, 12), cube(4, 8), SPACING).plain(),
-        score_case(cube(1, 3), EMPTY, SPACING).plain(),
+    scores = [
+        score_case(cube(4, 8), cube(4, 8) | cube(10, 12), SPACING),
+        score_case(cube(4, 8) | cube(10, 12), cube(4, 8), SPACING),
+        score_case(cube(1, 3), EMPTY, SPACING),
     ]
-    summary = lesion_summary(rows)
-    assert (summary["lesions"], summary["found"]) == (3, 2)
-    assert summary["sensitivity"] == pytest.approx(2 / 3)
-    assert summary["false_positives_per_scan"] == pytest.approx(2 / 3)
-    assert np.isnan(lesion_summary(rows[2:])["sensitivity"])
-    with pytest.raises(ValueError, match="rows is empty; expected the scores of one case or more"):
-        lesion_summary([])
+    rows = [{"case": str(number), "structure": "tumour", **found.plain()} for number, found in enumerate(scores)]
+    run = Run(Cell("lung", "random", 1.0, 0), rows, [], {})
+    assert run.sensitivity == pytest.approx(100 * 2 / 3)
+    assert run.false_positives == pytest.approx(2 / 3)
+    assert np.isnan(replace(run, rows=rows[2:]).sensitivity)

@@ -8,16 +8,8 @@ import pytest
 
 from medaccel.data import read_nifti
 from medaccel.data.msd import load_case, read_dataset
-from medaccel.phantoms.ct import (
-    MEASURED,
-    ORGANS,
-    SHIFTED,
-    STANDARD,
-    TUMOUR,
-    PhantomCT,
-    Population,
-    make_phantom,
-)
+from medaccel.phantoms.ct import PhantomCT, make_phantom
+from medaccel.phantoms.ct_anatomy import MEASURED, ORGANS, SHIFTED, STANDARD, TUMOUR, Population
 from medaccel.phantoms.ct_dataset import TASKS, write_pool, write_task
 
 COARSE = (6.0, 6.0, 6.0)

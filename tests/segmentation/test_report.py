@@ -14,12 +14,13 @@ import pytest
 from medaccel.data import make_nifti, save_nifti
 from medaccel.phantoms.ct_dataset import write_task
 from medaccel.segmentation.config import SegmentationConfig
+from medaccel.segmentation.evaluation.curves import late_gain
 from medaccel.segmentation.evaluation.results import Outcome, read_run
 from medaccel.segmentation.pipeline import run
 from medaccel.segmentation.report import examples as report_examples
 from medaccel.segmentation.report import figures as report_figures
 from medaccel.segmentation.report import text as words
-from medaccel.segmentation.statistics import Comparison, Spread
+from medaccel.studies.statistics import Comparison, Spread
 from tests.segmentation.fake_cells import fake_cell, fake_pretraining
 
 WANTED = {"task": "spleen", "fraction": 0.2, "init": "instance_pixel", "against": "random", "expected": 3.0}
@@ -188,7 +189,7 @@ def test_contours_lie_where_the_masks_are():
     truth, predicted = np.zeros((2, *hu.shape), dtype=bool)
     truth[4:14, 15:25, 2] = True  # the patient's left: i runs to the right
     predicted[26:36, 15:25, 2] = True
-    example = report_figures.Example(np.diag([2.0, 2, 5, 1]), hu, truth, {"one": predicted}, (0.0, 1.0))
+    example = report_figures.SegmentationExample(np.diag([2.0, 2, 5, 1]), hu, truth, {"one": predicted}, (0.0, 1.0))
     picture = imread(BytesIO(report_figures.contour_figure(example)))[..., :3]
     red = (picture[..., 0] > 0.6) & (picture[..., 1] < 0.5)
     green = (picture[..., 1] > 0.45) & (picture[..., 0] < 0.35)
@@ -214,8 +215,8 @@ def test_a_head_start_is_told_from_a_gain():
     sentence = words.head_start(pretrained, random)
     assert "differed by +30.0 points at step 10 and by 0.0 at the last, 30" in sentence.replace("+0.0", "0.0")
     assert words.head_start(pretrained, [[(15, 0.1)]]) == ""
-    assert words.late_gain(random[0]) == pytest.approx(0.2)
-    assert np.isnan(words.late_gain([]))
+    assert late_gain(random[0]) == pytest.approx(0.2)
+    assert np.isnan(late_gain([]))
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"cell": {"task": "spleen"}, "rows": [], "curve": []}'])

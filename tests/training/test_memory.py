@@ -195,13 +195,13 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_restoration_is_refused_before_its_folder_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from medaccel.restoration.config import RunConfig
+    from medaccel.restoration.config import RestorationConfig
     from medaccel.restoration.pipeline import run
 
     refused(monkeypatch)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").touch()
-    config = RunConfig(
+    config = RestorationConfig(
         output=tmp_path / "run",
         methods=("gaussian1", "swin_unetr"),
         settings={"swin_unetr": {"roi_size": [96, 96, 96], "batch_size": 4}},
@@ -243,9 +243,9 @@ def test_a_restoration_of_one_image_says_what_it_expects_and_is_refused(
 ):
     from medaccel.restoration.apply import apply
     from medaccel.restoration.methods import make_method
-    from medaccel.restoration.methods.base import Task
+    from medaccel.restoration.methods.base import RestorationTask
 
-    make_method("gaussian1", Task((60,), 90)).save(tmp_path / "gaussian1.pt")
+    make_method("gaussian1", RestorationTask((60,), 90)).save(tmp_path / "gaussian1.pt")
     rng = np.random.default_rng(0)
     save_nifti(tmp_path / "pet.nii.gz", make_nifti(rng.random((20, 20, 20), dtype=np.float32), np.eye(4)))
     arguments = tmp_path / "gaussian1.pt", tmp_path / "pet.nii.gz", tmp_path / "out.nii.gz"

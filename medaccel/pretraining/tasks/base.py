@@ -4,20 +4,31 @@
 from __future__ import annotations
 
 import abc
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medaccel.studies.settings import check_group, nearest
+from medaccel.pretraining.settings import TaskSettings
+from medaccel.studies.typed import UnfitError
 
 if TYPE_CHECKING:
     from medaccel.nets import SwinUNETR
-    from medaccel.pretraining.network import PretrainingNet
+
+
+class Network(Protocol):
+    """The part of `medaccel.pretraining.network.PretrainingNet` that tasks know."""
+
+    @property
+    def backbone(self) -> SwinUNETR: ...
+
+    @property
+    def heads(self) -> nn.ModuleDict: ...
+
+    def features(self, x: Tensor, levels: Collection[str]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -31,17 +42,17 @@ class Step:
         progress: the share of the training that is done, 0 … 1.
     """
 
-    net: PretrainingNet
+    net: Network
     maps: Mapping[str, Tensor]
     batch: Mapping[str, Tensor]
     progress: float
 
 
-class Task(abc.ABC):
+class PretextTask(abc.ABC):
     """One thing to learn without labels.
 
     Args:
-        settings: plain values that differ from `defaults`.
+        settings: plain values that differ from the defaults of `Settings`.
         roi_size: voxels of a view.
 
     Raises:
@@ -49,18 +60,16 @@ class Task(abc.ABC):
     """
 
     name: ClassVar[str]
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    #: The task's settings: their names, types, defaults and meanings.
+    Settings: ClassVar[type[TaskSettings]] = TaskSettings
     #: Backbone levels of inputs of the task's own, beside the views.
     own_levels: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Sequence[int]) -> None:
-        unknown = set(settings) - set(self.defaults)
-        if unknown:
-            raise ValueError(
-                f"{self.name}: settings {sorted(unknown)} are unknown; expected some of "
-                f"{', '.join(self.defaults) or 'none'}{nearest(min(unknown), self.defaults)}"
-            )
-        self.settings = copy.deepcopy({**self.defaults, **check_group(self.name, settings, self.defaults)})
+        try:
+            self.settings = self.Settings.read(settings).whole()
+        except UnfitError as unfit:
+            raise unfit.within(self.name, self.Settings.separator) from None
         self.roi_size = tuple(int(n) for n in roi_size)
 
     @property
@@ -87,29 +96,6 @@ class Task(abc.ABC):
 
         Each is a mean over items, so that the mean over processes which share a batch is one process's.
         """
-
-    def number(self, key: str, low: float, high: float = float("inf")) -> float:
-        """A setting that is a number above `low` and at most `high`.
-
-        Raises:
-            ValueError: it isn't.
-        """
-        value = self.settings[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-            bound = f" and at most {high:g}" if np.isfinite(high) else ""
-            raise ValueError(f"{self.name}: {key} is {value!r}; expected a number above {low:g}{bound}")
-        return float(value)
-
-    def count(self, key: str) -> int:
-        """A setting that is a whole number of at least 1.
-
-        Raises:
-            ValueError: it isn't.
-        """
-        value = self.settings[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.name}: {key} is {value!r}; expected a whole number >= 1")
-        return value
 
 
 def process_group() -> Any:

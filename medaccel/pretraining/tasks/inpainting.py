@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import gaussian_filter
-from medaccel.pretraining.network import STRIDES, channels, check_level
-from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.levels import STRIDES, channels, check_level
+from medaccel.pretraining.settings import InpaintingSettings
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 _LEAST_WEIGHT = 1e-6  # of what is visible; below it there is nothing to take a mean of
 
@@ -75,7 +76,7 @@ class Reconstruction(nn.Module):
         return pixelshuffle(self.layers(features), 3, self.stride)
 
 
-class Inpainting(Task):
+class Inpainting(PretextTask):
     """Blocks of 5 to 25 % of each side, at most 30 % of a view, become noise; L1 to what was there.
 
     As in the published Swin UNETR pretraining (Tang et al., CVPR 2022), both views are cut out, so that the other
@@ -83,31 +84,19 @@ class Inpainting(Task):
     knows how bright its surroundings are: the backbone's norms take that out of the features, and a network that was
     to predict the view itself gave the mean of two windows' greys in either. It is predicted at `level` by 1 × 1 × 1
     convolutions and a pixel shuffle: finer blocks of the U-Net, the costly ones, are not computed.
-
-    Settings: `level` (default "decoder2", stride 4), `share` masked, `sides` of blocks, `on` ("masked": the loss is
-    taken there; "all"), `hidden` channels of the head.
     """
 
     name = "inpainting"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "level": "decoder2",
-        "share": 0.3,
-        "sides": [0.05, 0.25],
-        "on": "masked",
-        "hidden": 64,
-    }
+    Settings = InpaintingSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
         self.level = check_level("inpainting: level", self.settings["level"])
-        self.share = self.number("share", 0, 0.9)
+        self.share = float(self.settings["share"])
         sides = self.settings["sides"]
-        if not isinstance(sides, list | tuple) or len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
+        if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
             raise ValueError(f"inpainting: sides is {sides!r}; expected two shares, 0 < smallest <= largest <= 1")
         self.sides = (float(sides[0]), float(sides[1]))
-        if self.settings["on"] not in ("masked", "all"):
-            raise ValueError(f"inpainting: on is {self.settings['on']!r}; expected 'masked' or 'all'")
-        self.count("hidden")
 
     @property
     def view_levels(self) -> frozenset[str]:
@@ -128,7 +117,7 @@ class Inpainting(Task):
         noise = torch.from_numpy(rng.random(view.shape, dtype=np.float32))
         return mask, torch.where(mask, noise, view)
 
-    def predict(self, net: Any, features: Tensor, view: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, net: Network, features: Tensor, view: Tensor, mask: Tensor) -> Tensor:
         """Views (B, 1, *roi_size), fp32, from their maps at `level`, what is visible of them, and the masks."""
         return self.fill(view, mask) + net.heads[self.name](features).float()
 

@@ -4,36 +4,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
 from medaccel.ops import info_nce_loss, nt_xent_loss
-from medaccel.pretraining.network import channels, elements
-from medaccel.pretraining.tasks.base import Step, Task, process_group
+from medaccel.pretraining.levels import channels, elements
+from medaccel.pretraining.settings import InstanceSettings
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step, process_group
 from medaccel.pretraining.tasks.standardise import StandardisedMap
 
 _LEVEL = "encoder4"
 
 
-class Instance(Task):
+class Instance(PretextTask):
     """NT-Xent on the standardised last map, through two layers; the negatives are all processes'.
 
     Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
     two views, in nats, which can't say more than log N, N the items of a step.
-
-    Settings: `temperature` (default 0.5), `dimensions` of the embedding (128).
     """
 
     name = "instance"
-    defaults: ClassVar[Mapping[str, Any]] = {"temperature": 0.5, "dimensions": 128}
+    Settings = InstanceSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
-        self.temperature = self.number("temperature", 0)
-        self.count("dimensions")
+        self.temperature = float(self.settings["temperature"])
 
     @property
     def view_levels(self) -> frozenset[str]:
@@ -49,7 +47,7 @@ class Instance(Task):
             nn.Linear(width, self.settings["dimensions"]),
         )
 
-    def embed(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
+    def embed(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
         """(B, dimensions) of the maps of all views that are compared."""
         embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
         return embedding

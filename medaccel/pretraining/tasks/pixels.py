@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from medaccel.data.views import feature_affine
 from medaccel.losses import PixelConsistencyLoss, PixelContrastiveLoss
 from medaccel.nets import SwinUNETR
 from medaccel.ops import pixel_propagation
-from medaccel.pretraining.network import channels, check_level, features
-from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.levels import channels, check_level, features
+from medaccel.pretraining.settings import PixelSettings, PixProSettings
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 #: PixPro's momentum in the first step; it rises to 1.
 FIRST_MOMENTUM = 0.99
@@ -29,7 +30,7 @@ def projector(level: str, feature_size: int, dimensions: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv3d(width, 2 * width, 1), nn.GELU(), nn.Conv3d(2 * width, dimensions, 1))
 
 
-class _PixelTask(Task):
+class _PixelTask(PretextTask):
     """What both have: a level, its projector, and where its pixels lie."""
 
     radius: float | None
@@ -37,8 +38,8 @@ class _PixelTask(Task):
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
         self.level = check_level(f"{self.name}: level", self.settings["level"])
-        self.count("dimensions")
-        self.radius = None if self.settings["radius"] is None else self.number("radius", 0)
+        radius = self.settings["radius"]
+        self.radius = None if radius is None else float(radius)
 
     @property
     def view_levels(self) -> frozenset[str]:
@@ -50,9 +51,11 @@ class _PixelTask(Task):
         first, second = (feature_affine(batch[f"affine{n}"].float(), self.roi_size, size) for n in (1, 2))
         return first, second
 
-    def project(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
+    def project(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
         """(B, dimensions, *spatial) of views' maps."""
-        projected: Tensor = net.heads[self.name].projector(maps[self.level]).float()
+        head = net.heads[self.name]
+        assert isinstance(head, _Projecting | PixProHead)
+        projected: Tensor = head.projector(maps[self.level]).float()
         return projected
 
 
@@ -63,23 +66,17 @@ class _Projecting(nn.Module):
 
 
 class PixelContrast(_PixelTask):
-    """`medaccel.losses.PixelContrastiveLoss` in both directions: a place is told from all others of the other view.
+    """Contrast of pixels, `medaccel.losses.PixelContrastiveLoss`, in both directions.
 
-    Settings: `level` (default "decoder2", stride 4), `dimensions` of the projection (32; the loss costs in proportion
-    to them), `temperature` (0.3), `radius` in mm below which two pixels are the same place (None: about one bin).
+    A place is told from all others of the other view.
     """
 
     name = "pixel"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "level": "decoder2",
-        "dimensions": 32,
-        "temperature": 0.3,
-        "radius": None,
-    }
+    Settings = PixelSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
-        self.loss = PixelContrastiveLoss(self.number("temperature", 0), self.radius)
+        self.loss = PixelContrastiveLoss(float(self.settings["temperature"]), self.radius)
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
         return _Projecting(projector(self.level, feature_size, self.settings["dimensions"]))
@@ -129,18 +126,13 @@ class PixPro(_PixelTask):
     The momentum is 1 − 0.01 · (cos(π k / K) + 1) / 2 in step k of K. The copies move at the beginning of a step, to
     the weights that the last one left. Beside the backbone's pass there is a second one without gradient, about a
     third of the step's cost.
-
-    Settings: `level` (default "decoder2"), `dimensions` (32), `radius` in mm (None: about one bin), `power` of the
-    propagation (2).
     """
 
     name = "pixpro"
-    defaults: ClassVar[Mapping[str, Any]] = {"level": "decoder2", "dimensions": 32, "radius": None, "power": 2.0}
+    Settings = PixProSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
-        if not self.number("power", 0) >= 1:
-            raise ValueError(f"pixpro: power is {self.settings['power']!r}; expected a number of at least 1")
         self.loss = PixelConsistencyLoss(self.radius)
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:

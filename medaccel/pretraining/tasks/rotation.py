@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +13,14 @@ from monai.transforms import RandSpatialCrop, SpatialPad
 from torch import Tensor, nn
 
 from medaccel.nets import SwinUNETR
-from medaccel.pretraining.network import elements
-from medaccel.pretraining.tasks.base import Step, Task
+from medaccel.pretraining.levels import elements
+from medaccel.pretraining.settings import RotationSettings
+from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
 _NOISE = 0.03  # of the window; its strength is drawn
 
 
-class Rotation(Task):
+class Rotation(PretextTask):
     """A crop of its own, from the canonically oriented volume, turned by k · 90° in the axial plane; k is to be told.
 
     The views can't serve: they may be flipped and turned already, and then no answer is right. The crop goes through
@@ -28,7 +29,7 @@ class Rotation(Task):
 
     name = "rotation"
     own_levels = frozenset({"encoder4"})
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    Settings = RotationSettings
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Any) -> None:
         super().__init__(settings, roi_size)
@@ -59,7 +60,7 @@ class Rotation(Task):
         """(1, i, j, k), turned by right angles about the patient's long axis."""
         return torch.rot90(crop, turns, (1, 2)).contiguous()
 
-    def logits(self, net: Any, x: Tensor) -> Tensor:
+    def logits(self, net: Network, x: Tensor) -> Tensor:
         """(B, 1, *roi_size) to (B, 4)."""
         scores: Tensor = net.heads[self.name](net.features(x, {"encoder4"})["encoder4"])
         return scores

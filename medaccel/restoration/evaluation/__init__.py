@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of restored images: what each method gains, keeps and costs."""
+"""Scores restored images: what each method gains, keeps and costs."""

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals from sampled restorations: made honest on validation studies, checked on others.
+"""Calibrates intervals from sampled restorations on validation studies, and checks them on others.
 
-A method that draws samples of an image gives a mean and a standard deviation a voxel. mean ± 1.645·sd covers 90 %
+A method that draws samples of an image gives a mean and a standard deviation per voxel. mean ± 1.645·sd covers 90 %
 of the voxels only if the errors are normal and the samples as wide as the errors; eight perfect samples would
 already need ± 2.0·sd, since their mean and deviation are estimates themselves. Split conformal prediction (Vovk et
 al. 2005; Angelopoulos and Bates 2023) replaces 1.645 by the quantile of |truth − mean|/sd on validation studies, one
-factor a bin of predicted SUV, so that organs and hot lesions get their own.
+factor per bin of predicted SUV, so that organs and hot lesions get their own.
 
 The promise is for the average voxel of studies like the validation ones: a shifted test set, or a single patient,
 may be covered more or less, which `coverage` shows. Voxels of one study are no independent samples, so intervals of
-a coverage are taken over studies. What is covered has to be said: the activity λ (in a simulation the noise-free
-reconstruction), or the target PET_T, whose own noise widens the intervals.
+a coverage are taken over studies. A calibration states which truth it covers: the activity λ (in a simulation the
+noise-free reconstruction), or the target PET_T, whose own noise widens the intervals.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, check_volumes
-from medaccel.restoration.statistics import Statistic, mean_statistic
+from medaccel.studies.statistics import Statistic, mean_statistic
 
 LEVEL = 0.9
 EDGES = (0.5, 1.0, 2.0, 4.0, 8.0)  # SUV; lung and fat lie below 1, most organs at 1–4, brain and bladder above
-FLOOR = 1e-3  # SUV; samples that agree to the last bit claim no error at all, which no factor can mend
+FLOOR = 1e-3  # SUV; identical samples claim a deviation of 0, which no factor can widen
 LEAST_VOXELS = 1000
 ACTIVITY, TARGET = "activity", "target"
 
-# The kinds of interval that are compared.
+# These kinds of interval are compared.
 CALIBRATED, UNCALIBRATED, CONSTANT, BY_SUV = "calibrated", "uncalibrated", "constant", "by_suv"
 KINDS = (CALIBRATED, UNCALIBRATED, CONSTANT, BY_SUV)
 
 Item = tuple[Array, Array, Array, Mask]  # truth, mean, std, mask of one study
 
-# Deviations are counted in bins of 0.5 %, from which tenths are put together without a second pass.
+# Deviations are counted in bins of 0.5 %, which add up to tenths without a second pass.
 _DEVIATION_EDGES = np.geomspace(1e-6, 1e3, 4096)
 _TENTHS = 10
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Factors that make mean ± factor·sd an interval of the level; plain values only.
+    """Holds the factors that make mean ± factor·sd an interval of the level; plain values only.
 
     Attributes:
-        covers: what lies within the interval: "activity" (λ) or "target" (PET_T).
+        covers: the truth within the interval: "activity" (λ) or "target" (PET_T).
         level: the share of voxels meant to be covered.
         edges: B − 1 increasing SUV of the predicted mean, between B bins; the outer bins are open.
-        factors: (B,), of the standard deviation.
+        factors: (B,), factors on the standard deviation.
         pooled: the factor of all bins together, which bins with too few voxels borrow.
-        voxels: (B,), validation voxels a bin.
-        constant: half the width, in SUV, of the one interval for all voxels: what knowing no sd costs.
-        constants: (B,), the same by bin: what knowing the SUV alone gives.
+        voxels: (B,), validation voxels per bin.
+        constant: half the width, in SUV, of one interval for all voxels, which needs no sd.
+        constants: (B,), the same by bin, which needs the SUV alone.
         floor: SUV; smaller standard deviations count as this one.
-        studies: validation studies.
+        studies: number of validation studies.
 
     Raises:
         ValueError: a value is not possible, or the lengths don't fit together.
@@ -87,11 +87,12 @@ class Calibration:
             raise ValueError(f"calibration has factors or half-widths {widths.tolist()} (expected finite, >= 0)")
 
     def bins(self, mean: Array) -> NDArray[np.intp]:
-        """The bin, from 0, of each predicted SUV; same shape."""
+        """Returns the bin, from 0, of each predicted SUV; same shape."""
         return np.digitize(mean, self.edges)
 
     def half_width(self, mean: Array, std: Array) -> NDArray[np.float64]:
-        """Half the width of the calibrated interval in SUV, of each voxel's mean and standard deviation in SUV.
+        """Returns half the width of the calibrated interval in SUV, from each voxel's mean and standard deviation in
+        SUV.
 
         Raises:
             ValueError: the shapes differ.
@@ -102,12 +103,12 @@ class Calibration:
         return np.asarray(factors * np.maximum(np.asarray(std, np.float64), self.floor))
 
     def to_json(self) -> str:
-        """As JSON text."""
+        """Returns the calibration as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """From `to_json`'s text. Raises ValueError where that is no calibration."""
+        """Reads the text of `to_json`; raises ValueError if it is no calibration."""
         try:
             content: dict[str, Any] = json.loads(text)
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
@@ -118,11 +119,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class IntervalQuality:
-    """One kind of interval on some voxels; NaN without any.
+    """Describes one kind of interval on some voxels; the values are NaN if there are none.
 
     Attributes:
         coverage: the share of voxels whose truth lies within.
-        width: mean, SUV.
+        width: mean width, SUV.
         score: mean `interval_score`, SUV; smaller is better.
     """
 
@@ -133,14 +134,14 @@ class IntervalQuality:
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """Voxels of a group.
+    """Describes the voxels of a group.
 
     Attributes:
         group: "all"; "suv", a bin of predicted SUV; or "deviation", a tenth of the voxels by predicted deviation.
-        label: of the group: "all", "0.5–1", or "1" (the least deviation) to "10".
-        voxels: how many.
-        mean, deviation: of the predicted SUV and of the predicted standard deviation, the voxels' average.
-        intervals: kind (see `KINDS`): its quality.
+        label: the group's label: "all", "0.5–1", or "1" (the least deviation) to "10".
+        voxels: their number.
+        mean, deviation: the voxels' average predicted SUV, and average predicted standard deviation.
+        intervals: the quality of each kind (see `KINDS`).
     """
 
     group: str
@@ -151,7 +152,7 @@ class CoverageRow:
     intervals: dict[str, IntervalQuality]
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON: `coverage_calibrated`, `width_constant`, …"""
+        """Returns a flat row for CSV and JSON: `coverage_calibrated`, `width_constant`, …"""
         row = asdict(self)
         for kind, quality in row.pop("intervals").items():
             row |= {f"{key}_{kind}": value for key, value in quality.items()}
@@ -160,10 +161,10 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What calibrated intervals cover; see `coverage`.
+    """Says how much calibrated intervals cover; see `coverage`.
 
     Attributes:
-        covers, level: of the calibration.
+        covers, level: the calibration's.
         rows: overall, then by SUV bin, then by tenth of predicted deviation.
         studies: each study's share of covered voxels.
     """
@@ -175,15 +176,15 @@ class Coverage:
 
     @property
     def overall(self) -> CoverageRow:
-        """The row of all voxels."""
+        """Returns the row of all voxels."""
         return self.rows[0]
 
     def group(self, name: str) -> list[CoverageRow]:
-        """The rows of "all", "suv" or "deviation"."""
+        """Returns the rows of "all", "suv" or "deviation"."""
         return [row for row in self.rows if row.group == name]
 
     def statistic(self, *, seed: int = 0) -> Statistic:
-        """Mean of the studies' coverage with its bootstrap interval over studies."""
+        """Returns the mean of the studies' coverage with its bootstrap interval over studies."""
         return mean_statistic(self.studies, seed=seed)
 
 
@@ -196,21 +197,21 @@ def fit_calibration(
     floor: float = FLOOR,
     least_voxels: int = LEAST_VOXELS,
 ) -> Calibration:
-    """Factors from validation studies: the ⌈(n + 1)·level⌉-th smallest of |truth − mean|/sd in each bin.
+    """Fits factors on validation studies: the ⌈(n + 1)·level⌉-th smallest of |truth − mean|/sd in each bin.
 
-    Every voxel counts the same. Studies are taken one at a time; ten bytes a voxel of theirs are kept.
+    Every voxel counts the same. Studies are taken one at a time; ten bytes per voxel are kept.
 
     Args:
         items: a study's truth, predicted mean and standard deviation in SUV, and body mask, all (i, j, k).
-        level: to be covered.
-        covers: what the truth is, "activity" or "target".
-        edges: between the bins of the predicted mean, SUV.
+        level: the share to be covered.
+        covers: the kind of truth, "activity" or "target".
+        edges: limits between the bins of the predicted mean, SUV.
         floor: SUV; see `Calibration`.
         least_voxels: a bin with fewer takes the factor of all bins together.
 
     Raises:
-        ValueError: no items, or too few voxels for the level; shapes differ, a value is not finite, a mask is
-            empty, a standard deviation is negative; an option is not possible.
+        ValueError: there are no items, or too few voxels for the level; shapes differ, a value is not finite, a mask
+            is empty, a standard deviation is negative; an option is not possible.
     """
     _check_options(covers, level, edges, floor)
     if least_voxels < 1:
@@ -250,24 +251,25 @@ def fit_calibration(
 
 
 def coverage(calibration: Calibration, items: Iterable[Item]) -> Coverage:
-    """What the intervals cover on studies that the calibration was not fitted on, beside three plainer kinds.
+    """Measures the coverage on studies that the calibration was not fitted on, beside three plainer kinds of
+    interval.
 
-    "uncalibrated" is mean ± z·sd (z = 1.645 at 90 %), "constant" one width for all voxels and "by_suv" one a bin of
-    predicted SUV, the last two as wide as the validation studies asked for. Samples are worth drawing if the
-    calibrated score is below that of the constant widths. Studies are taken one at a time and summed up; tenths of
-    predicted deviation are exact to 0.5 % of a deviation, all else is exact.
+    "uncalibrated" is mean ± z·sd (z = 1.645 at 90 %), "constant" has one width for all voxels and "by_suv" one per
+    bin of predicted SUV, both as wide as the validation studies require. Samples are worth drawing if the calibrated
+    score is below that of the constant widths. Studies are taken one at a time and summed up; tenths of predicted
+    deviation are exact to 0.5 % of a deviation, all else is exact.
 
     Args:
-        items: as for `fit_calibration`, with the truth that the calibration covers.
+        items: the items of `fit_calibration`, with the truth that the calibration covers.
 
     Raises:
-        ValueError: no items, or a bad one, as in `fit_calibration`.
+        ValueError: there are no items, or `fit_calibration` would refuse one.
     """
     from scipy.stats import norm
 
     z = float(norm.ppf((1 + calibration.level) / 2))
     bins = len(calibration.edges) + 1
-    sums = 3 + 3 * len(KINDS)  # voxels, SUV, deviation; of each kind: covered, width, score
+    sums = 3 + 3 * len(KINDS)  # voxels, SUV, deviation; for each kind: covered, width, score
     by_suv = np.zeros((sums, bins))
     by_deviation = np.zeros((sums, len(_DEVIATION_EDGES) + 1))
     studies = []
@@ -296,10 +298,11 @@ def coverage(calibration: Calibration, items: Iterable[Item]) -> Coverage:
 
 
 def interval_score(truth: ArrayLike, low: ArrayLike, high: ArrayLike, level: float) -> NDArray[np.float64]:
-    """Gneiting and Raftery's (2007, eq. 43) score of an interval: its width, and 2/α times what truth is outside by.
+    """Returns Gneiting and Raftery's (2007, eq. 43) score of an interval: its width, plus 2/α times the truth's
+    distance outside it.
 
-    α = 1 − level. Smaller is better; the true quantiles have the smallest expected score, so neither too wide nor
-    too narrow an interval pays. In the unit of the truth, elementwise.
+    α is 1 − level. Smaller is better; the true quantiles have the smallest expected score, so neither too wide nor
+    too narrow an interval pays. The score is elementwise, in the unit of the truth.
 
     Raises:
         ValueError: `level` is not within (0, 1).
@@ -311,7 +314,7 @@ def interval_score(truth: ArrayLike, low: ArrayLike, high: ArrayLike, level: flo
 
 
 def _inside(items: Iterable[Item]) -> Iterator[tuple[NDArray[np.float64], ...]]:
-    """Each item's truth, mean and std inside its mask, checked, (voxels,)."""
+    """Yields each item's truth, mean and std inside its mask, checked, (voxels,)."""
     for number, (truth, mean, std, mask) in enumerate(items):
         try:
             check_volumes(mask, truth=truth, mean=mean, std=std)
@@ -329,7 +332,8 @@ def _conformal_quantile(values: NDArray[np.float32], level: float) -> float:
         raise ValueError(f"{len(values)} voxels in all (expected at least {least} for level={level})")
     rank = _rank(len(values), level)
     found = np.partition(values, rank - 1)[rank - 1]
-    # A step up: values were rounded to float32, and the one at the quantile must itself be covered.
+    # The next larger number is taken: values were rounded to float32, and the one at the quantile must itself be
+    # covered.
     return float(np.nextafter(found, np.float32(np.inf)))
 
 
@@ -338,17 +342,17 @@ def _rank(count: int, level: float) -> int:
 
 
 def _least_count(level: float) -> int:
-    """The least number of values of which one can be the quantile."""
+    """Returns the least number of values among which one can be the quantile."""
     return math.ceil(level / (1 - level) - 1e-9)
 
 
 def _sums(index: NDArray[Any], size: int, columns: Sequence[Array]) -> NDArray[np.float64]:
-    """Sums of each column by index: (columns, size)."""
+    """Sums each column by index: (columns, size)."""
     return np.stack([np.bincount(index, weights=column, minlength=size) for column in columns])
 
 
 def _tenths(counts: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The tenth, from 0, that each of increasing bins with these counts belongs to: that of its middle."""
+    """Returns the tenth, from 0, that the middle of each of increasing bins with these counts falls into."""
     middle = (np.cumsum(counts) - counts / 2) / counts.sum()
     return np.minimum((_TENTHS * middle).astype(np.intp), _TENTHS - 1)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods compared in pairs over the same studies: is one better than another, or was it luck with the studies?
+"""Compares methods in pairs over the same studies: is one better than another, or was it luck with the studies?
 
 Studies differ far more than methods do, so the difference is taken within each study first. The bootstrap interval
-says how large it is; the paired t-test and Wilcoxon's (1945) signed-rank test, which asks no normal differences, say
-whether it can be chance. Of many comparisons one looks significant by chance: Holm's (1979) correction holds the
-chance of any false claim at the level of each test. All test studies of one patient are one patient: then the
-p-values say nothing about others.
+says how large it is; the paired t-test and Wilcoxon's (1945) signed-rank test, which does not assume normal
+differences, say whether it can be chance. Among many comparisons one looks significant by chance: Holm's (1979)
+correction holds the chance of any false claim at the level of each test. If all test studies are of one patient, the
+p-values say nothing about other patients.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medaccel.restoration.statistics import LEVEL, Statistic, mean_statistic
+from medaccel.studies.statistics import LEVEL, Statistic, holm, mean_statistic, paired_t_test
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A method against another over the studies that have a value of both.
+    """Compares a method with another over the studies that have a value for both.
 
     Attributes:
         method, against: the two.
         difference: method − against, in the values' unit: mean, deviation and bootstrap interval over studies.
-        larger, smaller: studies in which the method's value is the larger, the smaller one.
-        t_p: two-sided, paired t-test. NaN below two studies; 1 where all differences are 0, and 0 where all are the
-            same other value, t being infinite.
-        wilcoxon_p: two-sided, signed-rank test. NaN without a study, 1 where all differences are 0.
+        larger, smaller: number of studies in which the method's value is larger, or smaller.
+        t_p: two-sided p-value of the paired t-test. NaN below two studies; 1 if all differences are 0, and 0 if all
+            are the same other value, t being infinite.
+        wilcoxon_p: two-sided p-value of the signed-rank test. NaN without a study, 1 if all differences are 0.
         t_holm, wilcoxon_holm: the same, corrected for the number of methods compared.
     """
 
@@ -46,7 +46,8 @@ class PairedComparison:
     wilcoxon_holm: float
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON: `difference`, `difference_sd`, `difference_low`, `difference_high`, `studies`, …"""
+        """Returns a flat row for CSV and JSON: `difference`, `difference_sd`, `difference_low`, `difference_high`,
+        `studies`, …"""
         row = asdict(self)
         found = row.pop("difference")
         row |= {"difference": found.pop("mean"), "studies": found.pop("count")}
@@ -56,14 +57,14 @@ class PairedComparison:
 def compare_methods(
     values: Mapping[str, Sequence[float]], against: str, *, level: float = LEVEL, seed: int = 0
 ) -> list[PairedComparison]:
-    """Each method against the named one, in the order given.
+    """Compares each method with the named one, in the order given.
 
     Args:
-        values: method: one value a study, such as the share of the limit, studies in the same order for all;
-            where either value is not finite, the study is left out of the comparison.
+        values: one value per study for each method, such as the share of the limit, studies in the same order for
+            all; if either value is not finite, the study is left out of the comparison.
         against: the method that the others are compared with.
-        level: of the bootstrap interval.
-        seed: of the bootstrap.
+        level: level of the bootstrap interval.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: `against` is not among the methods, there is no other, a method has another number of studies
@@ -101,33 +102,12 @@ def compare_methods(
     ]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction: the k-th smallest of m times m − k + 1, never decreasing, at most 1.
-
-    NaN are no tests: they stay, and don't count.
-
-    Raises:
-        ValueError: a value outside [0, 1].
-    """
-    p = np.asarray(p_values, dtype=np.float64)
-    tests = np.flatnonzero(np.isfinite(p))
-    if ((p < 0) | (p > 1)).any() or np.isinf(p).any():
-        raise ValueError(f"p_values={list(p_values)} (expected values of 0 to 1, or NaN)")
-    order = tests[np.argsort(p[tests], kind="stable")]
-    corrected = p.copy()
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
-    return [float(value) for value in corrected]
-
-
 def _t_test(difference: NDArray[np.float64]) -> float:
-    from scipy.stats import ttest_rel
-
     if len(difference) < 2:
         return math.nan
-    # Equal but for rounding: SciPy would divide by a deviation of 0, or of what rounding left.
-    if np.ptp(difference) <= 1e-12 * np.abs(difference).max():
-        return 0.0 if difference.any() else 1.0
-    return float(ttest_rel(difference, np.zeros_like(difference)).pvalue)
+    p = paired_t_test(difference, np.zeros_like(difference))[1]
+    # Values that are equal but for rounding differ certainly, or not at all.
+    return p if math.isfinite(p) else (0.0 if difference.any() else 1.0)
 
 
 def _wilcoxon(difference: NDArray[np.float64]) -> float:

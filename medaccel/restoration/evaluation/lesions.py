@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a restoration does to lesions, measured against the noise-free reconstruction in the same voxels.
+"""Measures what a restoration does to lesions, against the noise-free reconstruction in the same voxels.
 
 Sizes are diameters of the sphere of the lesion's volume. "Large" lesions have at least 10 mm, "small" ones
 less; the generator's smallest has 6 mm, though on coarse voxels a mask of it can come out smaller.
@@ -10,7 +10,7 @@ to 15 mm from its surface, inside the body and at least 6 mm from other lesions.
 
 **Created**: a connected group of voxels (26 neighbours), of at least a 6 mm sphere's volume, in the body and
 at least 6 mm from any lesion, that lies 50 % and 0.5 SUV above the noise-free image's maximum within 6 mm.
-That maximum, not the voxel itself, so that a blurred or sharpened organ border is no hot spot.
+The limit is that maximum, not the voxel itself, so that a blurred or sharpened organ border is no hot spot.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from medaccel.restoration.evaluation.metrics import Array, Mask, check_spacing, 
 LARGE = 10.0  # mm
 GAP = 6.0  # mm: about the resolution of a PET, so that the lesion's own spill-out is not its background
 SHELL = 15.0  # mm
-VISIBLE_CONTRAST = 0.25  # of the background
-KEPT_CONTRAST = 0.5  # of the noise-free contrast
-CREATED_EXCESS = 0.5  # of the noise-free image's local maximum
+VISIBLE_CONTRAST = 0.25  # share of the background
+KEPT_CONTRAST = 0.5  # share of the noise-free contrast
+CREATED_EXCESS = 0.5  # share of the noise-free image's local maximum
 CREATED_SUV = 0.5
 CREATED_DIAMETER = 6.0  # mm
 
 
 @dataclass(frozen=True)
 class LesionRegion:
-    """A lesion's voxels and surroundings in a box around it.
+    """Holds a lesion's voxels and surroundings in a box around it.
 
     Attributes:
         label: its value in the label volume.
-        diameter: mm, of the sphere of its volume.
+        diameter: diameter of the sphere of its volume, mm.
         box: three slices of the volume.
-        voxels, surroundings: boolean, of the box's shape.
+        voxels, surroundings: boolean arrays of the box's shape.
     """
 
     label: int
@@ -54,7 +54,7 @@ class LesionRegion:
 
 @dataclass(frozen=True)
 class LesionUptake:
-    """SUV of one lesion in one image. `background` is the surroundings' median, NaN where there are none."""
+    """Holds the SUV of one lesion in one image. `background` is the surroundings' median, NaN if there are none."""
 
     mean: float
     maximum: float
@@ -63,12 +63,12 @@ class LesionUptake:
 
     @property
     def contrast(self) -> float:
-        """Mean minus background, SUV."""
+        """Returns mean minus background, SUV."""
         return self.mean - self.background
 
 
 def lesion_regions(lesions: NDArray[Any], mask: Mask, spacing: tuple[float, float, float]) -> list[LesionRegion]:
-    """The lesions of an instance label volume (0 is background), in the order of their labels.
+    """Returns the lesions of an instance label volume (0 is background), in the order of their labels.
 
     Raises:
         ValueError: the label volume's shape is not the mask's, or it isn't of integers.
@@ -98,7 +98,7 @@ def lesion_regions(lesions: NDArray[Any], mask: Mask, spacing: tuple[float, floa
 def measure_lesions(
     image: Array, regions: list[LesionRegion], spacing: tuple[float, float, float]
 ) -> list[LesionUptake]:
-    """SUVmean, SUVmax, SUVpeak and background of each lesion.
+    """Measures SUVmean, SUVmax, SUVpeak and background of each lesion.
 
     SUVpeak is the highest mean over a 1 cm³ sphere whose centre is a voxel of the lesion (PERCIST, Wahl et
     al. 2009); voxels at the sphere's surface count with the part that is inside.
@@ -121,10 +121,11 @@ def measure_lesions(
 
 
 def peak_sphere(spacing: tuple[float, float, float], *, volume: float = 1000.0) -> NDArray[np.float64]:
-    """Weights, summing to 1, of a sphere of `volume` mm³; voxels at its surface by their part inside."""
+    """Returns weights, summing to 1, for a sphere of `volume` mm³; voxels at its surface count by their part
+    inside."""
     check_spacing(spacing)
     radius = (3 * volume / (4 * math.pi)) ** (1 / 3)  # 6.2 mm for 1 cm³
-    fine = 11  # sample points a voxel and axis
+    fine = 11  # sample points per voxel and axis
     squares = []
     for s in spacing:
         half = math.ceil(radius / s)
@@ -137,12 +138,13 @@ def peak_sphere(spacing: tuple[float, float, float], *, volume: float = 1000.0) 
 
 
 def is_hot(reference: LesionUptake) -> bool:
-    """Whether a lesion takes up more than its surroundings (and one without surroundings counts as hot)."""
+    """Tells whether a lesion takes up more than its surroundings; one without surroundings counts as hot."""
     return not reference.contrast < 0
 
 
 def is_lost(restored: LesionUptake, reference: LesionUptake) -> bool:
-    """Whether a hot lesion is lost; see this module's docstring. False for one that never stood out."""
+    """Tells whether a hot lesion is lost, as this module's docstring defines it; a lesion that never stood out is
+    not."""
     visible = reference.contrast > 0 and reference.contrast >= VISIBLE_CONTRAST * reference.background
     return bool(visible and restored.contrast < KEPT_CONTRAST * reference.contrast)
 
@@ -150,7 +152,8 @@ def is_lost(restored: LesionUptake, reference: LesionUptake) -> bool:
 def hot_spot_ceiling(
     noise_free: Array, mask: Mask, lesions: NDArray[Any] | None, spacing: tuple[float, float, float]
 ) -> NDArray[np.float64]:
-    """The SUV above which a voxel belongs to a created hot spot: (i, j, k), infinite where none can be.
+    """Returns the SUV above which a voxel belongs to a created hot spot: (i, j, k), infinite where no hot spot can
+    be.
 
     It depends on the study alone, so one ceiling serves every method.
     """
@@ -169,7 +172,7 @@ def hot_spot_ceiling(
 
 
 def created_hot_spots(restored: Array, ceiling: Array, spacing: tuple[float, float, float]) -> list[float]:
-    """The diameters, in mm, of the hot spots that `restored` has above `hot_spot_ceiling`, largest first."""
+    """Returns the diameters, in mm, of the hot spots that `restored` has above `hot_spot_ceiling`, largest first."""
     from scipy import ndimage
 
     labels, count = ndimage.label(restored > ceiling, structure=np.ones((3, 3, 3)))
@@ -181,17 +184,17 @@ def created_hot_spots(restored: Array, ceiling: Array, spacing: tuple[float, flo
 
 
 def organ_core(organ: Mask, spacing: tuple[float, float, float], *, margin: float = 10.0) -> Mask:
-    """An organ without its outer `margin` mm, where spill from its neighbours is."""
+    """Returns an organ without its outer `margin` mm, where activity spills over from its neighbours."""
     from scipy import ndimage
 
     check_spacing(spacing)
-    # Padded: an organ that the field of view cuts has a border there too.
+    # The organ is padded: one that the field of view cuts has a border there too.
     depth = ndimage.distance_transform_edt(np.pad(organ, 1), sampling=spacing)
     return np.asarray(depth[1:-1, 1:-1, 1:-1] > margin)
 
 
 def coefficient_of_variation(image: Array, core: Mask) -> float:
-    """Standard deviation / mean over `organ_core`; NaN where it has fewer than two voxels or a mean of 0.
+    """Returns standard deviation / mean over `organ_core`; NaN if it has fewer than two voxels or a mean of 0.
 
     Lumpy uptake counts too: compare with the noise-free image's own value.
     """
@@ -204,5 +207,5 @@ def coefficient_of_variation(image: Array, core: Mask) -> float:
 
 
 def _diameter(volume: float) -> float:
-    """Of the sphere of that volume: mm from mm³."""
+    """Returns the diameter in mm of the sphere with a volume in mm³."""
     return float((6 * volume / math.pi) ** (1 / 3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between a restored PET and a reference, the score built on them, and what bounds it.
+"""Computes distances between a restored PET and a reference, the score built on them, and its bounds.
 
 Volumes are numpy arrays (i, j, k) in SUV, k the axial direction; `mask` is the body, a boolean array of the
 same shape. An input of t seconds is restored and compared with the T-second image of the same study, t < T;
@@ -26,7 +26,7 @@ SSIM_RADIUS = 5
 
 
 def check_volumes(mask: Mask, **volumes: Array) -> None:
-    """Raise ValueError unless all are finite 3-D arrays of the mask's shape and the mask has a voxel."""
+    """Raises ValueError unless all are finite 3-D arrays of the mask's shape and the mask has a voxel."""
     if mask.ndim != 3 or mask.dtype != np.bool_:
         raise ValueError(f"mask is a {mask.ndim}-D array of {mask.dtype} (expected 3-D, bool)")
     for name, volume in volumes.items():
@@ -40,7 +40,7 @@ def check_volumes(mask: Mask, **volumes: Array) -> None:
 
 
 def check_seconds(input_seconds: float, target_seconds: float) -> None:
-    """Raise ValueError unless 0 < input < target."""
+    """Raises ValueError unless 0 < input < target."""
     if not 0 < input_seconds < target_seconds:
         raise ValueError(
             f"input_seconds={input_seconds}, target_seconds={target_seconds} (expected 0 < input < target)"
@@ -48,8 +48,10 @@ def check_seconds(input_seconds: float, target_seconds: float) -> None:
 
 
 def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: float = 0.2, fwhm: float = 8.0) -> Mask:
-    """The patient: the largest connected part above `threshold` after smoothing, with its holes filled.
+    """Finds the patient: the largest connected part above `threshold` after smoothing, with its holes filled.
 
+    Scores are taken over it; all that attenuates is more,
+    `medaccel.restoration.simulation.activity.attenuating_body`.
     Smoothing keeps the noise outside the patient below the threshold. On a real whole-body FDG PET of a 71 kg
     patient, thresholds from 0.1 to 0.3 SUV change the volume by ±8 %, since the skin is a steep edge.
 
@@ -57,10 +59,10 @@ def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: flo
         suv: (i, j, k), SUV.
         spacing: voxel size in mm.
         threshold: SUV. Fat and lung are at 0.2–0.6, air below 0.1.
-        fwhm: of the smoothing, in mm.
+        fwhm: width of the smoothing, in mm.
 
     Returns:
-        Boolean (i, j, k). All False where nothing reaches the threshold, as in a volume of zeros.
+        Boolean (i, j, k), all False if nothing reaches the threshold, as in a volume of zeros.
 
     Raises:
         ValueError: `suv` is not 3-D or not finite; `spacing` is not three positive lengths.
@@ -74,7 +76,7 @@ def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: flo
     labels, count = ndimage.label(smooth > threshold)
     if not count:
         return np.zeros(suv.shape, dtype=bool)
-    # Slice by slice: a whole body's labels as the integers that bincount wants are a gigabyte.
+    # Labels are counted slice by slice: a whole body's labels as the integers that bincount needs are a gigabyte.
     sizes = sum(np.bincount(labels[:, :, k].ravel(), minlength=count + 1) for k in range(suv.shape[2]))
     body = labels == 1 + int(np.argmax(np.asarray(sizes)[1:]))
     filled = ndimage.binary_fill_holes(body)
@@ -84,28 +86,28 @@ def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: flo
 
 
 def check_spacing(spacing: tuple[float, ...]) -> None:
-    """Raise ValueError unless spacing is three positive, finite lengths."""
+    """Raises ValueError unless spacing is three positive, finite lengths."""
     if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing={tuple(spacing)} (expected three positive lengths in mm)")
 
 
 def mse(restored: Array, reference: Array, mask: Mask) -> float:
-    """Mean squared error over the mask, in SUV²."""
+    """Returns the mean squared error over the mask, in SUV²."""
     check_volumes(mask, restored=restored, reference=reference)
     difference = restored[mask].astype(np.float64) - reference[mask]
     return float(np.mean(difference * difference))
 
 
 def psnr(restored: Array, reference: Array, mask: Mask, *, data_range: float = SSIM_RANGE) -> float:
-    """Peak signal-to-noise ratio in dB, 10·log10(data_range² / MSE); infinite where the two are equal."""
+    """Returns the peak signal-to-noise ratio in dB, 10·log10(data_range² / MSE); infinite for equal images."""
     error = mse(restored, reference, mask)
     return 10 * math.log10(data_range**2 / error) if error > 0 else math.inf
 
 
 def ssim_map(restored: Array, reference: Array, *, data_range: float = SSIM_RANGE, axial: bool = False) -> Array:
-    """The full map of the structural similarity (Wang et al. 2004), by scikit-image.
+    """Returns the full map of the structural similarity (Wang et al. 2004), by scikit-image.
 
-    Gaussian window, σ 1.5 voxels, 11 taps an axis, population covariance, reflected borders.
+    It has a Gaussian window, σ 1.5 voxels, 11 taps per axis, population covariance, reflected borders.
 
     Args:
         restored, reference: (i, j, k), of any size. float32 is computed in float32: 1 − SSIM then differs by
@@ -140,9 +142,9 @@ def ssim_map(restored: Array, reference: Array, *, data_range: float = SSIM_RANG
 def ssim_distance(
     restored: Array, reference: Array, mask: Mask, *, data_range: float = SSIM_RANGE, axial: bool = False
 ) -> float:
-    """1 − SSIM: 1 minus the mean over the mask of `ssim_map`.
+    """Returns 1 − SSIM: 1 minus the mean over the mask of `ssim_map`.
 
-    Primary: the defaults. The two other conventions, as published elsewhere: `data_range=study_range(target,
+    The defaults are the primary convention. Two others are published elsewhere: `data_range=study_range(target,
     mask)`, and `axial=True`.
     """
     check_volumes(mask, restored=restored, reference=reference)
@@ -156,52 +158,52 @@ def ssim_distance(
 
 
 def study_range(reference: Array, mask: Mask) -> float:
-    """Maximum minus minimum over the mask, in SUV."""
+    """Returns maximum minus minimum over the mask, in SUV."""
     check_volumes(mask, reference=reference)
     return float(np.ptp(reference[mask]))
 
 
 def score(distance: float, input_distance: float) -> float:
-    """100·(1 − Δ(restored, target) / Δ(input, target)), in percent: 0 = no help, negative = harm.
+    """Returns 100·(1 − Δ(restored, target) / Δ(input, target)), in percent: 0 = no help, negative = harm.
 
-    NaN where the input already equals the target.
+    It is NaN if the input already equals the target.
     """
     return 100 * (1 - distance / input_distance) if input_distance > 0 else math.nan
 
 
 def mse_limit(input_seconds: float, target_seconds: float) -> float:
-    """The largest MSE score that any estimate can have, as a fraction: 1 − t/T.
+    """Returns the largest MSE score that any estimate can have, as a fraction: 1 − t/T.
 
     The target is noisy too: the unrestored input misses it by the variance λ·(1/t − 1/T), and the best
-    estimate, `oracle`, still by t/T of that. One third for 60 s of 90 s, two thirds for 30 s. Exact for a
-    linear reconstruction; with OSEM within about two points.
+    estimate, `oracle`, still by t/T of that. The limit is one third for 60 s of 90 s, two thirds for 30 s. It is
+    exact for a linear reconstruction, and holds for OSEM within about two points.
     """
     check_seconds(input_seconds, target_seconds)
     return 1 - input_seconds / target_seconds
 
 
 def share_of_limit(mse_score: float, input_seconds: float, target_seconds: float) -> float:
-    """The MSE score (percent) as a fraction of its limit: what compares across data sets.
+    """Returns the MSE score (percent) as a fraction of its limit, which can be compared across data sets.
 
-    It is the fraction of the input's squared error that is gone in `implied_truth`.
+    It is the fraction of the input's squared error that `implied_truth` no longer has.
     """
     return mse_score / 100 / mse_limit(input_seconds, target_seconds)
 
 
 def equivalent_seconds(share: float, input_seconds: float) -> float:
-    """The scan time t/(1 − s) whose image is as good as the restored one; infinite from s = 1 on."""
+    """Returns the scan time t/(1 − s) whose image is as good as the restored one; infinite from s = 1 on."""
     return input_seconds / (1 - share) if share < 1 else math.inf
 
 
 def oracle(image: Array, noise_free: Array, input_seconds: float, target_seconds: float) -> Array:
-    """The estimate of the target with the least MSE, E[PET_T | PET_t, λ] = (t·PET_t + (T − t)·λ) / T."""
+    """Returns the estimate of the target with the least MSE, E[PET_T | PET_t, λ] = (t·PET_t + (T − t)·λ) / T."""
     check_seconds(input_seconds, target_seconds)
     weight = input_seconds / target_seconds
     return np.asarray(weight * image + (1 - weight) * noise_free)
 
 
 def implied_truth(restored: Array, image: Array, input_seconds: float, target_seconds: float) -> Array:
-    """The activity that a restored image claims, (T·PET_r − t·PET_t) / (T − t): `oracle` solved for λ."""
+    """Returns the activity that a restored image claims, (T·PET_r − t·PET_t) / (T − t): `oracle` solved for λ."""
     check_seconds(input_seconds, target_seconds)
     remaining = target_seconds - input_seconds
     return np.asarray((target_seconds * restored - input_seconds * image) / remaining)
@@ -210,7 +212,7 @@ def implied_truth(restored: Array, image: Array, input_seconds: float, target_se
 def ssim_ceiling(
     image: Array, noise_free: Array, target: Array, mask: Mask, *, data_range: float = SSIM_RANGE
 ) -> tuple[float, float]:
-    """The least 1 − SSIM that a blend w·PET_t + (1 − w)·λ reaches against the target, and its w.
+    """Returns the least 1 − SSIM that a blend w·PET_t + (1 − w)·λ reaches against the target, and its w.
 
     The MSE's oracle is not the SSIM's: SSIM punishes missing noise harder.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the noise of a reconstructed PET correlates between neighbouring voxels.
+"""Measures how the noise of a reconstructed PET correlates between neighbouring voxels.
 
 Δ_o = PET_t − PET_T inside the body holds noise alone. Its strength follows the activity and the attenuation,
 so it is divided by its local standard deviation first. D_d is the difference of two such voxels at distance d
@@ -25,14 +25,14 @@ HISTOGRAM_EDGES = np.linspace(-5.0, 5.0, 101)
 
 @dataclass(frozen=True)
 class NoiseDifference:
-    """D_d along one axis; NaN (and an all-zero density) where the mask has no pair at that distance.
+    """Describes D_d along one axis; NaN (and an all-zero density) if the mask has no pair at that distance.
 
     Attributes:
         axis: 0, 1 or 2 (i, j, k).
         voxels: the distance d in voxels.
         distance: the same in mm.
         pairs: voxel pairs with both ends in the mask.
-        variance: Var(D_d), of normalised noise (no unit).
+        variance: Var(D_d) of normalised noise (no unit).
         correlation: ρ_d = 1 − Var(D_d) / (2·Var(Δ)); 0 for white noise.
         density: (100,) histogram of D_d over `HISTOGRAM_EDGES`, integrating to the part inside ±5.
     """
@@ -48,20 +48,20 @@ class NoiseDifference:
 
 @dataclass(frozen=True)
 class NoiseAnalysis:
-    """`variance` of the normalised noise Δ (about 1), and its differences, by axis, then distance."""
+    """Holds the `variance` of the normalised noise Δ (about 1), and its differences, by axis, then distance."""
 
     variance: float
     differences: tuple[NoiseDifference, ...]
 
     def correlation(self, axis: int, voxels: int) -> float:
-        """ρ_d along an axis. Raises KeyError where that distance was not analysed."""
+        """Returns ρ_d along an axis; raises KeyError if that distance was not analysed."""
         for difference in self.differences:
             if (difference.axis, difference.voxels) == (axis, voxels):
                 return difference.correlation
         raise KeyError(f"axis {axis}, {voxels} voxels")
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row a difference, without the density: for CSV and JSON."""
+        """Returns one flat row per difference, without the density, for CSV and JSON."""
         rows = [asdict(difference) for difference in self.differences]
         for row in rows:
             del row["density"]
@@ -78,17 +78,17 @@ def analyse_noise(
     distances: Sequence[int] = (1, 2, 3),
     window: float = 3.0,
 ) -> NoiseAnalysis:
-    """Normalised noise differences at each distance along each axis.
+    """Computes normalised noise differences at each distance along each axis.
 
     Args:
         image, target: two exposures of a study, (i, j, k), SUV.
         mask: the body.
-        spacing: in mm.
-        distances: in voxels.
+        spacing: voxel size, mm.
+        distances: distances in voxels.
         window: σ, in voxels, of the Gaussian window of the local standard deviation.
 
     Raises:
-        ValueError: shapes, mask or values as in `metrics`; a distance below 1; image and target are equal.
+        ValueError: `metrics` would refuse shapes, mask or values; a distance is below 1; image and target are equal.
     """
     check_volumes(mask, image=image, target=target)
     check_spacing(spacing)
@@ -111,9 +111,9 @@ def analyse_noise(
 
 
 def normalised_noise(difference: Array, mask: Mask, *, window: float = 3.0) -> NDArray[np.float64]:
-    """Noise divided by its local standard deviation, 0 outside the mask.
+    """Returns the noise divided by its local standard deviation, 0 outside the mask.
 
-    The local mean is not taken away: noise has none, and estimating it would bias the correlations downward.
+    The local mean is not subtracted: noise has none, and estimating it would bias the correlations downward.
 
     Raises:
         ValueError: the noise is 0 throughout the mask (equal images), or `window` is not positive.
@@ -125,7 +125,7 @@ def normalised_noise(difference: Array, mask: Mask, *, window: float = 3.0) -> N
     inside = np.where(mask, difference, 0.0)
     if not inside.any():
         raise ValueError("image and target are equal inside the mask: there is no noise to analyse")
-    # Zeros outside the body drop out when the weights are smoothed alike.
+    # Zeros outside the body drop out, because the weights are smoothed alike.
     power = ndimage.gaussian_filter(inside * inside, window, mode="constant")
     weight = ndimage.gaussian_filter(mask.astype(np.float64), window, mode="constant")
     sd = np.sqrt(np.divide(power, weight, out=np.zeros_like(power), where=mask))
@@ -133,5 +133,5 @@ def normalised_noise(difference: Array, mask: Mask, *, window: float = 3.0) -> N
 
 
 def _shifted(array: Array, axis: int, offset: int) -> Array:
-    """The part of `array` that has a neighbour `offset` voxels before (positive) or after it (negative)."""
+    """Returns the part of `array` that has a neighbour `offset` voxels before (positive) or after it (negative)."""
     return array[(slice(None),) * axis + (slice(offset, None) if offset > 0 else slice(None, offset),)]

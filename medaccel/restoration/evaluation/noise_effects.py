@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise and a restoration's success: how noisy each study was, what was gained there, what noise is left.
+"""Relates noise to a restoration's success: how noisy each study was, how much was gained there, and what noise
+remains.
 
 The noise level of a study is that of its input. In the body it is taken from the difference of two nested exposures,
-where the patient drops out: Var(PET_t − PET_T) = λ·(1/t − 1/T), which is 1 − t/T of Var(PET_t) = λ/t; hot organs
+where the patient cancels out: Var(PET_t − PET_T) = λ·(1/t − 1/T), which is 1 − t/T of Var(PET_t) = λ/t; hot organs
 weigh most, as in the MSE score. In the liver it is the coefficient of variation that readers of PET know, which lumpy
 uptake raises.
 
-What is left is restored − PET_T. Its variance holds the target's own noise and any structure that was lost, so that
-it never reaches 0; its correlation tells whether fine or coarse noise was taken away.
+The remaining noise is restored − PET_T. Its variance holds the target's own noise and any structure that was lost, so
+that it never reaches 0; its correlation shows whether fine or coarse noise was removed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import numpy as np
 from medaccel.restoration.evaluation.lesions import coefficient_of_variation
 from medaccel.restoration.evaluation.metrics import Array, Mask, check_volumes, mse_limit
 from medaccel.restoration.evaluation.noise import NoiseAnalysis, analyse_noise
-from medaccel.restoration.statistics import Statistic, mean_statistic
+from medaccel.studies.statistics import Statistic, mean_statistic
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """Of an input image: standard deviation / mean, in the body and in the liver (NaN without one)."""
+    """Holds an input image's standard deviation / mean, in the body and in the liver (NaN without one)."""
 
     body: float
     liver: float
@@ -35,14 +36,14 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class NoiseShare:
-    """One study: how noisy its input was, and a method's share of the limit there (fraction)."""
+    """Holds one study's noise in the input, and a method's share of the limit there (fraction)."""
 
     study: str
     noise: NoiseLevel
     share: float
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON: `study`, `noise_body`, `noise_liver`, `share`."""
+        """Returns a flat row for CSV and JSON: `study`, `noise_body`, `noise_liver`, `share`."""
         return {
             "study": self.study,
             "noise_body": self.noise.body,
@@ -53,7 +54,7 @@ class NoiseShare:
 
 @dataclass(frozen=True)
 class Trend:
-    """Spearman's rank correlation of the share with the noise level over `count` studies; NaN below three."""
+    """Holds Spearman's rank correlation of the share with the noise level over `count` studies; NaN below three."""
 
     correlation: float
     p: float
@@ -62,11 +63,11 @@ class Trend:
 
 @dataclass(frozen=True)
 class RemainingNoise:
-    """image − PET_T of one study, the image being the input or a restored one.
+    """Describes image − PET_T of one study, where the image is the input or a restored one.
 
     Attributes:
         bias, sd: mean and standard deviation inside the mask, SUV.
-        analysis: of the same difference, divided by its local standard deviation.
+        analysis: the analysis of the same difference, divided by its local standard deviation.
     """
 
     bias: float
@@ -76,15 +77,15 @@ class RemainingNoise:
 
 @dataclass(frozen=True)
 class NoiseChange:
-    """One method's remaining noise over studies.
+    """Describes one method's remaining noise over studies.
 
     Attributes:
         method: its key.
-        sd: over studies, SUV.
-        ratio: sd / the input's sd, over studies: below 1 where noise was taken away.
-        correlation: (axis, d in voxels): ρ_d over studies.
-        variance: the same of Var(D_d), of normalised noise.
-        distance: the same in mm, the first study's.
+        sd: the standard deviation over studies, SUV.
+        ratio: sd / the input's sd, over studies: below 1 if noise was removed.
+        correlation: ρ_d over studies, by (axis, d in voxels).
+        variance: Var(D_d) of normalised noise, likewise.
+        distance: d in mm, likewise; the first study's.
     """
 
     method: str
@@ -95,7 +96,7 @@ class NoiseChange:
     distance: dict[tuple[int, int], float]
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON: means over studies, `rho_i1` for axis i at one voxel, …"""
+        """Returns a flat row for CSV and JSON: means over studies, `rho_i1` for axis i at one voxel, …"""
         row: dict[str, Any] = {"method": self.method, "sd": self.sd.mean, "sd_ratio": self.ratio.mean}
         for name, table in (("rho", self.correlation), ("variance", self.variance)):
             row |= {f"{name}_{'ijk'[axis]}{d}": statistic.mean for (axis, d), statistic in table.items()}
@@ -111,15 +112,15 @@ def noise_level(
     *,
     liver_core: Mask | None = None,
 ) -> NoiseLevel:
-    """How noisy an exposure is; see this module's docstring.
+    """Measures how noisy an exposure is; see this module's docstring.
 
     Args:
         image, target: the nested exposures of t and T seconds, SUV.
         mask: the body.
-        liver_core: from `lesion_metrics.organ_core`.
+        liver_core: the result of `lesions.organ_core`.
 
     Raises:
-        ValueError: shapes, mask or values as in `metrics`; not 0 < t < T; the target's mean is not positive.
+        ValueError: `metrics` would refuse shapes, mask or values; not 0 < t < T; the target's mean is not positive.
     """
     check_volumes(mask, image=image, target=target)
     limit = mse_limit(input_seconds, target_seconds)
@@ -134,13 +135,13 @@ def noise_level(
 def share_against_noise(
     studies: Sequence[str], levels: Sequence[NoiseLevel], rows: Sequence[Mapping[str, float]]
 ) -> list[NoiseShare]:
-    """A method's share of the limit in each study beside the study's noise level.
+    """Joins a method's share of the limit in each study to the study's noise level.
 
     Args:
-        rows: the method's, of `evaluation.evaluate`, a row a study.
+        rows: the method's rows of `StudyEvaluator.evaluate`, one per study.
 
     Raises:
-        ValueError: no study, or not a level and a row for each.
+        ValueError: there is no study, or levels and rows are not one per study.
     """
     if not studies or not len(studies) == len(levels) == len(rows):
         raise ValueError(
@@ -154,7 +155,8 @@ def share_against_noise(
 
 
 def noise_trend(points: Sequence[NoiseShare], *, where: str = "body") -> Trend:
-    """Whether a method's share rises or falls with noise in "body" or "liver"; studies without a value drop out.
+    """Measures whether a method's share rises or falls with noise in "body" or "liver"; studies without a value drop
+    out.
 
     The trend is NaN where all shares or all noise levels are the same.
 
@@ -179,15 +181,16 @@ def remaining_noise(
     *,
     distances: Sequence[int] = (1, 2, 3),
 ) -> dict[str, RemainingNoise]:
-    """image − target of each image of one study: the input, and what methods make of it.
+    """Analyses image − target for each image of one study: the input, and the methods' restorations of it.
 
     Args:
-        images: method: (i, j, k), SUV; the input is one of them, as "identity" in the report.
+        images: (i, j, k), SUV, by method; the input is one of them, as "identity" in the report.
         target: PET_T.
-        distances: in voxels.
+        distances: distances in voxels.
 
     Raises:
-        ValueError: no images; as `noise.analyse_noise`, one that equals the target among others.
+        ValueError: there are no images; `noise.analyse_noise` would refuse one, for instance one that equals the
+            target.
     """
     if not images:
         raise ValueError("remaining_noise got no images (expected the input and at least one restored)")
@@ -202,15 +205,15 @@ def remaining_noise(
 def compare_noise(
     studies: Sequence[Mapping[str, RemainingNoise]], *, before: str = "identity", seed: int = 0
 ) -> list[NoiseChange]:
-    """Remaining noise of each method over studies, in the order of the first study's, beside the input's.
+    """Summarises each method's remaining noise over studies, in the order of the first study's, beside the input's.
 
     Args:
-        studies: a result of `remaining_noise` a study.
+        studies: a result of `remaining_noise` per study.
         before: the input's name.
-        seed: of the bootstrap intervals.
+        seed: seed of the bootstrap intervals.
 
     Raises:
-        ValueError: no studies, one without the input, or one with other methods or distances than the first.
+        ValueError: there are no studies, one lacks the input, or one has other methods or distances than the first.
     """
     if not studies or before not in studies[0]:
         raise ValueError(
@@ -225,7 +228,7 @@ def compare_noise(
         ratios = [study[method].sd / study[before].sd for study in studies]
         by_pair = {
             key: [noise.analysis.differences[n] for noise in noises] for n, key in enumerate(keys[0])
-        }  # (axis, d): a difference a study
+        }  # (axis, d): one difference per study
         changes.append(
             NoiseChange(
                 method=method,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resolution of a restoration, by local perturbation: what it makes of a small blob added to a PET.
+"""Measures the resolution of a restoration by local perturbation: how it changes a small blob added to a PET.
 
 A restoration need not be linear, so it has no one point-spread function. But at a place in a patient's image the
 difference between restoring with and without a faint point source is a response (the local impulse response of
 Fessler and Rogers 1996), whose width, height and sum say how much detail and how much uptake is kept there. The blob
-is as wide as the reconstruction's own resolution, since a real point source arrives like that. It carries no
-noise of its own, and it is smaller than what a method learnt to keep or to clean away if `amplitude` is small: so
-the answer belongs to that amplitude.
+is as wide as the reconstruction's own resolution, as a real point source would be. It has no noise of its own, and
+with a small `amplitude` it is fainter than the structures that a method learnt to keep or to remove: so the answer
+holds for that amplitude.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from numpy.typing import NDArray
 from medaccel.restoration.evaluation.metrics import Array, Mask, check_spacing, check_volumes
 
 FWHM_PER_SIGMA = 2.3548  # 2·sqrt(2·ln 2)
-REACH = 4.0  # FWHM of the blob, to each side: the response is looked at within this cube
-DEPTH = 1.5  # FWHM of the blob: how far inside the mask positions are drawn, where the body's edge has no part
+REACH = 4.0  # FWHM of the blob, to each side: the response is measured within this cube
+DEPTH = 1.5  # FWHM of the blob: positions lie so far inside the mask, where the body's edge has no influence
 
 
 @dataclass(frozen=True)
 class PointResponse:
-    """What became of one blob.
+    """Describes what became of one blob.
 
     Attributes:
         position: (i, j, k) of its centre, a voxel.
         background: SUV there, the mean over the mask within one FWHM.
         added: SUV at its peak.
-        added_fwhm: of the blob, mm.
-        fwhm: of the response along (i, j, k), mm, of the Gaussian fitted to it; NaN where none fits, as to no
-            response at all.
+        added_fwhm: FWHM of the blob, mm.
+        fwhm: FWHM along (i, j, k), mm, of the Gaussian fitted to the response; NaN if none fits, for instance without
+            any response.
         peak: the response's highest value / the blob's.
         total: the response's sum / the blob's: the part of the uptake that is kept.
         explained: the part of the response's squares that the fitted Gaussian explains: 1 if it is one.
@@ -54,14 +54,14 @@ class PointResponse:
 
 @dataclass(frozen=True)
 class ResponseSummary:
-    """Medians over blobs; those that no Gaussian fits drop out of `fwhm` and `explained`.
+    """Holds medians over blobs; blobs that no Gaussian fits drop out of `fwhm` and `explained`.
 
     Attributes:
-        count: blobs; `fitted` of them have a width.
-        added_fwhm: of the blob, mm.
-        amplitude: of the blob over its background.
-        fwhm: along (i, j, k), mm.
-        peak, total, explained: as in `PointResponse`.
+        count: number of blobs; `fitted` of them have a width.
+        added_fwhm: FWHM of the blob, mm.
+        amplitude: peak of the blob over its background.
+        fwhm: FWHM along (i, j, k), mm.
+        peak, total, explained: see `PointResponse`.
     """
 
     count: int
@@ -74,7 +74,7 @@ class ResponseSummary:
     explained: float
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON; `fwhm_i`, `fwhm_j`, `fwhm_k`."""
+        """Returns a flat row for CSV and JSON, with `fwhm_i`, `fwhm_j`, `fwhm_k`."""
         row = asdict(self)
         return row | dict(zip(("fwhm_i", "fwhm_j", "fwhm_k"), row.pop("fwhm"), strict=True))
 
@@ -92,28 +92,28 @@ def point_response(
     seed: int = 0,
     together: bool = False,
 ) -> list[PointResponse]:
-    """Adds a Gaussian blob at several places, one at a time, and measures what the restoration makes of each.
+    """Adds a Gaussian blob at several places, one at a time, and measures the restoration's response to each.
 
     The width is that of an axis-aligned 3-D Gaussian fitted by least squares; second moments would drown in faint
     tails and lobes. The blob is sampled at voxel centres.
 
     Args:
         restore: (i, j, k) SUV, float32, to the restored volume; it must give the same for the same input, so a
-            method that draws samples gets a fixed seed. It is called once, and once more a blob.
+            method that draws samples gets a fixed seed. It is called once, and once more per blob.
         volume: the PET to be restored, SUV.
         mask: the body.
-        spacing: mm.
+        spacing: voxel size, mm.
         amplitude: the blob's peak over the background around it.
-        fwhm_mm: of the blob, mm: the reconstruction's resolution.
+        fwhm_mm: FWHM of the blob, mm: the reconstruction's resolution.
         positions: voxels; None: `blob_positions`.
-        count, seed: of the positions drawn.
-        together: all blobs in one volume, which needs two calls of `restore` in all, for slow methods; right if
-            the response at one place doesn't depend on a blob at another.
+        count, seed: number and seed of the drawn positions.
+        together: put all blobs into one volume, which needs two calls of `restore` in all, for slow methods; this is
+            right if the response at one place doesn't depend on a blob at another.
 
     Raises:
-        ValueError: shapes, mask or values as in `metrics`; amplitude or fwhm_mm not positive; a position outside the
-            mask, without uptake, or too close to another where they stand together; no position is found; `restore`
-            returns another shape, NaN or infinity.
+        ValueError: `metrics` would refuse shapes, mask or values; amplitude or fwhm_mm is not positive; a position is
+            outside the mask, without uptake, or too close to another that shares its volume; no position is found;
+            `restore` returns another shape, NaN or infinity.
     """
     check_volumes(mask, volume=volume)
     check_spacing(spacing)
@@ -126,7 +126,8 @@ def point_response(
         raise ValueError("positions is empty (expected at least one voxel, or None to draw some)")
     elif together:
         _check_apart(positions, spacing, fwhm_mm)
-    # float32, as methods expect it, and as the sum with a blob will be: rounding then cancels in the difference.
+    # The image is float32, as methods expect it, and as the sum with a blob will be: rounding then cancels in the
+    # difference.
     image = np.asarray(volume, dtype=np.float32)
     blobs = []
     for position in positions:
@@ -142,10 +143,10 @@ def point_response(
 
 
 def summarize_responses(responses: Sequence[PointResponse]) -> ResponseSummary:
-    """Medians over blobs of one width, of one study or of several.
+    """Returns medians over blobs of one width, in one study or in several.
 
     Raises:
-        ValueError: no responses, or blobs of several widths.
+        ValueError: there are no responses, or blobs of several widths.
     """
     if not responses:
         raise ValueError("summarize_responses got no responses (expected at least one)")
@@ -175,13 +176,13 @@ def blob_positions(
     count: int = 8,
     seed: int = 0,
 ) -> list[tuple[int, int, int]]:
-    """Random voxels with uptake, 1.5 FWHM inside the mask and so far apart that responses don't overlap.
+    """Draws random voxels with uptake, 1.5 FWHM inside the mask and so far apart that responses don't overlap.
 
     Returns:
-        `count` of them, or fewer where the body has no room for more.
+        `count` voxels, or fewer if the body has no room for more.
 
     Raises:
-        ValueError: none is found; count below 1.
+        ValueError: no such voxel is found; count is below 1.
     """
     from scipy import ndimage
 
@@ -190,7 +191,7 @@ def blob_positions(
     _check_width(fwhm_mm)
     if count < 1:
         raise ValueError(f"count={count} (expected at least one blob)")
-    # Padded: a body that the field of view cuts has an edge there too.
+    # The mask is padded: a body that the field of view cuts has an edge there too.
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing)[1:-1, 1:-1, 1:-1]
     candidates = np.argwhere((depth > DEPTH * fwhm_mm) & (volume > 0))
     if not len(candidates):
@@ -235,11 +236,11 @@ def _measured(
 def _gaussian_fit(
     response: NDArray[np.float64], points: list[NDArray[np.float64]], fwhm_mm: float, voxel: float
 ) -> tuple[tuple[float, float, float], float]:
-    """FWHM along the axes in mm, and the part of the squares explained; NaN where no Gaussian fits.
+    """Returns the FWHM along the axes in mm, and the explained part of the squares; NaN if no Gaussian fits.
 
     Args:
-        points: each axis's voxel centres from the blob's, mm.
-        voxel: the shortest side of one, mm.
+        points: each axis's voxel centres, relative to the blob's, mm.
+        voxel: the shortest side of a voxel, mm.
     """
     from scipy.optimize import least_squares
 
@@ -250,7 +251,7 @@ def _gaussian_fit(
         return nothing
 
     def gaussian(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Height (over the response's), centre (3) in mm, log σ (3)."""
+        """Evaluates a Gaussian with height (relative to the response's), centre (3) in mm, log σ (3)."""
         i, j, k = (
             np.exp(-((x - centre) ** 2) / (2 * math.exp(2 * log_sigma)))
             for x, centre, log_sigma in zip(points, parameters[1:4], parameters[4:], strict=True)
@@ -263,7 +264,7 @@ def _gaussian_fit(
     start = np.array([1.0, 0.0, 0.0, 0.0, *[math.log(fwhm_mm / FWHM_PER_SIGMA)] * 3])
     fit = least_squares(lambda x: ((gaussian(x) - response) / height).ravel(), start, bounds=(low, high))
     widths = fit.x[4:]
-    # At a bound there is no width: a response of one voxel, or one that fills the window.
+    # A fit at a bound has no width: the response has one voxel, or fills the window.
     if not fit.success or widths.min() < narrowest + 0.01 or widths.max() > widest - 0.01:
         return nothing
     i, j, k = (FWHM_PER_SIGMA * math.exp(width) for width in widths)
@@ -271,7 +272,7 @@ def _gaussian_fit(
 
 
 def _restored(restore: Callable[[Array], Array], image: Array) -> Array:
-    """A copy, since a method may hand its own buffer out again."""
+    """Returns a copy of the restored image, since a method may reuse its own buffer."""
     restored = np.array(restore(image.copy()), dtype=np.float64)
     if restored.shape != image.shape or not np.isfinite(restored).all():
         raise ValueError(
@@ -320,7 +321,7 @@ def _window(
 def _millimetres(
     window: tuple[slice, ...], position: tuple[int, int, int], spacing: tuple[float, float, float]
 ) -> list[NDArray[np.float64]]:
-    """Each axis's voxel centres in the window, from the position."""
+    """Returns each axis's voxel centres in the window, relative to the position."""
     return [(np.arange(w.start, w.stop) - p) * s for w, p, s in zip(window, position, spacing, strict=True)]
 
 

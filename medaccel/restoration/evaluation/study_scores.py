@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All metrics of one method on one study as a flat row, and a table's rows from those of many studies.
+"""Computes all metrics of one method on one study as a flat row, and a table's rows from those of many studies.
 
-The keys of a row (`evaluate`); NaN where a study doesn't allow one (no noise-free image, no lesions, no
-liver):
+A row (`StudyEvaluator.evaluate`) has these keys; a value is NaN if the study doesn't allow it (no noise-free image,
+no lesions, no liver):
 
     mse, psnr, ssim_distance[_range|_axial]            against the target
     score_mse, score_ssim[_range|_axial]               percent, 0 = the unrestored input
@@ -32,7 +32,7 @@ from medaccel.restoration.evaluation import lesions as lesion_metrics
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.lesions import LesionUptake
 from medaccel.restoration.evaluation.metrics import Array, Mask
-from medaccel.restoration.statistics import Agreement, Statistic, agreement, mean_statistic, pool_agreement
+from medaccel.studies.statistics import Agreement, Statistic, agreement, mean_statistic, pool_agreement
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "large": ("suvmean", "suvmax", "suvpeak"),
@@ -51,7 +51,7 @@ TOTALS = (
 
 
 class StudyLike(Protocol):
-    """What `evaluate` reads of a study: arrays (i, j, k); exposures and noise_free in SUV, spacing in mm."""
+    """Lists what `StudyEvaluator` reads of a study: arrays (i, j, k); exposures, noise_free in SUV, spacing in mm."""
 
     @property
     def name(self) -> str: ...
@@ -70,11 +70,11 @@ class StudyLike(Protocol):
 
 
 class StudyEvaluator:
-    """What all methods share on one study: the mask, the input's distances, the lesions.
+    """Holds what all methods share on one study: the mask, the input's distances, the lesions.
 
     Args:
         study: see `StudyLike`.
-        input_seconds, target_seconds: two of its exposures.
+        input_seconds, target_seconds: two of the study's exposures.
         mask: the body; default `metrics.body_mask` of the target.
 
     Raises:
@@ -116,7 +116,7 @@ class StudyEvaluator:
             self.liver_core = lesion_metrics.organ_core(parenchyma, study.spacing)
 
     def evaluate(self, restored: Array) -> dict[str, float]:
-        """One method's row; the keys are in this module's docstring.
+        """Computes one method's row; this module's docstring lists the keys.
 
         Raises:
             ValueError: `restored` has another shape than the study, or is not finite.
@@ -136,7 +136,7 @@ class StudyEvaluator:
             key = f"ssim_distance_{convention}"
             row[f"score_ssim_{convention}"] = metrics.score(distances[key], before[key])
         row |= self._ceiling | self._against_truth(restored) | self._lesion_row(restored)
-        # Where a blend with the truth hardly helps, a share of that help says nothing.
+        # If a blend with the truth hardly helps, a share of that help says nothing.
         row["share_of_ceiling"] = row["score_ssim"] / max(row["ceiling_score_ssim"], 1.0)
         row["liver_cov"] = math.nan
         if self.liver_core is not None:
@@ -212,25 +212,15 @@ class StudyEvaluator:
         return row
 
 
-def evaluate(restored: Array, study: StudyLike, input_seconds: int, target_seconds: int) -> dict[str, float]:
-    """One method on one study. For several methods, make one `StudyEvaluator`: it shares what it can.
-
-    Raises:
-        ValueError: as `StudyEvaluator`.
-    """
-    return StudyEvaluator(study, input_seconds, target_seconds).evaluate(restored)
-
-
 @dataclass(frozen=True)
 class SummaryRow:
-    """One method over all studies.
+    """Summarises one method over all studies.
 
     Attributes:
         method: its key.
-        studies: how many.
-        metrics: key of `evaluate`: mean over studies, standard deviation, bootstrap interval.
-        agreement: (group, measure), such as ("small", "suvmax"): bias and limits over all studies' lesions,
-            %.
+        studies: their number.
+        metrics: mean over studies, standard deviation and bootstrap interval, by key of a row.
+        agreement: bias and limits over all studies' lesions, %, by (group, measure), such as ("small", "suvmax").
         totals: sums over studies of lesions, lost lesions and created hot spots; NaN if unknown.
     """
 
@@ -241,7 +231,7 @@ class SummaryRow:
     totals: dict[str, float]
 
     def flat(self) -> dict[str, Any]:
-        """For CSV and JSON: `key`, `key_sd`, `key_low`, `key_high` for each."""
+        """Returns a flat row for CSV and JSON: `key`, `key_sd`, `key_low`, `key_high` for each."""
         row: dict[str, Any] = {"method": self.method, "studies": self.studies}
         for key, value in self.metrics.items():
             row |= {
@@ -257,12 +247,12 @@ class SummaryRow:
 
 
 def summarize(per_study: Mapping[str, Sequence[Mapping[str, float]]], *, seed: int = 0) -> list[SummaryRow]:
-    """A row a method, in the order given, from each method's rows of `evaluate`, a row a study.
+    """Returns a row per method, in the order given, from each method's rows, one per study.
 
     Scores are the mean of the studies' scores (see `statistics`); lesions are pooled over studies.
 
     Raises:
-        ValueError: a method has no study, or another number of them than the first.
+        ValueError: a method has no study, or another number of studies than the first.
     """
     counts = {method: len(rows) for method, rows in per_study.items()}
     if not counts or len(set(counts.values())) != 1 or 0 in counts.values():

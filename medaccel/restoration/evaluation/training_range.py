@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What images a method was fitted on, and whether another one is like them.
+"""Records the range of images that a method was fitted on, and tells whether another image lies within it.
 
-A restoration is only as good as its training images are like the patient's: a method fitted at 4 mm and a certain
-noise blurs or leaves noise elsewhere. Exposure, voxel size and noise are what can be told from one PET alone.
+A restoration works only on images like those it was fitted on: a method fitted at 4 mm and a certain noise blurs or
+leaves noise elsewhere. Exposure, voxel size and noise can be measured in one PET alone.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ import numpy as np
 from medaccel.data import read_nifti, voxel_spacing
 from medaccel.restoration.evaluation.metrics import Array, body_mask, check_spacing
 
-VOXEL_MARGIN = 0.15  # of the voxel size: 15 % beyond what was fitted on passes without a word
+VOXEL_MARGIN = 0.15  # share of the voxel size: 15 % beyond the fitted range give no warning
 NOISE_MARGIN = 1.5  # factor of the noise; halving the counts is 1.41
-SECONDS_MARGIN = 0.1  # of the exposure
+SECONDS_MARGIN = 0.1  # share of the exposure
 
-NOISE_STEP_MM = 8.0  # further than the noise of a reconstruction reaches: neighbours closer by share theirs
+NOISE_STEP_MM = 8.0  # the noise of a reconstruction does not correlate so far; closer voxels share their noise
 _MEAN_FWHM_MM = 10.0
-_BODY_SHARE = 0.25  # of the typical uptake: what counts as body
-_SD_PER_MAD = 1.4826  # of a normal distribution
+_BODY_SHARE = 0.25  # share of the typical uptake above which a voxel counts as body
+_SD_PER_MAD = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 
 
 @dataclass(frozen=True)
 class TrainingRange:
-    """The images that a method was fitted on; `plain` and `from_plain` are its JSON.
+    """Describes the images that a method was fitted on; `plain` and `from_plain` are its JSON.
 
     Args:
         seconds: exposures, s.
         voxel_min, voxel_max: the least and the greatest voxel size along i, j and k, mm.
-        noise_min, noise_max: of `noise_level`.
+        noise_min, noise_max: the least and the greatest `noise_level`.
 
     Raises:
-        ValueError: no exposure, sizes or levels that are not positive, a least one above the greatest.
+        ValueError: there is no exposure, sizes or levels are not positive, or a least value is above the greatest.
     """
 
     seconds: tuple[int, ...]
@@ -59,13 +59,13 @@ class TrainingRange:
 
     @classmethod
     def of(cls, studies: Sequence[Path], seconds: Sequence[int]) -> TrainingRange:
-        """The range of these study folders (`medaccel.restoration.study`) at these exposures, s.
+        """Measures the range of these study folders (`medaccel.restoration.study`) at these exposures, s.
 
         One image is in memory at a time.
 
         Raises:
-            ValueError: no studies or exposures; a damaged image, or one without a body.
-            FileNotFoundError: a study without one of the exposures.
+            ValueError: there are no studies or exposures; an image is damaged or shows no body.
+            FileNotFoundError: a study lacks one of the exposures.
         """
         if not studies or not seconds:
             raise ValueError(f"{len(studies)} studies, {len(seconds)} exposures (expected at least one of both)")
@@ -85,12 +85,12 @@ class TrainingRange:
         )
 
     def plain(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> TrainingRange:
-        """Takes what `plain` gave. Raises ValueError where that isn't one."""
+        """Rebuilds a range from the result of `plain`; raises ValueError if the values are no range."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**fields)
@@ -98,17 +98,17 @@ class TrainingRange:
             raise ValueError(f"not a training range: {error}") from error
 
     def warnings(self, volume: Array, spacing: Sequence[float], seconds: float) -> list[str]:
-        """A sentence for each of exposure, voxel size and noise that is outside of what was fitted on.
+        """Returns a sentence for each of exposure, voxel size and noise that is outside the fitted range.
 
-        Margins: 10 % in the exposure, 15 % in the voxel size of each axis, a factor of 1.5 in the noise.
+        The margins are 10 % in the exposure, 15 % in the voxel size of each axis, a factor of 1.5 in the noise.
 
         Args:
             volume: (i, j, k), SUV.
-            spacing: mm.
+            spacing: voxel size, mm.
             seconds: its exposure.
 
         Raises:
-            ValueError: as `noise_level`.
+            ValueError: `noise_level` refuses the volume.
         """
         sentences = []
         if not any(abs(seconds / t - 1) <= SECONDS_MARGIN for t in self.seconds):
@@ -130,20 +130,21 @@ class TrainingRange:
 
 
 def noise_level(volume: Array, spacing: Sequence[float]) -> float:
-    """The standard deviation of the noise relative to the local mean, estimated from one PET alone.
+    """Estimates the standard deviation of the noise relative to the local mean, from one PET alone.
 
     The mixed difference δ_i δ_j δ_k over about 8 mm (whole voxels) has eight terms of the noise, hence its
     variance eight times over, while flat parts, gradients and edges along the axes drop out of it. It is divided by
-    the local mean (a Gaussian of 10 mm), and the median of its absolute value over the body makes what is left of
-    the anatomy count for little. In phantoms, exposures of 30, 60 and 90 s give 0.16, 0.12 and 0.10, persons
-    differ by ±15 %, and the noise-free image gives 0.01. The unit of `volume` makes no difference.
+    the local mean (a Gaussian of 10 mm), and taking the median of its absolute value over the body gives remains of
+    the anatomy little weight. In phantoms, exposures of 30, 60 and 90 s give 0.16, 0.12 and 0.10, persons differ by
+    ±15 %, and the noise-free image gives 0.01. The unit of `volume` makes no difference.
 
     Args:
         volume: (i, j, k), SUV or another unit of activity.
         spacing: mm.
 
     Raises:
-        ValueError: not 3-D with at least two voxels an axis, not finite, spacing that is none, or no body in it.
+        ValueError: the volume isn't 3-D with at least two voxels per axis, isn't finite or shows no body; or spacing
+            isn't three positive lengths.
     """
     from scipy import ndimage
 
@@ -153,7 +154,8 @@ def noise_level(volume: Array, spacing: Sequence[float]) -> float:
         raise ValueError(f"volume has shape {volume.shape} (expected three axes of at least two voxels, all finite)")
     values = volume.astype(np.float32, copy=False)
     above = values[values > values.mean(dtype=np.float64)]
-    # Half of what is above the mean: the typical uptake, whatever the unit and however hot the bladder.
+    # The scale is half of the activity above the mean: the typical uptake, whatever the unit and however hot the
+    # bladder.
     scale = float(np.median(above)) if above.size else 0.0
     mask = body_mask(values, steps_mm, threshold=_BODY_SHARE * scale)
     mean = ndimage.gaussian_filter(values, [_MEAN_FWHM_MM / 2.3548 / s for s in steps_mm])

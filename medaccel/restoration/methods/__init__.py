@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medaccel.restoration.methods.base import Method, Task
+    from medaccel.restoration.methods.base import Method, RestorationTask
 
 # Name -> module:class, imported when it is first asked for: Lightning and MONAI take seconds.
 METHODS = {
@@ -18,7 +18,7 @@ METHODS = {
     "gaussian_mix": "medaccel.restoration.methods.gaussian:GaussianMixture",
     "nlm": "medaccel.restoration.methods.classical:NonLocalMeans",
     "tv": "medaccel.restoration.methods.classical:TotalVariation",
-    "bm4d": "medaccel.restoration.methods.classical:BM4D",
+    "bm4d": "medaccel.restoration.methods.bm4d:BM4D",
     "swin_unetr": "medaccel.restoration.methods.swin:SwinUNETRMethod",
     "diffusion_sdedit": "medaccel.restoration.methods.sdedit:DiffusionSDEdit",
     "diffusion_conditional": "medaccel.restoration.methods.conditional:DiffusionConditional",
@@ -43,7 +43,7 @@ def method_class(name: str) -> type[Method]:
     return found
 
 
-def make_method(name: str, task: Task, settings: Mapping[str, Any] | None = None) -> Method:
+def make_method(name: str, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> Method:
     """A method that is not fitted yet. Raises ValueError for an unknown name or setting."""
     try:
         return method_class(name)(task, settings)
@@ -65,7 +65,7 @@ def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Me
             what it holds and what was expected.
     """
     from medaccel.data.tensors import first_line
-    from medaccel.restoration.methods.base import FORMAT, Fitted, Task
+    from medaccel.restoration.methods.base import FORMAT, Fitted, RestorationTask
 
     content = _content(path)
     found = content.get("format")
@@ -78,7 +78,7 @@ def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Me
     if expected is not None and content["method"] != expected:
         raise ValueError(f"{path}: a checkpoint of {content['method']!r}; expected {expected!r}")
     try:
-        task = Task(tuple(content["input_seconds"]), content["target_seconds"])
+        task = RestorationTask(tuple(content["input_seconds"]), content["target_seconds"])
         method = method_class(content["method"])(task, content["settings"])
         method.fitted = Fitted(**content["fitted"])
         method.load_state(content["state"])

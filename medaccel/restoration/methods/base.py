@@ -14,13 +14,14 @@ import torch
 
 from medaccel.data.files import atomic_path
 from medaccel.restoration.evaluation.metrics import check_seconds, check_spacing
-from medaccel.studies.settings import check_group, nearest
+from medaccel.restoration.settings import MethodSettings
+from medaccel.studies.typed import UnfitError, settings_class
 
 FORMAT = 1  # of a method's checkpoint
 
 
 @dataclass(frozen=True)
-class Task:
+class RestorationTask:
     """What is predicted from what.
 
     Args:
@@ -39,6 +40,31 @@ class Task:
             raise ValueError("input_seconds is empty (expected at least one exposure in s)")
         for seconds in self.input_seconds:
             check_seconds(seconds, self.target_seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class RestorationRequest:
+    """One PET to restore, and how.
+
+    Args:
+        volume: (i, j, k), SUV, float32.
+        spacing: mm.
+        seconds: its exposure; None: the task's primary one.
+        ct: HU on the same grid, for the methods that look at it.
+        samples: how many to draw, for the methods that draw; None: the setting.
+        keep_samples: return them, not their mean and deviation alone.
+        seed: of the samples.
+        progress: show a progress bar.
+    """
+
+    volume: np.ndarray
+    spacing: Sequence[float]
+    seconds: int | None = None
+    ct: np.ndarray | None = None
+    samples: int | None = None
+    keep_samples: bool = False
+    seed: int = 0
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +108,8 @@ class Fitted:
 class Method(abc.ABC):
     """One way to restore.
 
-    A method is made for a `Task`, fitted once, stored in one file, and restores from then on. It sees studies as
-    folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
+    A method is made for a `RestorationTask`, fitted once, stored in one file, and restores from then on. It sees
+    studies as folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
 
     Args:
         task: what to predict from what.
@@ -91,24 +117,28 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
-    #: Settings and their defaults.
+    #: The method's settings: their names, types, defaults and meanings.
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    #: The defaults, plain. A subclass without `Settings` may say them here; the settings then have their types.
     defaults: ClassVar[Mapping[str, Any]] = {}
-    optional: ClassVar[frozenset[str]] = frozenset()  # settings that may be None
+    #: Settings' names in configs and checkpoints of earlier versions, and their names today.
+    renamed: ClassVar[Mapping[str, str]] = {}
     samples: ClassVar[bool] = False  # whether restore can draw several
     distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
-        unknown = set(settings or {}) - set(self.defaults)
-        if unknown:
-            raise ValueError(
-                f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
-                f"{nearest(min(unknown), self.defaults)}"
-            )
-        given = {k: v for k, v in (settings or {}).items() if v is not None or k not in self.optional}
-        given = check_group(self.name, given, self.defaults)
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         self.task = task
-        self.settings: dict[str, Any] = {**self.defaults, **(settings or {}), **given}
+        try:
+            self.settings: dict[str, Any] = self.Settings.read(settings or {}).whole()
+        except UnfitError as unfit:
+            raise unfit.within(self.name, self.Settings.separator) from None
         self.fitted = Fitted()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "defaults" in vars(cls) and "Settings" not in vars(cls):
+            cls.Settings = settings_class(f"{cls.__name__}Settings", cls.defaults, MethodSettings)
+        cls.defaults, cls.renamed = cls.Settings.defaults(), cls.Settings.renamed
 
     @abc.abstractmethod
     def fit(
@@ -136,28 +166,11 @@ class Method(abc.ABC):
         """
 
     @abc.abstractmethod
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        """One PET.
+    def restore(self, request: RestorationRequest) -> Restoration:
+        """Restores one PET.
 
-        Args:
-            volume: (i, j, k), SUV, float32.
-            spacing: mm.
-            seconds: its exposure; None: the task's primary one.
-            ct: HU on the same grid, for the methods that look at it.
-            samples: how many to draw, for the methods that draw; None: the setting.
-            keep_samples: return them, not their mean and deviation alone.
-            seed: of the samples.
+        Raises:
+            ValueError: the volume is no SUV (`check_volume`), or of an exposure that the task doesn't have.
         """
 
     @abc.abstractmethod
@@ -183,7 +196,7 @@ class Method(abc.ABC):
             torch.save(content, temporary)
 
     def seconds(self, seconds: int | None) -> int:
-        """The exposure that `restore` was told, or the primary one; refuses one that the task doesn't have."""
+        """The exposure that a request names, or the primary one; refuses one that the task doesn't have."""
         chosen = self.task.input_seconds[0] if seconds is None else seconds
         if chosen not in self.task.input_seconds:
             raise ValueError(

@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
-from medaccel.restoration.evaluation.noise import normalised_noise
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, check_volume
+from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
+from medaccel.restoration.settings import ClassicalSettings, NonLocalMeansSettings, TotalVariationSettings
 from medaccel.restoration.study import load_study
 
 # Name: to the domain with even noise, and back. Denoised values may fall below 0, SUV may not.
@@ -44,7 +43,6 @@ STABILISERS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]
 }
 # A best strength at the end of the grid moves the end outward, this many times at most.
 EXTENSIONS = 3
-LAGS = 5  # voxels; further apart, the noise of these scanners' images is uncorrelated (0.02 and less)
 
 
 @dataclass(frozen=True)
@@ -59,44 +57,15 @@ class _Example:
 
 
 class Classical(Method):
-    """A denoiser whose strength is searched for; subclasses say how they denoise.
+    """A denoiser whose strength is searched for; subclasses say how they denoise."""
 
-    Settings of all:
-        stabiliser: "sqrt" or "asinh".
-        strengths: multiples of the noise level where the search starts, increasing.
-        search_studies: so many studies are searched on, the first ones.
-        search_slices: of each, so many central slices; None: all. Hot organs lie at the ends, so that the strength
-            that is best in the middle need not be the best of the whole.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "stabiliser": "asinh",
-        "strengths": (0.5, 1.0, 2.0),
-        "search_studies": 3,
-        "search_slices": None,
-    }
-    optional = frozenset({"search_slices"})
-    #: Of further settings, the smallest values.
-    least: ClassVar[Mapping[str, float]] = {}
+    Settings: ClassVar[type[ClassicalSettings]] = ClassicalSettings
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        chosen = self.settings
-        if chosen["stabiliser"] not in STABILISERS:
-            raise ValueError(
-                f"{self.name}: stabiliser is {chosen['stabiliser']!r}; expected one of {', '.join(STABILISERS)}"
-            )
-        strengths = list(chosen["strengths"])
+        strengths = self.settings["strengths"]
         if not strengths or strengths[0] <= 0 or any(b <= a for a, b in itertools.pairwise(strengths)):
             raise ValueError(f"{self.name}: strengths is {strengths}; expected increasing positive numbers")
-        if chosen["search_studies"] < 1:
-            raise ValueError(f"{self.name}: search_studies is {chosen['search_studies']}; expected at least one")
-        slices = chosen["search_slices"]
-        if slices is not None and (not isinstance(slices, int) or slices < 3):
-            raise ValueError(f"{self.name}: search_slices is {slices}; expected at least three, or None")
-        for key, least in self.least.items():
-            if chosen[key] < least:
-                raise ValueError(f"{self.name}: {key} is {chosen[key]}; expected at least {least}")
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -135,18 +104,7 @@ class Classical(Method):
                 self._search(seconds, [self._example(path, seconds) for path in paths], bar)
         self.fitted.seconds = time.monotonic() - start
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
+    def restore(self, request: RestorationRequest) -> Restoration:
         """One PET; see `Method.restore`. The CT is not looked at and nothing is drawn.
 
         Raises:
@@ -154,8 +112,9 @@ class Classical(Method):
             ValueError: the method is not available.
         """
         self._check_available()
+        volume, spacing = request.volume, request.spacing
         check_volume(self.name, volume, spacing)
-        seconds = self.seconds(seconds)
+        seconds = self.seconds(request.seconds)
         choice = self.fitted.choices.get(str(seconds))
         if choice is None:
             raise ValueError(f"{self.name}: not fitted to {seconds} s yet (fit it, or load a fitted one)")
@@ -254,22 +213,10 @@ class Classical(Method):
 
 
 class NonLocalMeans(Classical):
-    """Non-local means (Buades et al. 2005) with cubic patches, scikit-image's fast mode.
-
-    Further settings:
-        patch_size: side of a patch, voxels. 3 instead of 5 costs 4 points of the MSE score, 7 one point.
-        patch_distance: patches are looked for so far away along each axis, voxels. 2 costs 0.3 points; 4 as much, and
-            three times the time: in a body, what is near is more often alike.
-    """
+    """Non-local means (Buades et al. 2005) with cubic patches, scikit-image's fast mode."""
 
     name = "nlm"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "strengths": (0.6, 1.0, 1.6),
-        "patch_size": 5,
-        "patch_distance": 3,
-    }
-    least: ClassVar[Mapping[str, float]] = {"patch_size": 1, "patch_distance": 0}
+    Settings = NonLocalMeansSettings
 
     def denoise(self, mapped: Array, noise: float) -> Array:
         from skimage.restoration import denoise_nl_means
@@ -290,24 +237,10 @@ class TotalVariation(Classical):
 
     It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: what a round
     took away is added to the next one's input.
-
-    Further settings:
-        rounds: of Bregman's iteration; 1 is plain total variation, about 3 points of the MSE score below 2.
-        tolerance: it stops once the energy changes by less than this fraction of its start; scikit-image's own 2e-4
-            stops after a few steps, a point short.
-            The score of two rounds does not vary smoothly with the strength at any, mostly where hot organs are.
-        iterations: at most.
     """
 
     name = "tv"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "strengths": (1.0, 2.0, 4.0),
-        "rounds": 2,
-        "tolerance": 1e-5,
-        "iterations": 200,
-    }
-    least: ClassVar[Mapping[str, float]] = {"rounds": 1, "tolerance": 0, "iterations": 1}
+    Settings = TotalVariationSettings
 
     def denoise(self, mapped: Array, noise: float) -> Array:
         from skimage.restoration import denoise_tv_chambolle
@@ -322,86 +255,6 @@ class TotalVariation(Classical):
             )
             removed += mapped - denoised
         return np.asarray(denoised)
-
-
-class BM4D(Classical):
-    """Block matching and 4-D collaborative filtering (Maggioni et al. 2013), told how the noise correlates.
-
-    The noise's autocorrelation comes from PET_t − PET_T of training studies, in voxels: it holds for inputs on their
-    grid. It gains little: told of white noise, BM4D scores the same (27.3 and 27.2 %) at 2.2 times the strength.
-    Needs the package `bm4d`, which is free for non-commercial use only and so is no dependency of this one. It runs
-    on one thread, since its results vary with their number.
-
-    Further settings:
-        threshold: of the hard-thresholding stage, and
-        wiener: the μ² of the Wiener stage; both are what bm4d's own estimate gives for such noise (3.04 and 1.01). It
-            is not asked, since it calls a function that NumPy 2.4 has no more.
-        search_window: half the side of the cube where blocks are looked for, voxels.
-        variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
-            the time and gains nothing (27.1 and 27.1 % on a training phantom).
-    """
-
-    name = "bm4d"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **Classical.defaults,
-        "stabiliser": "sqrt",
-        "search_slices": 64,
-        "strengths": (1.2, 1.8),
-        "threshold": 3.0,
-        "wiener": 1.0,
-        "search_window": 4,
-        "variance_layers": 1,
-    }
-    least: ClassVar[Mapping[str, float]] = {"threshold": 0, "wiener": 0, "search_window": 1, "variance_layers": 0}
-
-    def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
-        super().__init__(task, settings)
-        self.correlation: Array | None = None  # (2·LAGS + 1,)*3, 1 in the middle
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        try:
-            import bm4d  # noqa: F401
-        except (ImportError, OSError) as error:  # OSError: its library can't be loaded
-            return f"the package bm4d can't be imported ({error}); pip install bm4d, if its licence allows your use"
-        return None
-
-    def _prepare(self, studies: Sequence[Path]) -> None:
-        forward, _ = STABILISERS[self.settings["stabiliser"]]
-        times = (self.task.input_seconds[0], self.task.target_seconds)
-        found = []
-        for path in list(studies)[: self.settings["search_studies"]]:
-            study = load_study(path, times)
-            image, target = (forward(study.exposures[t]) for t in times)
-            mask = body_mask(study.exposures[times[1]], study.spacing)
-            found.append(autocorrelation(normalised_noise(image - target, mask), mask))
-        self.correlation = np.mean(found, axis=0)
-
-    def denoise(self, mapped: Array, noise: float) -> Array:
-        import bm4d
-        from bm4d.profiles import BM4DProfile
-
-        if min(mapped.shape) < min(BM4DProfile.bs_wiener):
-            raise ValueError(
-                f"{self.name}: volume has shape {mapped.shape} (expected at least 5 voxels along each axis)"
-            )
-        assert self.correlation is not None
-        profile = BM4DProfile()
-        profile.num_threads = 1
-        profile.lambda_thr, profile.mu2 = self.settings["threshold"], self.settings["wiener"]
-        profile.search_window_ht = profile.search_window_wiener = (self.settings["search_window"],) * 3
-        profile.max_stack_size_wiener = 16  # as in bm4d's profile of low complexity
-        profile.k = self.settings["variance_layers"]
-        spectrum = noise**2 * power_spectrum(self.correlation, mapped.shape)
-        return np.asarray(bm4d.bm4d(mapped, spectrum, profile))
-
-    def state(self) -> dict[str, Any]:
-        assert self.correlation is not None
-        return super().state() | {"correlation": torch.from_numpy(self.correlation)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        super().load_state(state)
-        self.correlation = state["correlation"].numpy()
 
 
 def noise_level(mapped: Array, mask: Mask) -> float:
@@ -420,35 +273,3 @@ def noise_level(mapped: Array, mask: Mask) -> float:
     inside = mask[:, :, 1:-1]
     sizes = differences[inside] if inside.any() else differences
     return 1.4826 * float(np.median(sizes)) / math.sqrt(6)
-
-
-def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:
-    """Autocorrelation of noise (i, j, k) that is 0 outside the mask: (2·lags + 1,)*3, 1 in the middle."""
-    axes = (0, 1, 2)
-    padded = [n + lags for n in noise.shape]  # so that the far ends do not meet
-    near = np.ix_(*[np.arange(-lags, lags + 1)] * 3)
-
-    def products(values: Array) -> Array:
-        spectrum = np.fft.rfftn(values, padded, axes)
-        return np.asarray(np.fft.irfftn(np.abs(spectrum) ** 2, padded, axes)[near])
-
-    # A lag's sum is divided by the number of voxel pairs that it has within the mask.
-    result = products(noise) / np.maximum(products(mask.astype(np.float64)), 1)
-    return np.asarray(result / result[lags, lags, lags])
-
-
-def power_spectrum(correlation: Array, shape: Sequence[int]) -> Array:
-    """Power spectral density of noise of variance 1 with such an autocorrelation, on a grid; its mean is the size.
-
-    A Hann window fades the lags out: an autocorrelation that is cut off has a spectrum with negative values.
-    """
-    side = correlation.shape[0]
-    hann = np.hanning(side + 2)[1:-1]
-    tapered = correlation * hann[:, None, None] * hann[None, :, None] * hann[None, None, :]
-    kernel = np.zeros(shape)
-    lags = np.arange(side) - side // 2
-    # Lags wrap around, and more than once on a grid that is smaller than they reach.
-    where = np.meshgrid(*[lags % n for n in shape], indexing="ij")
-    np.add.at(kernel, tuple(where), tapered)
-    spectrum = np.maximum(np.fft.fftn(kernel).real, 1e-3)
-    return np.asarray(spectrum * (kernel.size / spectrum.mean()))

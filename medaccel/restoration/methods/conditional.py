@@ -9,32 +9,32 @@ spread says how unsure it is; the calibration of that spread is measured, not as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medaccel.diffusion.samplers import Sampler
-from medaccel.restoration.methods.base import Fitted, Task
+from medaccel.restoration.methods.base import Fitted, RestorationRequest
 from medaccel.restoration.methods.diffusion import DiffusionMethod
-from medaccel.restoration.methods.network import Candidates, as_batch, weights
-from medaccel.restoration.methods.networks import Conditioning
-from medaccel.restoration.study import Study
+from medaccel.restoration.methods.networks.method import Candidates, as_batch, weights
+from medaccel.restoration.methods.networks.nets import Conditioning
+from medaccel.restoration.settings import ConditionalSettings
+from medaccel.restoration.study import PETStudy
 
 
 class DiffusionConditional(DiffusionMethod):
-    """Settings beside `DiffusionMethod`'s: `spread` of the residual in the network's scaling."""
+    """A diffusion of the residual to the smoothed PET; see the module."""
 
     name = "diffusion_conditional"
-    defaults: ClassVar[Mapping[str, Any]] = {**DiffusionMethod.defaults, "spread": 0.1}
+    Settings = ConditionalSettings
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
-        chosen = {**self.defaults, **(settings or {})}
-        self.conditioning = Conditioning(chosen["scaling"], chosen["use_ct"], chosen["base"])
-        super().__init__(task, settings)
-        if not self.settings["spread"] > 0:
-            raise ValueError(f"{self.name}: spread is {self.settings['spread']}; expected a number > 0")
+    @cached_property
+    def conditioning(self) -> Conditioning:
+        """What the PET, the exposure and the CT become for the network."""
+        return Conditioning(self.settings["scaling"], self.settings["use_ct"], self.settings["base"])
 
     @property
     def inputs(self) -> int:
@@ -47,21 +47,15 @@ class DiffusionConditional(DiffusionMethod):
         return residual / self.settings["spread"], [known]
 
     @torch.no_grad()
-    def draw(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        seconds: int,
-        ct: np.ndarray | None,
-        seeds: Sequence[int],
-        progress: bool,
-    ) -> Iterator[np.ndarray]:
+    def draw(self, request: RestorationRequest, seeds: Sequence[int]) -> Iterator[np.ndarray]:
         from tqdm import tqdm
 
-        around = ct if self.settings["use_ct"] else None
-        known, base = self.conditioning(*as_batch(volume, spacing, seconds, around, self.settings["base"]))
+        around = request.ct if self.settings["use_ct"] else None
+        known, base = self.conditioning(
+            *as_batch(request.volume, request.spacing, self.seconds(request.seconds), around, self.settings["base"])
+        )
         sampler = Sampler(self.sde, "ancestral", prediction="v_prediction", check_finite=True)
-        for seed in tqdm(seeds, desc="samples", disable=not progress, leave=False):
+        for seed in tqdm(seeds, desc="samples", disable=not request.progress, leave=False):
             start = sampler.start(tuple(base.shape), seed=seed, like=base)
             drawn = sampler.sample(
                 lambda x, time: self.evaluate(x, time, known), start, seed=seed, steps=self.settings["sampling_steps"]
@@ -69,13 +63,14 @@ class DiffusionConditional(DiffusionMethod):
             activity = self.conditioning.scaling.inverse(base + self.settings["spread"] * drawn)
             yield activity[0, 0].clamp_min(0).numpy()
 
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         candidates = Candidates(self.task, validation)
         seeds = [seed * 1000 + k for k in range(self.settings["validation_samples"])]
         for seconds in self.task.input_seconds:
             for study in validation:
                 image = study.exposures[seconds]
-                mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress)
+                request = RestorationRequest(image, study.spacing, seconds, study.ct, progress=progress)
+                mean, _ = self.moments(request, seeds)
                 for weight in (0.0, *weights(seconds, self.task.target_seconds)):
                     candidates.add(f"weight {weight:g}", study, seconds, weight * image + (1 - weight) * mean)
             best = candidates.best(seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from medaccel.diffusion import VPSDE, noised, small_unet
 from medaccel.diffusion.sde import _Sde
-from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
-from medaccel.restoration.methods.network import NetworkMethod, body_box
-from medaccel.restoration.methods.networks import whole
+from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, RestorationTask, check_volume
+from medaccel.restoration.methods.networks.method import NetworkMethod, body_box
+from medaccel.restoration.methods.networks.nets import whole
+from medaccel.restoration.settings import DiffusionSettings
 from medaccel.training.fit import NetworkFit
 
 # Voxels that the U-Net sees at once: a torso of 4 mm voxels has half a million, and two take 1–2 GB.
@@ -79,35 +81,17 @@ class DiffusionFit(NetworkFit):
 
 
 class DiffusionMethod(NetworkMethod):
-    """Settings beside `NetworkMethod`'s: `channels` of the U-Net, `samples` (K), `sampling_steps`.
+    """Samples of the activity by a diffusion, averaged in SUV."""
 
-    `shuffle`: the U-Net sees blocks of so many voxels a side as channels of one; 2 takes about a fifth of the time
-    that 1 does, at the same number of channels.
-
-    The `precision` of training, where it is bf16-mixed, is that of sampling too.
-    """
-
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **NetworkMethod.defaults,
-        "roi_size": [64, 64, 64],
-        "channels": [32, 64, 64],
-        "shuffle": 2,
-        "samples": 20,
-        "sampling_steps": 5,
-        "validation_studies": 2,
-        "validation_samples": 2,
-    }
+    Settings: ClassVar[type[DiffusionSettings]] = DiffusionSettings
     multiple = least = 8
     samples = True
     sde: _Sde
     levels: int
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         self.sde, self.levels = VPSDE(), 1000
         super().__init__(task, settings)
-        for key in ("samples", "sampling_steps", "validation_samples"):
-            if self.settings[key] < 1:
-                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
 
     @property
     def inputs(self) -> int:
@@ -132,16 +116,8 @@ class DiffusionMethod(NetworkMethod):
         """Of a training batch: what noise is added to, (B, 1, i, j, k), and what else the network is given."""
 
     @abc.abstractmethod
-    def draw(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        seconds: int,
-        ct: np.ndarray | None,
-        seeds: Sequence[int],
-        progress: bool,
-    ) -> Iterator[np.ndarray]:
-        """Samples of the activity of one PET, one after the other: (i, j, k), SUV, float32."""
+    def draw(self, request: RestorationRequest, seeds: Sequence[int]) -> Iterator[np.ndarray]:
+        """Samples of the activity of one PET, one a seed and one after the other: (i, j, k), SUV, float32."""
 
     def evaluate(self, x: Tensor, time: Tensor, known: Tensor | None = None) -> Tensor:
         """The network on a whole volume (1, 1, i, j, k); in windows where it is larger than a torso."""
@@ -161,26 +137,16 @@ class DiffusionMethod(NetworkMethod):
         padded = torch.nn.functional.pad(inputs, pads, mode="replicate").to(self.device())
         return window(padded)[:, :, : x.shape[2], : x.shape[3], : x.shape[4]].to(x.device)
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        check_volume(self.name, volume, spacing)
-        count = self.settings["samples"] if samples is None else samples
+    def restore(self, request: RestorationRequest) -> Restoration:
+        volume = request.volume
+        check_volume(self.name, volume, request.spacing)
+        count = self.settings["samples"] if request.samples is None else request.samples
         if count < 1:
             raise ValueError(f"{self.name}: samples is {count}; expected a whole number >= 1")
-        t = self.seconds(seconds)
-        seeds = [seed * 1000 + k for k in range(count)]
-        kept: list[np.ndarray] | None = [] if keep_samples else None
-        activity, std = self.moments(volume, spacing, t, ct, seeds, progress, kept=kept)
+        t = self.seconds(request.seconds)
+        seeds = [request.seed * 1000 + k for k in range(count)]
+        kept: list[np.ndarray] | None = [] if request.keep_samples else None
+        activity, std = self.moments(request, seeds, kept=kept)
         weight = np.float32(self.weight(t))
         return Restoration(
             weight * volume + (1 - weight) * activity,
@@ -192,25 +158,22 @@ class DiffusionMethod(NetworkMethod):
 
     def moments(
         self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        seconds: int,
-        ct: np.ndarray | None,
+        request: RestorationRequest,
         seeds: Sequence[int],
-        progress: bool = False,
         kept: list[np.ndarray] | None = None,
         **options: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
 
-        The air far from the body stays as it is; `give_back` concerns the mean alone. Samples are appended to `kept`,
-        where it is given; `options` are `draw`'s further ones.
+        The air far from the body stays as it is; `residual_shrinkage` concerns the mean alone. Samples are appended
+        to `kept`, where it is given; `options` are `draw`'s further ones.
         """
+        volume, spacing = request.volume, request.spacing
         box = body_box(volume, spacing)
-        around = None if ct is None else ct[box]
+        body = replace(request, volume=volume[box], ct=None if request.ct is None else request.ct[box])
         mean = np.zeros([s.stop - s.start for s in box], dtype=np.float32)
         squares = np.zeros_like(mean)
-        drawn = self.draw(volume[box], spacing, seconds, around, seeds, progress, **options)
+        drawn = self.draw(body, seeds, **options)
         for number, sample in enumerate(drawn, start=1):  # Welford's sums, which lose no digits
             change = sample - mean
             mean += change / np.float32(number)
@@ -222,7 +185,7 @@ class DiffusionMethod(NetworkMethod):
         activity, std = volume.astype(np.float32), np.zeros(volume.shape, dtype=np.float32)
         activity[box] = mean
         std[box] = np.sqrt(squares / np.float32(max(len(seeds) - 1, 1)))
-        return self.given_back(volume, activity, spacing), std
+        return self.shrunk_residual_added(volume, activity, spacing), std
 
     def weight(self, seconds: int) -> float:
         """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""

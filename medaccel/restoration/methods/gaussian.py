@@ -25,8 +25,16 @@ from medaccel.data.files import atomic_path
 from medaccel.data.tensors import load_tensors
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.evaluation.metrics import body_mask
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, Task, check_volume
-from medaccel.restoration.study import Study, load_study
+from medaccel.restoration.methods.base import (
+    Fitted,
+    Method,
+    Restoration,
+    RestorationRequest,
+    RestorationTask,
+    check_volume,
+)
+from medaccel.restoration.settings import GaussianSettings
+from medaccel.restoration.study import PETStudy, load_study
 
 
 def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
@@ -129,7 +137,7 @@ METHODS: dict[str, Callable[[], GaussianMethod]] = {
 class _Studies(torch.utils.data.Dataset):
     """The training studies, one item each: input, target (1, 1, i, j, k), body mask, spacing (3,)."""
 
-    def __init__(self, studies: Sequence[Study], input_seconds: int, target_seconds: int) -> None:
+    def __init__(self, studies: Sequence[PETStudy], input_seconds: int, target_seconds: int) -> None:
         self.items = []
         for study in studies:
             image, target = study.exposures[input_seconds], study.exposures[target_seconds]
@@ -197,7 +205,7 @@ class GaussianFit(lightning.LightningModule):
 
 def fit(
     name: str,
-    studies: Sequence[Study],
+    studies: Sequence[PETStudy],
     input_seconds: int,
     target_seconds: int,
     *,
@@ -282,19 +290,12 @@ def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]
 
 
 class _Gaussian(Method):
-    """A Gaussian method for each exposure of the task: how much to smooth depends on the noise.
+    """A Gaussian method for each exposure of the task: how much to smooth depends on the noise."""
 
-    Settings: `epochs`, of up to 5 L-BFGS iterations over all studies each; `studies`, how many of those there are
-    are used, the first ones: a handful of parameters needs no more than a handful.
-    """
+    Settings: ClassVar[type[GaussianSettings]] = GaussianSettings
 
-    defaults: ClassVar[Mapping[str, Any]] = {"epochs": 10, "studies": 8}
-
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
-        for key in ("epochs", "studies"):
-            if self.settings[key] < 1:
-                raise ValueError(f"{self.name}: {key} is {self.settings[key]}; expected a whole number >= 1")
         self.filters = {seconds: METHODS[self.name]() for seconds in task.input_seconds}
 
     def fit(
@@ -326,20 +327,10 @@ class _Gaussian(Method):
             record = asdict(found)
             self.fitted.parameters[str(seconds)] = {key: record[key] for key in ("sigma_mm", "weights")}
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        check_volume(self.name, volume, spacing)
-        return Restoration(restore(self.filters[self.seconds(seconds)], volume, spacing))
+    def restore(self, request: RestorationRequest) -> Restoration:
+        check_volume(self.name, request.volume, request.spacing)
+        chosen = self.filters[self.seconds(request.seconds)]
+        return Restoration(restore(chosen, request.volume, request.spacing))
 
     def state(self) -> dict[str, Any]:
         return {str(seconds): method.state_dict() for seconds, method in self.filters.items()}

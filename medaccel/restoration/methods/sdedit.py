@@ -10,7 +10,7 @@ better on validation, blended with the PET as (t·PET_t + (T − t)·λ̂)/T.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from medaccel.diffusion import SDEdit
 from medaccel.ops import gaussian_filter
-from medaccel.restoration.methods.base import Fitted, Task
+from medaccel.restoration.methods.base import Fitted, RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod
-from medaccel.restoration.methods.network import Candidates
-from medaccel.restoration.methods.scaling import scaling
-from medaccel.restoration.study import Study
+from medaccel.restoration.methods.networks.method import Candidates
+from medaccel.restoration.methods.networks.scaling import scaling
+from medaccel.restoration.settings import SDEditSettings
+from medaccel.restoration.study import PETStudy
 
 _SMOOTH = 1.0  # voxels
 _LARGEST = 4.0  # standard deviations of the noise
@@ -59,23 +60,12 @@ class _NoiseShown(nn.Module):
 
 
 class DiffusionSDEdit(DiffusionMethod):
-    """Settings beside `DiffusionMethod`'s.
-
-    `t0`: the levels that are tried, from small to large; the search ends where two in a row are worse than the best.
-    `levels`: the prior is trained up to here alone; SDEdit never visits what lies above.
-    """
+    """SDEdit from the PET, over several levels; see the module."""
 
     name = "diffusion_sdedit"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **DiffusionMethod.defaults,
-        "t0": [5, 10, 20, 35, 50, 75, 100, 140],
-        "levels": 200,
-        # A prior that never saw the PET bends what is hottest: on three validation phantoms, 60 s, t0 = 20, K = 2,
-        # the MSE score was −137 % of its limit without this and 52 % with it.
-        "give_back": 1.5,
-    }
+    Settings = SDEditSettings
 
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
         self.levels = int(self.settings["levels"])
         tried = list(self.settings["t0"])
@@ -92,28 +82,19 @@ class DiffusionSDEdit(DiffusionMethod):
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
         return scaling(self.settings["scaling"]).forward(batch["noise_free"]), []
 
-    def draw(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        seconds: int,
-        ct: np.ndarray | None,
-        seeds: Sequence[int],
-        progress: bool,
-        t0: int | None = None,
-    ) -> Iterator[np.ndarray]:
+    def draw(self, request: RestorationRequest, seeds: Sequence[int], t0: int | None = None) -> Iterator[np.ndarray]:
         if t0 is None:
             middle = self.settings["t0"][len(self.settings["t0"]) // 2]
-            t0 = int(self.fitted.choices.get("t0", {}).get(str(seconds), middle))
+            t0 = int(self.fitted.choices.get("t0", {}).get(str(self.seconds(request.seconds)), middle))
         scale = scaling(self.settings["scaling"])
-        guide = scale.forward(torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None])
+        guide = scale.forward(torch.from_numpy(np.ascontiguousarray(request.volume, dtype=np.float32))[None, None])
         steps = min(t0, self.settings["sampling_steps"])
         edit = SDEdit(self.evaluate, self.sde, t0, steps, prediction="v_prediction", check_finite=True)
         for seed in seeds:
-            drawn = edit(guide, seeds=[seed], progress=progress).samples[0, 0, 0]
+            drawn = edit(guide, seeds=[seed], progress=request.progress).samples[0, 0, 0]
             yield scale.inverse(drawn).clamp_min(0).numpy()
 
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         candidates = Candidates(self.task, validation)
         seeds = [seed * 1000 + k for k in range(self.settings["validation_samples"])]
         for seconds in self.task.input_seconds:
@@ -121,7 +102,8 @@ class DiffusionSDEdit(DiffusionMethod):
             for t0 in self.settings["t0"]:
                 for study in validation:
                     image = study.exposures[seconds]
-                    mean, _ = self.moments(image, study.spacing, seconds, study.ct, seeds, progress, t0=t0)
+                    request = RestorationRequest(image, study.spacing, seconds, study.ct, progress=progress)
+                    mean, _ = self.moments(request, seeds, t0=t0)
                     for weight in _weights(seconds, self.task.target_seconds):
                         name = f"t0 {t0}, weight {weight:g}"
                         candidates.add(name, study, seconds, weight * image + (1 - weight) * mean)

@@ -10,20 +10,19 @@ the network's output is added to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medaccel.restoration.methods import losses
-from medaccel.restoration.methods.base import Fitted, Restoration, Task, check_volume
-from medaccel.restoration.methods.network import Candidates, NetworkMethod, as_batch, body_box, weights
-from medaccel.restoration.methods.networks import ActivityNet, Conditioning, blend, swin_unetr
-from medaccel.restoration.study import Study
+from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, check_volume
+from medaccel.restoration.methods.networks import losses
+from medaccel.restoration.methods.networks.method import Candidates, NetworkMethod, as_batch, body_box, weights
+from medaccel.restoration.methods.networks.nets import ActivityNet, Conditioning, blend, swin_unetr
+from medaccel.restoration.settings import SwinSettings
+from medaccel.restoration.study import PETStudy
 from medaccel.training.fit import NetworkFit
-
-PREDICTIONS = ("activity", "target")
 
 
 class ActivityFit(NetworkFit):
@@ -68,37 +67,10 @@ class ActivityFit(NetworkFit):
 
 
 class SwinUNETRMethod(NetworkMethod):
-    """Swin UNETR (Hatamizadeh et al., 2022), accelerated; see the module.
-
-    Settings beside `NetworkMethod`'s: `feature_size`, `depths`, `num_heads`; `loss` (mse, mse_ssim, ssim) with
-    `scaled_weight` and `ssim_weight`; `predict` (activity, target); `accelerate`: False trains MONAI's own layers.
-    """
+    """Swin UNETR (Hatamizadeh et al., 2022), accelerated; see the module."""
 
     name = "swin_unetr"
-    defaults: ClassVar[Mapping[str, Any]] = {
-        **NetworkMethod.defaults,
-        "feature_size": 12,
-        "depths": [2, 2, 2, 2],
-        "num_heads": [3, 6, 12, 24],
-        "loss": "mse_ssim",
-        "scaled_weight": 100.0,
-        "ssim_weight": 0.3,
-        "predict": "activity",
-        "accelerate": True,
-        # On phantoms of the training generator it costs 0.4 points of share at 60 s, and lesions from 10 mm are
-        # within −13 … 7 % of their uptake instead of −15 … 7 (30 s: −23 … 10, not −32 … 14, and none is lost).
-        "give_back": 2.0,
-    }
-
-    def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
-        chosen = {**self.defaults, **(settings or {})}
-        if chosen["loss"] not in losses.LOSSES:
-            raise ValueError(f"swin_unetr: loss is {chosen['loss']!r}; expected one of {', '.join(losses.LOSSES)}")
-        if chosen["predict"] not in PREDICTIONS:
-            raise ValueError(
-                f"swin_unetr: predict is {chosen['predict']!r}; expected one of {', '.join(PREDICTIONS)}"
-            )
-        super().__init__(task, settings)
+    Settings = SwinSettings
 
     def build(self) -> nn.Module:
         conditioning = Conditioning(self.settings["scaling"], self.settings["use_ct"], self.settings["base"])
@@ -108,7 +80,7 @@ class SwinUNETRMethod(NetworkMethod):
         assert isinstance(self.network, ActivityNet)
         return ActivityFit(self.network, self.training_settings, self.task.target_seconds)
 
-    def choose(self, validation: Sequence[Study], fitted: Fitted, seed: int, progress: bool) -> None:
+    def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         if self.settings["predict"] == "target":
             return
         candidates = Candidates(self.task, validation)
@@ -143,23 +115,17 @@ class SwinUNETRMethod(NetworkMethod):
 
         predicted = volume.astype(np.float32)
         predicted[box] = np.maximum(self.windows(stacked, window)[0, 0].float().numpy(), 0)
-        return predicted if self.settings["predict"] == "target" else self.given_back(volume, predicted, spacing)
+        return (
+            predicted
+            if self.settings["predict"] == "target"
+            else self.shrunk_residual_added(volume, predicted, spacing)
+        )
 
-    def restore(
-        self,
-        volume: np.ndarray,
-        spacing: Sequence[float],
-        *,
-        seconds: int | None = None,
-        ct: np.ndarray | None = None,
-        samples: int | None = None,
-        keep_samples: bool = False,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Restoration:
-        check_volume(self.name, volume, spacing)
-        t = self.seconds(seconds)
-        predicted = self.predict(volume, spacing, t, ct)
+    def restore(self, request: RestorationRequest) -> Restoration:
+        volume = request.volume
+        check_volume(self.name, volume, request.spacing)
+        t = self.seconds(request.seconds)
+        predicted = self.predict(volume, request.spacing, t, request.ct)
         if self.settings["predict"] == "target":
             return Restoration(predicted)
         chosen = self.fitted.choices.get("weight", {})

@@ -24,9 +24,10 @@ from medaccel.restoration.evaluation.comparison import PairedComparison
 from medaccel.restoration.evaluation.noise import AXES
 from medaccel.restoration.evaluation.noise_effects import NoiseChange, NoiseShare, noise_trend
 from medaccel.restoration.evaluation.resolution import PointResponse, summarize_responses
+from medaccel.restoration.methods.names import REFERENCES, label
 from medaccel.restoration.report import evaluation_figures as drawings
-from medaccel.restoration.report.text import REFERENCES, label, subscripts
-from medaccel.restoration.statistics import Statistic, mean_statistic
+from medaccel.restoration.report.text import subscripts
+from medaccel.studies.statistics import Statistic, mean_statistic
 
 BAND = (0.80, 0.97)  # coverage of single SUV bins that counts as near enough to 90 %
 

@@ -24,7 +24,7 @@ MARGIN = 12.0  # mm of air around the body that pictures keep
 
 
 @dataclass(frozen=True)
-class Example:
+class RestorationExample:
     """One study to show.
 
     Attributes:
@@ -45,7 +45,9 @@ class Example:
     lesions: Array | None = None
 
 
-def example_figures(example: Example, names: Mapping[str, str], input_name: str, target_name: str) -> list[Figure]:
+def example_figures(
+    example: RestorationExample, names: Mapping[str, str], input_name: str, target_name: str
+) -> list[Figure]:
     """Projections, then coronal and axial slices with their differences from the target.
 
     Args:

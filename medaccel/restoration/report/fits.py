@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from medaccel.report.html import Block, Column, Note, Row, Table
 from medaccel.restoration.evaluation.noise import AXES
 from medaccel.restoration.methods.base import Fitted, Method
+from medaccel.restoration.methods.names import label
 from medaccel.restoration.report.figures import loss_figure
-from medaccel.restoration.report.text import label
 
 
 def fit_blocks(methods: Mapping[str, Method], best: str) -> list[Block]:

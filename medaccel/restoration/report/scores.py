@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration report: fill `RestorationResults`, call `write_report`, get one HTML file."""
+"""The scores of one exposure as a page: fill `RestorationResults`, call `build_page`."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,16 +20,19 @@ from medaccel.report.html import (
     Table,
     Text,
     versions,
-    write_html,
 )
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.noise import AXES, NoiseAnalysis
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
+from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE, REFERENCES, label
 from medaccel.restoration.report import text as report_text
-from medaccel.restoration.report.figures import Example, example_figures, noise_figure
-from medaccel.restoration.report.text import NOISE_FREE, ORACLE, REFERENCES, label, subscripts
-from medaccel.restoration.statistics import Agreement, Statistic
+from medaccel.restoration.report.figures import RestorationExample, example_figures, noise_figure
+from medaccel.restoration.report.text import subscripts
+from medaccel.studies.statistics import Agreement, Statistic
 
+# Keys of the page's sections.
+TARGET, TRUTH, WITHIN_PATIENT, IMAGES, NOISE = "target", "truth", "within_patient", "images", "noise"
+EACH_STUDY, PUBLISHED, RUN = "each_study", "published", "run"
 _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 for white noise. Axes are the volume's own."
 
 
@@ -41,7 +43,7 @@ class RestorationResults:
     Attributes:
         input_seconds, target_seconds: the exposures compared, such as 60 and 90.
         studies: names of the test studies.
-        per_study: method: its rows of `evaluation.evaluate`, one a study in the order of `studies`. The keys
+        per_study: method: its rows of `StudyEvaluator.evaluate`, one a study in the order of `studies`. The keys
             "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order
             given.
         data: what the test studies are, to complete "scored on 20 studies …: ", such as "phantoms of the
@@ -63,7 +65,7 @@ class RestorationResults:
     data: str
     best: str = ""
     simulated: bool = True
-    examples: Sequence[Example] = ()
+    examples: Sequence[RestorationExample] = ()
     noise: Mapping[str, NoiseAnalysis] = field(default_factory=dict)
     within_patient: Mapping[str, Mapping[str, Statistic]] = field(default_factory=dict)
     config: str = ""
@@ -80,16 +82,6 @@ class RestorationResults:
             )
 
 
-def write_report(path: str | os.PathLike[str], results: RestorationResults, *, force: bool = False) -> None:
-    """Write the report to `path`, atomically.
-
-    Raises:
-        OSError: as `medaccel.data.files.atomic_path`: the file exists and `force` is False, the disk is full,
-            …
-    """
-    write_html(path, build_page(results), force=force)
-
-
 def build_page(results: RestorationResults) -> Page:
     """The report's content, before it is HTML."""
     rows = summarize(results.per_study)
@@ -104,11 +96,11 @@ def build_page(results: RestorationResults) -> Page:
         target_seconds=results.target_seconds,
         chosen=results.best or None,
     )
-    sections = [Section(f"Against the {target_name} image", _target_blocks(results, rows))]
+    sections = [Section(f"Against the {target_name} image", _target_blocks(results, rows), TARGET)]
     if any(math.isfinite(row.metrics["truth_mse"].mean) for row in rows):
-        sections.append(Section("Against the noise-free truth", _truth_blocks(results, rows)))
+        sections.append(Section("Against the noise-free truth", _truth_blocks(results, rows), TRUTH))
     if results.within_patient:
-        sections.append(Section("Within the patient", [_within_patient_table(results)]))
+        sections.append(Section("Within the patient", [_within_patient_table(results)], WITHIN_PATIENT))
     if results.examples:
         names = {m: label(m, results.labels) for e in results.examples for m in e.restored}
         pictures = [
@@ -116,20 +108,20 @@ def build_page(results: RestorationResults) -> Page:
             for example in results.examples
             for figure in example_figures(example, names, input_name, target_name)
         ]
-        sections.append(Section("Images", pictures))
+        sections.append(Section("Images", pictures, IMAGES))
     if results.noise:
         difference = f"PET{results.input_seconds} − PET{results.target_seconds}"
         plots = [noise_figure(name, analysis, difference) for name, analysis in results.noise.items()]
-        sections.append(Section("Noise", [*plots, _noise_table(results)]))
-    sections.append(Section("Each study", [_study_table(results, key) for key in ("mse", "ssim")]))
-    sections.append(Section("Published results", [report_text.published_table()]))
+        sections.append(Section("Noise", [*plots, _noise_table(results)], NOISE))
+    sections.append(Section("Each study", [_study_table(results, key) for key in ("mse", "ssim")], EACH_STUDY))
+    sections.append(Section("Published results", [report_text.published_table()], PUBLISHED))
     found = versions()
     run: list[Block] = [
         Table("", [Column("Version")], [Row(name, [version]) for name, version in found.items()], "Software")
     ]
     if results.config:
         run.append(Code("Configuration (YAML)", results.config))
-    sections.append(Section("This run", run))
+    sections.append(Section("This run", run, RUN))
     facts = {
         "Restored": f"{input_name} → {target_name}",
         "Test studies": f"{len(results.studies)}, {kind}",
@@ -280,7 +272,7 @@ def _noise_table(results: RestorationResults) -> Table:
 
 
 def _study_table(results: RestorationResults, distance: str) -> Table:
-    methods = [m for m in results.per_study if m != report_text.IDENTITY]
+    methods = [m for m in results.per_study if m != IDENTITY]
     columns = [Column(label(m, results.labels), "%", signed=True) for m in methods]
     rows = [
         Row(study, [results.per_study[m][index][f"score_{distance}"] for m in methods])

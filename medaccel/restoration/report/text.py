@@ -10,23 +10,7 @@ from collections.abc import Mapping, Sequence
 from medaccel.report.html import Column, Row, Table
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.study_scores import SummaryRow
-
-IDENTITY, ORACLE, NOISE_FREE = "identity", "oracle", "noise_free"
-REFERENCES = (IDENTITY, ORACLE, NOISE_FREE)
-LABELS = {
-    IDENTITY: "Identity (the input)",
-    "gaussian1": "Gaussian, 1 layer",
-    "gaussian3": "Gaussian, 3 layers",
-    "gaussian_mix": "Gaussian mix",
-    "nlm": "Non-local means",
-    "tv": "Total variation",
-    "bm4d": "BM4D",
-    "swin_unetr": "Swin UNETR",
-    "diffusion_sdedit": "Diffusion, SDEdit",
-    "diffusion_conditional": "Diffusion, conditional",
-    ORACLE: "Oracle (knows the truth)",
-    NOISE_FREE: "Noise-free truth",
-}
+from medaccel.restoration.methods.names import ORACLE, REFERENCES, label
 
 BLIND_SPOT = (
     "The score's blind spot: it rewards looking like a noisy image. The noise-free truth itself scores about "
@@ -96,11 +80,6 @@ def published_table() -> Table:
         "is approximate."
     )
     return Table(caption, columns, rows)
-
-
-def label(method: str, labels: Mapping[str, str]) -> str:
-    """A method's name for readers: the caller's, else ours, else its key."""
-    return labels.get(method) or LABELS.get(method) or method
 
 
 def finding(

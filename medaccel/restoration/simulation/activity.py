@@ -7,11 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WATER_ATTENUATION = 0.096  # 1/cm at 511 keV
-# Carney et al., Med Phys 33:976-983, 2006: the bilinear scaling of CT numbers for 120 kVp.
-_BREAK_HU = 47.0
-_BONE_SLOPE = 5.10e-5  # 1/cm per HU
-_BONE_INTERCEPT = 4.71e-2  # 1/cm at −1000 HU
+from medaccel.phantoms.attenuation import WATER_ATTENUATION
 
 BODY_THRESHOLD = 0.1  # SUV after smoothing: above air, below fat
 _BODY_SMOOTHING = 5.0  # mm, σ
@@ -21,16 +17,12 @@ _NOISE_HIGH_PASS = 12.0  # mm, σ of what is subtracted
 DENOISE_METHODS = ("nlm", "gaussian", "none")
 
 
-def hu_to_attenuation(ct: np.ndarray) -> np.ndarray:
-    """Attenuation at 511 keV in 1/cm of CT numbers in HU, float32 (bilinear, 120 kVp; Carney et al. 2006)."""
-    above_air = np.asarray(ct, dtype=np.float32) + 1000.0
-    soft = 9.6e-5 * above_air
-    bone = _BONE_SLOPE * above_air + _BONE_INTERCEPT
-    return np.maximum(np.where(above_air > _BREAK_HU + 1000.0, bone, soft), 0.0).astype(np.float32)
+def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """All that attenuates in an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by slice.
 
-
-def body_mask(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """The body in an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by slice."""
+    Arms and legs that lie apart belong to it. Scores are taken over another mask, which is smaller:
+    `medaccel.restoration.evaluation.metrics.body_mask` is the largest connected part, above twice this threshold.
+    """
     from scipy.ndimage import binary_fill_holes, gaussian_filter, label
 
     smooth = gaussian_filter(np.asarray(activity, dtype=np.float32), [_BODY_SMOOTHING / step for step in spacing])
@@ -46,7 +38,7 @@ def body_mask(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 
 def attenuation_from_activity(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones too."""
-    return np.where(body_mask(activity, spacing), np.float32(WATER_ATTENUATION), np.float32(0.0))
+    return np.where(attenuating_body(activity, spacing), np.float32(WATER_ATTENUATION), np.float32(0.0))
 
 
 def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str = "nlm") -> np.ndarray:
@@ -78,7 +70,7 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
     from skimage.restoration import denoise_nl_means
 
     root = np.sqrt(np.maximum(activity, 0.0))
-    mask = body_mask(activity, spacing)
+    mask = attenuating_body(activity, spacing)
     if not mask.any():
         return activity
     # Noise is what is left of the body without its slow part. Wavelet estimates take the correlated noise

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from medaccel.phantoms.attenuation import hu_to_attenuation
 from medaccel.phantoms.pet import DEFAULT_SHAPE, DEFAULT_SPACING, make_phantom
 from medaccel.phantoms.pet_anatomy import ORGANS
-from medaccel.restoration.simulation.activity import denoise_activity, hu_to_attenuation
+from medaccel.restoration.simulation.activity import denoise_activity
 from medaccel.restoration.simulation.simulator import SIMULATOR_VERSION, Progress, SimulatorConfig, simulate
-from medaccel.restoration.study import Study, is_complete, read_parameters, save_study
+from medaccel.restoration.study import PETStudy, is_complete, read_parameters, save_study
 
 # Of the parameters in study.json; a name without a unit is a count or a ratio.
 UNITS = {
@@ -43,7 +44,7 @@ def simulate_study(
     denoise: str = "none",
     origin: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> Study:
+) -> PETStudy:
     """Exposures of an activity volume as a study.
 
     Args:
@@ -69,7 +70,7 @@ def simulate_study(
         activity = denoise_activity(activity, spacing, denoise)
     attenuation = None if ct is None else hu_to_attenuation(ct)
     simulation = simulate(activity, attenuation, spacing, config, seed, progress=progress)
-    return Study(
+    return PETStudy(
         name=name,
         spacing=(float(spacing[0]), float(spacing[1]), float(spacing[2])),
         affine=np.asarray(affine, dtype=np.float64),
@@ -92,7 +93,7 @@ def phantom_study(
     shape: Sequence[int] = DEFAULT_SHAPE,
     spacing: Sequence[float] = DEFAULT_SPACING,
     progress: Progress | None = None,
-) -> Study:
+) -> PETStudy:
     """Exposures of a random phantom; person and counts have the same seed. Errors as `make_phantom`, `simulate`."""
     phantom = make_phantom(seed, generator, shape, spacing)
     origin = _phantom_origin(seed, generator, shape, spacing)

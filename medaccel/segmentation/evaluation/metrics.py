@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -129,30 +128,6 @@ def component_voxels(mask: np.ndarray) -> list[int]:
     """Voxels of each 26-connected component of a boolean mask, the largest first."""
     parts, _ = ndimage.label(mask, _CONNECTED)
     return sorted((int(count) for count in np.bincount(parts.ravel())[1:]), reverse=True)
-
-
-def lesion_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of one structure over all cases: how many lesions were found, and what was found beside them.
-
-    Args:
-        rows: a case each, with `CaseScores`' lesions, lesions_found and false_positives.
-
-    Returns:
-        "lesions", "found", "sensitivity" (found of all lesions of all cases; NaN where there is none) and
-        "false_positives_per_scan".
-
-    Raises:
-        ValueError: no rows.
-    """
-    if not rows:
-        raise ValueError("rows is empty; expected the scores of one case or more")
-    lesions, found = (sum(int(row[key]) for row in rows) for key in ("lesions", "lesions_found"))
-    return {
-        "lesions": lesions,
-        "found": found,
-        "sensitivity": found / lesions if lesions else float("nan"),
-        "false_positives_per_scan": sum(int(row["false_positives"]) for row in rows) / len(rows),
-    }
 
 
 def bland_altman(true_ml: Sequence[float], predicted_ml: Sequence[float]) -> Mapping[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medaccel.data.ct_transforms import canonical, window
 from medaccel.data.msd import Case, MSDDataset, load_case
 from medaccel.nets import SwinUNETR
-from medaccel.pretraining.network import check_level, features
+from medaccel.pretraining.levels import check_level, features
 from medaccel.segmentation.evaluation.metrics import dice
 
 #: Settings and their defaults.

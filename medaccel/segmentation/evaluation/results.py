@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from medaccel.data import write_text
 from medaccel.segmentation.evaluation.metrics import bland_altman
 from medaccel.segmentation.protocol import RANDOM, Cell
-from medaccel.segmentation.statistics import Comparison, Spread, compare, spread
+from medaccel.studies.statistics import Comparison, Spread, compare, spread
+from medaccel.studies.tables import write_csv, write_json
 
 #: Of a row, with the factor that tables show them by: Dice in points.
 MEASURES: Mapping[str, float] = {
@@ -202,24 +200,6 @@ def write_metrics(folder: Path, outcome: Outcome, more: Mapping[str, Any]) -> No
     """
     content = {**more, "cells": {"planned": len(outcome.planned), "finished": len(outcome.runs)}}
     content["groups"] = outcome.plain()
-    text = json.dumps(_without_nan(content), indent=1, allow_nan=False)
-    write_text(folder / "metrics.json", text + "\n", force=True)
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    first = list(asdict(outcome.runs[0].cell))
-    measures = [name for name in outcome.runs[0].rows[0] if name not in ("case", "structure")]
-    writer.writerow(["cell", *first, "case", "structure", *measures])
-    for run in outcome.runs:
-        for row in run.rows:
-            values = [run.cell.name, *asdict(run.cell).values(), row["case"], row["structure"]]
-            writer.writerow([*values, *(row[name] for name in measures)])
-    write_text(folder / "metrics.csv", table.getvalue(), force=True)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; null stands for what is undefined."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(folder / "metrics.json", content)
+    rows = [{"cell": run.cell.name, **asdict(run.cell), **row} for run in outcome.runs for row in run.rows]
+    write_csv(folder / "metrics.csv", rows)

@@ -119,17 +119,6 @@ def _blended(total: Tensor, count: Tensor, first: int, planes: int) -> Iterator[
         yield first + at, total[:, piece] / count[piece]
 
 
-def predict_probabilities(
-    network: nn.Module, image: MetaTensor, settings: Mapping[str, Any], *, progress: bool = False
-) -> Tensor:
-    """Class probabilities of a scan on the network's grid, all at once: see `probability_planes`.
-
-    Returns:
-        (classes, i, j, k), float32, on the CPU; they add up to 1.
-    """
-    return torch.cat([p for _, p in probability_planes(network, image, settings, progress=progress)], dim=1)
-
-
 def predict_labels(network: nn.Module, image: MetaTensor, settings: Mapping[str, Any]) -> np.ndarray:
     """The likeliest class of a scan's voxels on the network's grid, (i, j, k): see `probability_planes`."""
     return np.concatenate([p.argmax(dim=0).numpy() for _, p in probability_planes(network, image, settings)])

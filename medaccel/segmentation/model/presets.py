@@ -9,95 +9,45 @@ enough for one CPU core.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from medaccel.studies.settings import TRAINING, check_group, nearest
+from medaccel.segmentation.settings import CACHES, SegmentationSettings
+from medaccel.studies.settings import TrainingSettings
+from medaccel.studies.typed import converted, nearest
 
 #: Voxels that the network halves five times.
 MULTIPLE = 32
 # Smallest longest axis: of 32³ one voxel would be left, which instance normalization makes 0.
 _LONGEST = 64
-CACHES = ("memory", "none")
-
-
-@dataclass(frozen=True)
-class TaskPreset:
-    """Of one task; every field can be overridden by name.
-
-    Args:
-        spacing: voxel size that the network sees, mm, to the right, the front and up.
-        window: HU that become 0 and 1.
-        roi_size: voxels of a training crop and of a window of inference, multiples of 32, one of them at least 64.
-            One size for both: a network with instance normalization errs in windows of another.
-        overlap: share that neighbouring windows have in common.
-        sw_batch_size: windows at once.
-        positive, negative: parts of the crops that are centred on foreground, and on the rest of the body.
-        flip_axes: those that crops are flipped along, half of them each; 0 exchanges left and right, which is
-            nonsense for an organ that has a side.
-        rotate90: turn crops by multiples of 90° in the axial plane (roi_size must be square there).
-        rotate: largest angle that a crop is turned by about each axis, degrees.
-        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. What comes from outside of the crop
-            is background, as dark as air.
-        intensity_scale, intensity_shift: largest change of a crop, of the window.
-        noise: largest standard deviation of added noise, of the window.
-        include_background: the Dice part of the loss counts the background as a class too.
-        foreground_weight: of a structure's voxels in the cross entropy; the background's have 1.
-        foreground_prior: probability that a structure's voxels start with, by the last layer's bias (Lin et al.,
-            "Focal loss", ICCV 2017); 0 leaves the bias random. Small structures are learned from the first step on.
-        batch_dice: Dice of the batch's crops together, which rates those without foreground better.
-        keep_largest: components that are kept of each structure, 0 is all.
-        feature_size: channels of the Swin UNETR, a multiple of 12.
-        validate_every: optimizer steps.
-        validation_cases: how many, the first ones by name, 0 is all.
-    """
-
-    spacing: tuple[float, float, float] = (1.5, 1.5, 2.0)
-    window: tuple[float, float] = (-1000.0, 1000.0)
-    roi_size: tuple[int, int, int] = (96, 96, 96)
-    overlap: float = 0.5
-    sw_batch_size: int = 4
-    positive: float = 1.0
-    negative: float = 1.0
-    flip_axes: tuple[int, ...] = ()
-    rotate90: bool = False
-    rotate: float = 0.0
-    zoom: float = 0.0
-    intensity_scale: float = 0.1
-    intensity_shift: float = 0.1
-    noise: float = 0.02
-    include_background: bool = True
-    foreground_weight: float = 1.0
-    foreground_prior: float = 0.0
-    batch_dice: bool = False
-    keep_largest: int = 0
-    feature_size: int = 48
-    validate_every: int = 250
-    validation_cases: int = 0
 
 
 # A step of two such crops takes about half a second on one core.
-_PHANTOM = TaskPreset(
-    roi_size=(64, 32, 32),
-    overlap=0.1,
-    sw_batch_size=1,
-    include_background=False,
-    batch_dice=True,
-    feature_size=12,
-    validate_every=100,
-    validation_cases=8,
-)
-PRESETS: Mapping[str, TaskPreset] = {
-    "generic": TaskPreset(),
-    "Task06_Lung": TaskPreset(spacing=(1.5, 1.5, 2.0), flip_axes=(0, 1, 2), rotate90=True),
-    "Task09_Spleen": TaskPreset(window=(-57.0, 164.0), keep_largest=1),
-    "phantom_spleen": dataclasses.replace(
-        _PHANTOM, spacing=(6.0, 6.0, 6.0), window=(-160.0, 240.0), foreground_prior=0.02, keep_largest=1
+_PHANTOM: dict[str, Any] = {
+    "roi_size": (64, 32, 32),
+    "overlap": 0.1,
+    "sw_batch_size": 1,
+    "include_background": False,
+    "batch_dice": True,
+    "feature_size": 12,
+    "steps_per_epoch": 25,
+}
+PRESETS: Mapping[str, SegmentationSettings] = {
+    "generic": SegmentationSettings(),
+    "Task06_Lung": SegmentationSettings(spacing=(1.5, 1.5, 2.0), flip_axes=(0, 1, 2), rotate90=True),
+    "Task09_Spleen": SegmentationSettings(window=(-57.0, 164.0), keep_largest=1),
+    "phantom_spleen": SegmentationSettings(
+        spacing=(6.0, 6.0, 6.0),
+        window=(-160.0, 240.0),
+        foreground_prior=0.02,
+        keep_largest=1,
+        validate_every=100,
+        validation_cases=8,
+        steps=400,
+        learning_rate=4e-3,
+        **_PHANTOM,
     ),
-    "phantom_lung": dataclasses.replace(
-        _PHANTOM,
+    "phantom_lung": SegmentationSettings(
         spacing=(4.0, 4.0, 4.0),
         window=(-1000.0, 400.0),
         positive=2.0,
@@ -105,19 +55,10 @@ PRESETS: Mapping[str, TaskPreset] = {
         foreground_prior=0.005,
         validate_every=250,
         validation_cases=6,
+        steps=1500,
+        learning_rate=2e-3,  # 4e-3 loses what was learned
+        **_PHANTOM,
     ),
-}
-# What the trainings of segmentation have otherwise than `medaccel.training.fit.TRAINING`.
-_TRAINING: dict[str, Any] = {
-    "steps": 5000,
-    "steps_per_epoch": 50,
-    "batch_size": 2,
-    "learning_rate": 4e-4,
-    "ema_decay": 0.0,  # the best on validation is chosen
-}
-_PHANTOM_TRAINING: Mapping[str, Mapping[str, Any]] = {
-    "phantom_spleen": {"steps": 400, "steps_per_epoch": 25, "learning_rate": 4e-3},
-    "phantom_lung": {"steps": 1500, "steps_per_epoch": 25, "learning_rate": 2e-3},  # 4e-3 loses what was learned
 }
 
 
@@ -125,8 +66,7 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """All settings: a preset's, those of the training, and what is overridden.
 
     Args:
-        overrides: by name: "preset" ("generic" by default), fields of `TaskPreset`, keys of
-            `medaccel.training.fit.TRAINING`. What this function returned gives the same again.
+        overrides: some of `SegmentationSettings`, by name. What this function returned gives the same again.
 
     Returns:
         Plain values, lists for tuples.
@@ -137,23 +77,23 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
     name = overrides.get("preset", "generic")
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
-    fields = dataclasses.asdict(PRESETS[name])
-    training = TRAINING | _TRAINING | dict(_PHANTOM_TRAINING.get(name, {}))
-    known: dict[str, Any] = {"preset": name} | fields | training
-    unknown = sorted(set(overrides) - set(known))
+    preset = PRESETS[name]
+    unknown = sorted(set(overrides) - set(preset.names()))
     if unknown:
-        raise ValueError(
-            f"settings names {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
-            f"{nearest(unknown[0], known)}"
-        )
-    settings = {key: _checked(key, overrides.get(key, default), default) for key, default in known.items()}
+        raise ValueError(f"settings{preset.unknown(unknown, overrides)}")
+    settings: dict[str, Any] = {"preset": name}
+    for key in preset.names()[1:]:
+        default = getattr(preset, key)
+        settings[key] = _checked(key, overrides.get(key, default), default)
     _check_ranges(settings)
-    check_group("settings", {k: v for k, v in settings.items() if k in TRAINING}, TRAINING)
+    converted("settings", {key: settings[key] for key in TrainingSettings.names()}, TrainingSettings)
     return settings
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
     """The value as plain type of the default's; ValueError where it is of another kind."""
+    if name == "gradient_clip" and value is None:
+        return None
     if isinstance(default, tuple):
         kind = float if default and isinstance(default[0], float) else int
         count = {"spacing": 3, "window": 2, "roi_size": 3}.get(name)

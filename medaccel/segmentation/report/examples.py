@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,12 @@ from medaccel.segmentation.evaluation.metrics import dice
 from medaccel.segmentation.evaluation.results import Outcome
 from medaccel.segmentation.protocol import Cell
 from medaccel.segmentation.report import figures
-
-if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import Study
+from medaccel.segmentation.study import SegmentationStudy
 
 _CASES = 2
-_BEST = "best.pt"
 
 
-def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
+def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
     """Test cases with contours of the truth and of the run of each initialization that is nearest to its mean.
 
     At the primary comparison's fraction if the task has it, else at the smallest. Initializations without a stored
@@ -36,7 +33,7 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
     wanted = (study.config.comparison or {}).get("fraction")
     fraction = wanted if wanted in fractions else fractions[0]
     runs = [figures.representative(group) for group in groups if group.fraction == fraction]
-    files = {run.cell: study.folder.cell(run.cell.name) / _BEST for run in runs}
+    files = {run.cell: study.folder.network(run.cell) for run in runs}
     runs = [run for run in runs if files[run.cell].is_file()]
     if not runs or task not in study.data:
         return []
@@ -53,7 +50,7 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
             predicted[f"{run.cell.init}, seed {run.cell.seed}: {100 * of_case:.1f}"] = _segmented(
                 files[run.cell], scan
             )
-        example = figures.Example(
+        example = figures.SegmentationExample(
             scan.affine, np.asarray(scan.dataobj), np.asarray(label.dataobj), predicted, (low, high)
         )
         caption = (
@@ -65,32 +62,32 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
     return blocks
 
 
-def illustration_blocks(study: Study) -> list[Block]:
+def illustration_blocks(study: SegmentationStudy) -> list[Block]:
     """What a cell's network makes of a scan that is no part of the study."""
     options = study.config.illustration
-    path = study.folder.cell(illustrated_cell(study).name) / _BEST
+    path = study.folder.network(illustrated_cell(study))
     if not path.is_file():
         return [Text(f"The cell that is to be shown, {path.parent.name}, has not ended yet.")]
     try:
-        scan = read_nifti(options["image"])
-        if study.config.tasks[options["task"]].get("check_units", True):
-            check_hu(np.asarray(scan.dataobj), Path(options["image"]))
+        scan = read_nifti(options.image)
+        if study.config.tasks[options.task].check_units:
+            check_hu(np.asarray(scan.dataobj), Path(options.image))
     except (ValueError, OSError) as error:  # no figure of the study's: the report is written without it
         warnings.warn(f"illustration.image: {error}", stacklevel=2)
         return [Text(f"The illustration is left out: {error}.")]
     predicted = _segmented(path, scan) > 0
     truth, stated = None, "Its truth is not known."
-    if "organs" in options:
-        organs = read_nifti(options["organs"])
+    if options.organs:
+        organs = read_nifti(options.organs)
         if organs.shape != scan.shape:
             raise ValueError(
                 f"illustration.organs has the shape {organs.shape}; expected the image's, {tuple(scan.shape)}"
             )
-        truth = np.asarray(organs.dataobj) == options["label"]
+        truth = np.asarray(organs.dataobj) == options.label
         stated = f"Dice {100 * dice(predicted, truth):.1f} points."
-    low, high = study.settings[options["task"]]["window"]
-    name = Path(options["image"]).name
-    example = figures.Example(
+    low, high = study.settings[options.task]["window"]
+    name = Path(options.image).name
+    example = figures.SegmentationExample(
         scan.affine, np.asarray(scan.dataobj), truth, {path.parent.name: predicted}, (low, high)
     )
     caption = f"{name}: the network of cell {path.parent.name}. {stated} Truth green, prediction red."
@@ -100,14 +97,18 @@ def illustration_blocks(study: Study) -> list[Block]:
     ]
 
 
-def illustrated_cell(study: Study) -> Cell:
+def illustrated_cell(study: SegmentationStudy) -> Cell:
     """Of the options, or by default the primary comparison's initialization at the largest fraction, first seed."""
     config, options = study.config, study.config.illustration
+    defaults = {
+        "init": (config.comparison or {}).get("init", config.inits[-1]),
+        "fraction": max(config.fractions),
+        "seed": config.seeds[0],
+    }
+    chosen = {name: getattr(options, name) for name in defaults}
     wanted: dict[str, Any] = {
-        "task": options["task"],
-        "init": options.get("init", (config.comparison or {}).get("init", config.inits[-1])),
-        "fraction": options.get("fraction", max(config.fractions)),
-        "seed": options.get("seed", config.seeds[0]),
+        "task": options.task,
+        **{name: default if chosen[name] is None else chosen[name] for name, default in defaults.items()},
     }
     for cell in config.cells():
         if all(getattr(cell, key) == value for key, value in wanted.items()):

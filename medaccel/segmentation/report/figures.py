@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from medaccel.report.figures import COLOURS, axial_slice, new_figure, styled, to_canonical, to_png
+from medaccel.segmentation.evaluation.curves import mean_curve
 from medaccel.segmentation.evaluation.metrics import bland_altman
 from medaccel.segmentation.evaluation.results import Group, Run, volumes
-from medaccel.segmentation.statistics import mean_curve
 
 GREY = "#9aa3ad"
 TRUTH, PREDICTION = "#2e8b57", "#d1495b"
@@ -127,7 +127,7 @@ def volume_plot(groups: Sequence[Group]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Example:
+class SegmentationExample:
     """A scan with the truth and predictions, to be shown as axial slices.
 
     Args:
@@ -146,7 +146,7 @@ class Example:
 
 
 @styled
-def contour_figure(example: Example) -> bytes:
+def contour_figure(example: SegmentationExample) -> bytes:
     """The axial slice with most foreground, a picture a prediction, with contours of truth and prediction."""
     hu, spacing = to_canonical(example.hu, example.affine)
     truth = None if example.truth is None else to_canonical(example.truth > 0, example.affine)[0]

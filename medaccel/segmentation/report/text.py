@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medaccel.segmentation.evaluation.curves import mean_curve
 from medaccel.segmentation.evaluation.metrics import BAND_MM, TOLERANCE_MM
-from medaccel.segmentation.statistics import Comparison, Spread, mean_curve
+from medaccel.studies.statistics import Comparison, Spread
+from medaccel.studies.tables import nan_for_null
 
 STATISTICS = (
     "The t test is paired over the runs, seed by seed, and asks whether another run would show the same on these "
@@ -82,15 +84,6 @@ def mean_sd(value: Spread, digits: int = 1) -> str:
     return f"{value.mean:.{digits}f}{deviation}"
 
 
-def late_gain(curve: Sequence[tuple[int, float]]) -> float:
-    """By how much the last quarter of the steps raised the best Dice; NaN where it wasn't measured before."""
-    if not curve:
-        return math.nan
-    end = curve[-1][0]
-    before = [dice for step, dice in curve if step <= 0.75 * end]
-    return max(dice for _, dice in curve) - max(before) if before else math.nan
-
-
 def head_start(first: Sequence[Sequence[tuple[int, float]]], second: Sequence[Sequence[tuple[int, float]]]) -> str:
     """How two initializations differ on the validation cases at the first and at the last step, in a sentence."""
     steps, means, _ = mean_curve(first)
@@ -118,7 +111,8 @@ _MEASURED = {
 def pretraining_rows(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     """Of a pretraining's metrics.json, a row a task: measure, figure, chance, what is asked for, whether reached."""
     rows = []
-    for task, figures in content["held_out"].items():
+    for task, found in content["held_out"].items():
+        figures = nan_for_null(found)
         key = next(key for key in _MEASURED if key in figures)
         reached = "yes" if figures["reached"] else "no"
         rows.append(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -26,15 +26,15 @@ from medaccel.report.html import (
     versions,
     write_html,
 )
+from medaccel.segmentation.evaluation.curves import late_gain
 from medaccel.segmentation.evaluation.results import MEASURES, Group, Outcome, write_metrics
 from medaccel.segmentation.protocol import RANDOM, check_seeds
 from medaccel.segmentation.report import figures
 from medaccel.segmentation.report import text as words
 from medaccel.segmentation.report.examples import example_blocks, illustration_blocks
-from medaccel.segmentation.statistics import Comparison, spread
-
-if TYPE_CHECKING:
-    from medaccel.segmentation.pipeline import Study
+from medaccel.segmentation.study import SegmentationStudy
+from medaccel.studies.run_folder import REPORT
+from medaccel.studies.statistics import Comparison, spread
 
 _HEADERS = {
     "dice": ("Dice", "points"),
@@ -46,7 +46,7 @@ _HEADERS = {
 }
 
 
-def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
+def write_report(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
     """Writes all that the cells found into the study's folder.
 
     Args:
@@ -81,13 +81,14 @@ def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
     ):
         (folder.path / "figures").mkdir(exist_ok=True)
         write_bytes(folder.path / "figures" / f"{number:02d}.png", figure.png, force=True)
-    write_html(folder.path / "report.html", page, force=True)
+    report = folder.path / REPORT
+    write_html(report, page, force=True)
     say(sentence)
-    say(f"report on {len(outcome.runs)} of {len(cells)} cells: {(folder.path / 'report.html').resolve()}")
-    return folder.path / "report.html"
+    say(f"report on {len(outcome.runs)} of {len(cells)} cells: {report.resolve()}")
+    return report
 
 
-def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:
+def primary(study: SegmentationStudy, outcome: Outcome) -> tuple[Comparison | None, str]:
     """The primary comparison and its sentence; None where its runs aren't all there, or none was asked for."""
     wanted = study.config.comparison
     if wanted is None:
@@ -107,7 +108,7 @@ def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:
     return found, words.primary_sentence(wanted, first.spread("dice"), second.spread("dice"), found)
 
 
-def pretraining_figures(study: Study) -> dict[str, Any]:
+def pretraining_figures(study: SegmentationStudy) -> dict[str, Any]:
     """What the study's own pretrainings reached on held-out scans, by their folders' names."""
     found = {}
     root = study.folder.path / "pretraining"
@@ -116,11 +117,11 @@ def pretraining_figures(study: Study) -> dict[str, Any]:
     return found
 
 
-def build_page(study: Study, outcome: Outcome, sentence: str, pretraining: dict[str, Any]) -> Page:
+def build_page(study: SegmentationStudy, outcome: Outcome, sentence: str, pretraining: dict[str, Any]) -> Page:
     """The report's content, before it is HTML."""
     config = study.config
     summary = [sentence]
-    simulated = [name for name in outcome.tasks if config.tasks[name].get("data") is None]
+    simulated = [name for name in outcome.tasks if config.tasks[name].data is None]
     if simulated:
         summary.append(words.simulated(simulated))
     if len(outcome.runs) < len(outcome.planned):
@@ -151,7 +152,7 @@ def build_page(study: Study, outcome: Outcome, sentence: str, pretraining: dict[
     return Page("Segmentation from pretrained and random weights", summary, sections, facts)
 
 
-def _primary_blocks(study: Study, outcome: Outcome) -> list[Block]:
+def _primary_blocks(study: SegmentationStudy, outcome: Outcome) -> list[Block]:
     wanted = study.config.comparison or {}
     groups = [g for g in outcome.of(wanted["task"]) if g.fraction == wanted["fraction"]]
     groups = [g for init in (wanted["against"], wanted["init"]) for g in groups if g.init == init]
@@ -169,7 +170,7 @@ def _primary_blocks(study: Study, outcome: Outcome) -> list[Block]:
     return [*blocks, Note(words.STATISTICS)]
 
 
-def _task_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
+def _task_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
     groups = outcome.of(task)
     blocks: list[Block] = [_score_table(outcome, task), Text(words.MEASURES)]
     if any(g.init != RANDOM and (task, RANDOM, g.fraction) in outcome.groups for g in groups):
@@ -285,7 +286,7 @@ def _training_table(outcome: Outcome) -> Table:
                 max((run.curve[-1][0] for run in group.runs.values() if run.curve), default=0),
                 spread([step for step, _ in best]).mean,
                 words.mean_sd(spread([100 * dice for _, dice in best])),
-                spread([100 * words.late_gain(run.curve) for run in group.runs.values()]).mean,
+                spread([100 * late_gain(run.curve) for run in group.runs.values()]).mean,
                 ", ".join(dict.fromkeys(str(s["loaded"]) for s in starts if "loaded" in s)) or "none",
                 spread([content.get("seconds", float("nan")) for content in contents]).mean,
             ]

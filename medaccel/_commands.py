@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists the commands of `medaccel`: each one's options, examples, needed packages, and the function that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from medaccel._parser import Formatter, Parser, add_options
+from medaccel.studies.settings import before_work, hints_of
+
+SMOOTH_EXAMPLES = """examples:
+  medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5
+  medaccel smooth ct.nii ct_smooth.nii.gz --sigma "[1, 1, 2]"
+  medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
+"""
+
+DOCTOR_EXAMPLES = """examples:
+  medaccel doctor
+"""
+
+VERIFY_EXAMPLES = """examples:
+  medaccel verify
+  medaccel verify --devices cuda:0 --json verify.json
+"""
+
+RUN_EXAMPLES = """examples:
+  medaccel restoration run
+  medaccel restoration run --config configs/restoration_small.yaml
+  medaccel restoration run --config configs/restoration_small.yaml --resume
+  medaccel restoration run --train_studies my_studies --methods gaussian1 swin_unetr --output runs/mine
+  torchrun --nproc-per-node 4 -m medaccel.cli restoration run --config configs/restoration_full.yaml
+"""
+
+SCORE_EXAMPLES = """examples:
+  medaccel restoration score runs/restoration
+  medaccel restoration score runs/restoration --dicom path/to/pet_series --realisations 10
+  medaccel restoration score runs/restoration --test_studies held_out --methods gaussian1
+"""
+
+APPLY_EXAMPLES = """examples:
+  medaccel restoration apply --checkpoint gaussian_mix.pt pet_60s.nii.gz restored.nii.gz
+  medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --ct ct_dicom/
+  medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
+"""
+
+PRETRAINING_EXAMPLES = """examples:
+  medaccel pretraining run --config configs/pretraining_small.yaml
+  medaccel pretraining run --scans LUNA16 my_cts --preset nvidia --output runs/nvidia
+  medaccel pretraining run --config configs/pretraining_small.yaml --trainer.steps 1000 --resume
+  torchrun --nproc-per-node 4 -m medaccel.cli pretraining run --config configs/pretraining_full.yaml
+"""
+
+SEGMENTATION_EXAMPLES = """examples:
+  medaccel segmentation run --config configs/segmentation_small.yaml
+  medaccel segmentation run --config configs/segmentation_small.yaml --jobs 2 \\
+      --select "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
+  medaccel segmentation run --config study.yaml --backend dask --scheduler tcp://10.0.0.1:8786 --jobs 8
+  medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
+"""
+
+SEGMENT_EXAMPLES = """examples:
+  medaccel segmentation apply --checkpoint cells/spleen-random-020-seed0/best.pt ct.nii.gz spleen.nii.gz
+  medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
+"""
+
+DEMO_EXAMPLES = """examples:
+  medaccel demo
+  medaccel demo --output demo_run --force
+"""
+
+
+# Each command imports these beyond the kernels' own needs; the value is the package that brings the import.
+PACKAGES = {
+    "monai": "monai",
+    "einops": "einops",
+    "lightning": "lightning",
+    "tensorboard": "tensorboard",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+    "jinja2": "Jinja2",
+    "SimpleITK": "SimpleITK",
+    "joblib": "joblib",
+}
+_APPLYING = ("monai", "einops", "lightning", "scipy")
+_REPORTING = (*_APPLYING, "skimage", "matplotlib", "jinja2")
+_TRAINING = (*_REPORTING, "tensorboard", "joblib")
+
+
+def _parser(description: str, examples: str) -> Parser:
+    parser = Parser(description=description, epilog=examples, formatter_class=Formatter)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    return parser
+
+
+def _add_run_options(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="start clean if the output holds another run")
+    parser.add_argument(
+        "--resume", action="store_true", help="resume the run in the output; an error if there is none"
+    )
+
+
+def _add_apply_options(parser: Parser, function: Callable[..., Any]) -> None:
+    parser.add_function_arguments(function, as_positional=True, skip={"checkpoint", "force", "progress"})
+    parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _doctor() -> Parser:
+    return _parser(
+        "Says what is installed, what is built, and which kernel serves each op on each device.", DOCTOR_EXAMPLES
+    )
+
+
+def _verify() -> Parser:
+    parser = _parser("Checks every kernel against its reference on this machine, and times it.", VERIFY_EXAMPLES)
+    parser.add_argument(
+        "--devices", type=list[str], help="such as cpu or cuda:0 cuda:1; default: all that torch sees"
+    )
+    parser.add_argument("--json", type=Path, help="write the outcome to this file, for a bug report")
+    parser.add_argument("--speed", type=bool, default=True, help="time the kernels too")
+    return parser
+
+
+def _smooth() -> Parser:
+    from medaccel.smooth import smooth
+
+    parser = _parser("Smooths a NIfTI file or a DICOM series with a Gaussian.", SMOOTH_EXAMPLES)
+    _add_apply_options(parser, smooth)
+    return parser
+
+
+def _restoration_run() -> Parser:
+    from medaccel.restoration.config import RestorationConfig
+
+    parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
+    add_options(parser, RestorationConfig)
+    _add_run_options(parser)
+    return parser
+
+
+def _restoration_score() -> Parser:
+    from medaccel.restoration.config import ScoreConfig
+
+    parser = _parser("Scores a finished run on test studies, which no choice has seen.", SCORE_EXAMPLES)
+    add_options(parser, ScoreConfig)
+    return parser
+
+
+def _restoration_apply() -> Parser:
+    from medaccel.restoration.apply import apply
+
+    parser = _parser("Restores a PET, NIfTI or DICOM, with a fitted method. For research only.", APPLY_EXAMPLES)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a fitted method, such as checkpoints/<method>.pt of a run"
+    )
+    _add_apply_options(parser, apply)
+    return parser
+
+
+def _pretraining_run() -> Parser:
+    from medaccel.pretraining.config import PretrainingConfig
+
+    parser = _parser("Trains the encoder of a Swin UNETR on CT without labels, and reports.", PRETRAINING_EXAMPLES)
+    add_options(parser, PretrainingConfig)
+    _add_run_options(parser)
+    return parser
+
+
+def _segmentation_run() -> Parser:
+    from medaccel.segmentation.config import SegmentationConfig
+
+    parser = _parser(
+        "Compares initializations: pretrains, trains a grid of cells, tests them and reports.", SEGMENTATION_EXAMPLES
+    )
+    add_options(parser, SegmentationConfig)
+    _add_run_options(parser)
+    parser.add_argument(
+        "--cell", type=int, help="run only this one of the selected cells, counted from 0, and write no report"
+    )
+    return parser
+
+
+def _segmentation_apply() -> Parser:
+    from medaccel.segmentation.apply import apply
+
+    parser = _parser("Segments a CT with a trained network. For research only.", SEGMENT_EXAMPLES)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="a trained network, such as cells/<cell>/best.pt of a study"
+    )
+    _add_apply_options(parser, apply)
+    return parser
+
+
+def _demo() -> Parser:
+    parser = _parser(
+        "A small restoration study, a small pretraining and a few small segmentations, all on simulated phantoms.",
+        DEMO_EXAMPLES,
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
+    parser.add_argument("--force", action="store_true", help="start clean if the output holds a run")
+    return parser
+
+
+def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
+    values = namespace.as_dict() if isinstance(namespace, Namespace) else dict(namespace)
+    return {k: v for k, v in values.items() if k not in ("config", *skip)}
+
+
+def _call_doctor(_: Namespace) -> None:
+    from medaccel import doctor
+
+    print(doctor())
+
+
+def _call_verify(arguments: Namespace) -> int:
+    from medaccel.data.files import check_output, write_text
+    from medaccel.verify import check_devices, verify
+
+    with before_work():
+        if arguments.devices is not None:
+            check_devices(arguments.devices)
+        if arguments.json is not None:
+            check_output(arguments.json, force=True)
+    outcome = verify(devices=arguments.devices, speed=arguments.speed)
+    print(outcome)
+    if arguments.json is not None:
+        write_text(arguments.json, outcome.json(), force=True)
+    return 0 if outcome.passed else 1
+
+
+def _call_smooth(arguments: Namespace) -> None:
+    from medaccel.smooth import smooth
+
+    options = _options(arguments, "quiet")
+    smooth(**options, progress=not arguments.quiet)
+    print(f"written: {options['output']}")
+
+
+def _call_restoration_run(arguments: Namespace) -> None:
+    from medaccel.restoration.config import RestorationConfig
+    from medaccel.restoration.pipeline import run
+
+    _run(arguments, RestorationConfig, run)
+
+
+def _call_restoration_score(arguments: Namespace) -> None:
+    from medaccel.restoration.config import ScoreConfig
+    from medaccel.restoration.pipeline import score
+
+    with before_work():
+        chosen = ScoreConfig(**_options(arguments))
+    score(chosen)
+
+
+def _call_restoration_apply(arguments: Namespace) -> None:
+    from medaccel.restoration.apply import apply
+
+    _apply(arguments, apply)
+
+
+def _call_pretraining_run(arguments: Namespace) -> None:
+    from medaccel.pretraining.config import PretrainingConfig
+    from medaccel.pretraining.pipeline import run
+
+    _run(arguments, PretrainingConfig, run)
+
+
+def _call_segmentation_run(arguments: Namespace) -> None:
+    from medaccel.segmentation.config import SegmentationConfig
+    from medaccel.segmentation.pipeline import run
+
+    _run(arguments, SegmentationConfig, run, ("cell",))
+
+
+def _call_segmentation_apply(arguments: Namespace) -> None:
+    from medaccel.segmentation.apply import apply
+
+    _apply(arguments, apply)
+
+
+def _call_demo(arguments: Namespace) -> None:
+    from medaccel.demo import demo
+
+    demo(arguments.output, force=arguments.force)
+
+
+def _run(
+    arguments: Namespace, config: Callable[..., Any], run: Callable[..., Any], apart: Sequence[str] = ()
+) -> None:
+    """Runs a pipeline, with its options converted to their class."""
+    options = _options(arguments)
+    others = {name: options.pop(name) for name in ("force", "resume", *apart)}
+    with before_work():
+        chosen = config(**options)
+    run(chosen, **others)
+
+
+def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
+    options = _options(arguments, "quiet")
+    for path in apply(**options, progress=not arguments.quiet):
+        print(f"written: {path}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Describes one command.
+
+    Args:
+        help: its purpose in a few words.
+        parser: a function that makes its parser.
+        call: a function that runs it; a result of None counts as 0.
+        options: the class or function that defines its options, as module:name.
+        packages: the packages of `PACKAGES` that it imports.
+        hints: types of further options.
+    """
+
+    help: str
+    parser: Callable[[], Parser]
+    call: Callable[[Namespace], int | None]
+    options: str | None = None
+    packages: tuple[str, ...] = ()
+    hints: tuple[tuple[str, Any], ...] = ()
+
+    def types(self) -> dict[str, Any]:
+        """Returns the types of its options, by name."""
+        found = dict(self.hints)
+        if self.options is not None:
+            module, _, name = self.options.partition(":")
+            found |= hints_of(getattr(import_module(module), name))
+        return found
+
+
+COMMANDS = {
+    "doctor": Command("what is installed and which kernels serve", _doctor, _call_doctor),
+    "verify": Command(
+        "check and time every kernel on this machine",
+        _verify,
+        _call_verify,
+        hints=(("devices", list[str] | None), ("json", Path | None), ("speed", bool)),
+    ),
+    "smooth": Command(
+        "Gaussian smoothing of a NIfTI file or DICOM series", _smooth, _call_smooth, "medaccel.smooth:smooth"
+    ),
+    "restoration run": Command(
+        "fit, choose on validation studies, and report",
+        _restoration_run,
+        _call_restoration_run,
+        "medaccel.restoration.config:RestorationConfig",
+        _TRAINING,
+    ),
+    "restoration score": Command(
+        "score a finished run on test studies",
+        _restoration_score,
+        _call_restoration_score,
+        "medaccel.restoration.config:ScoreConfig",
+        _REPORTING,
+    ),
+    "restoration apply": Command(
+        "restore a PET with a fitted method",
+        _restoration_apply,
+        _call_restoration_apply,
+        "medaccel.restoration.apply:apply",
+        _APPLYING,
+    ),
+    "pretraining run": Command(
+        "train on CT without labels, and report",
+        _pretraining_run,
+        _call_pretraining_run,
+        "medaccel.pretraining.config:PretrainingConfig",
+        _TRAINING,
+    ),
+    "segmentation run": Command(
+        "compare initializations in a grid of runs, and report",
+        _segmentation_run,
+        _call_segmentation_run,
+        "medaccel.segmentation.config:SegmentationConfig",
+        _TRAINING,
+        (("cell", int | None),),
+    ),
+    "segmentation apply": Command(
+        "segment a CT with a trained network",
+        _segmentation_apply,
+        _call_segmentation_apply,
+        "medaccel.segmentation.apply:apply",
+        _APPLYING,
+    ),
+    "demo": Command(
+        "small studies, from phantoms to reports", _demo, _call_demo, packages=_TRAINING, hints=(("output", Path),)
+    ),
+}
+GROUPS = {
+    "restoration": "PET restoration: short exposures made to look like long ones.",
+    "pretraining": "Pretraining without labels, on CT.",
+    "segmentation": "Segmentation of CT, and what pretraining does for it.",
+}

@@ -17,6 +17,7 @@ from torch import Tensor
 from medaccel import use_reference
 from medaccel.ops import diffusion_step
 from medaccel.ops.diffusion_step import reference
+from medaccel.ops.diffusion_step.cases import CASES, DDPM, Case, named
 from tests.ops.checks import (
     EMULATED,
     IMPLEMENTATIONS,
@@ -25,7 +26,6 @@ from tests.ops.checks import (
     max_error,
     poisoned_memory,
 )
-from tests.ops.diffusion_step_cases import CASES, DDPM, Case, named
 
 OP = torch.ops.medaccel.diffusion_step.default
 KERNELS = IMPLEMENTATIONS[1:]

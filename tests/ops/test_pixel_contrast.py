@@ -15,8 +15,8 @@ from torch import Tensor
 
 from medaccel import use_reference
 from medaccel.ops import pixel_contrastive_loss
+from medaccel.ops.pixel_contrast.cases import CASES, Views, named
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
-from tests.ops.pixel_contrast_cases import CASES, Views, named
 
 OP = torch.ops.medaccel.pixel_contrastive_loss.default
 CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]  # the GPU's kernel has a suite of its own
@@ -414,7 +414,7 @@ def test_bad_input_is_refused_in_a_sentence(what: str, forced: bool):
 MEMORY = """
 import resource, torch
 from medaccel.ops import pixel_contrastive_loss
-from tests.ops.pixel_contrast_cases import Views
+from medaccel.ops.pixel_contrast.cases import Views
 
 def call(size):
     query, key, *coords, radius = Views("", (size,) * 3, 64, batch=1).tensors()

@@ -18,8 +18,8 @@ from medaccel import use_reference
 from medaccel.ops import shifted_window_attention
 from medaccel.ops._philox import philox_4x32_10
 from medaccel.ops.window_attention import reference
+from medaccel.ops.window_attention.cases import CASES, Case, named, relative_position_index
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
-from tests.ops.window_attention_cases import CASES, Case, named, relative_position_index
 
 OP = torch.ops.medaccel.shifted_window_attention.default
 CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]  # the GPU's kernel has a suite of its own
@@ -411,7 +411,7 @@ def test_bad_input_is_refused_in_a_sentence(what: str, forced: bool):
 MEMORY = """
 import resource, torch
 from medaccel.ops import shifted_window_attention
-from tests.ops.window_attention_cases import Case
+from medaccel.ops.window_attention.cases import Case
 
 def call(size):
     case = Case("", (size,) * 3, (7,) * 3, (3,) * 3, 3, 8)

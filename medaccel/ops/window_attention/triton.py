@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medaccel._native import dropout_threshold
+from medaccel.ops.window_attention.reference import dropout_threshold
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _MASKED = tl.constexpr(-100.0 * math.log2(math.e))  # MONAI's −100 between the two sides of a cyclic shift

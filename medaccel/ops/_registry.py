@@ -120,7 +120,7 @@ _ROWS = (
         predicate="medaccel.ops.nt_xent:unsupported",
         kernels={
             "cpu": _cpu("nt_xent"),
-            "cuda": NoKernel("a batch's scores are one small matrix product there"),
+            "cuda": NoKernel("one matrix product makes a batch's scores, which fit in memory"),
         },
         cases="medaccel.ops.nt_xent.cases",
         verifier="medaccel.ops.nt_xent.verify:INFO_NCE",
@@ -136,7 +136,7 @@ _ROWS = (
         predicate="medaccel.ops.instance_norm:unsupported",
         kernels={
             "cpu": _cpu("instance_norm"),
-            "cuda": NoKernel("torch.compile fuses the norm there already"),
+            "cuda": NoKernel("torch's own operations, which torch.compile fuses"),
         },
         cases="medaccel.ops.instance_norm.cases",
         verifier="medaccel.ops.instance_norm.verify:VERIFIER",
@@ -152,7 +152,7 @@ _ROWS = (
         predicate="medaccel.ops.nt_xent:unsupported",
         kernels={
             "cpu": _cpu("nt_xent"),
-            "cuda": NoKernel("a batch's scores are one small matrix product there"),
+            "cuda": NoKernel("one matrix product makes a batch's scores, which fit in memory"),
         },
         cases="medaccel.ops.nt_xent.cases",
         verifier="medaccel.ops.nt_xent.verify:NT_XENT",
@@ -168,7 +168,7 @@ _ROWS = (
         predicate="medaccel.ops.pixel_consistency:unsupported",
         kernels={
             "cpu": _cpu("pixel_consistency"),
-            "cuda": NoKernel("not written; takes memory quadratic in the pixels"),
+            "cuda": NoKernel("no kernel is written yet; memory grows with the pixels' square"),
         },
         cases="medaccel.ops.pixel_consistency.cases",
         verifier="medaccel.ops.pixel_consistency.verify:VERIFIER",
@@ -200,7 +200,7 @@ _ROWS = (
         predicate="medaccel.ops.propagation:unsupported",
         kernels={
             "cpu": _cpu("propagation"),
-            "cuda": NoKernel("not written; takes memory quadratic in the pixels"),
+            "cuda": NoKernel("no kernel is written yet; memory grows with the pixels' square"),
         },
         cases="medaccel.ops.propagation.cases",
         verifier="medaccel.ops.propagation.verify:VERIFIER",

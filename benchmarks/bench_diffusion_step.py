@@ -22,6 +22,7 @@ from benchmarks.harness import Contender, add_allocator, choose_allocator, machi
 from medaccel.diffusion import VESDE, VPSDE, DDIMScheduler, DDPMScheduler, noised
 from medaccel.diffusion import coefficients as c
 from medaccel.ops import diffusion_step
+from medaccel.ops.diffusion_step.cases import DDPM, Case
 
 STEPS = 50
 
@@ -129,7 +130,7 @@ def main() -> None:
     choose_allocator(arguments.allocator)
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("time: median; ×: that over medaccel's; memory: peak above the start, outputs included")
-    x, m = (torch.randn(1, 1, *[arguments.size] * 3) for _ in range(2))
+    x, m = Case("", (1, 1, *[arguments.size] * 3), DDPM).tensors().values()
     works: dict[str, Callable[[], list[Contender]]] = {
         "DDPM step": lambda: ddpm(x, m),
         "DDIM step, η = 0": lambda: ddim(x, m, 0.0),

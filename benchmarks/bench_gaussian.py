@@ -26,6 +26,7 @@ from benchmarks.harness import (
 )
 from medaccel.layers import GaussianFilter
 from medaccel.ops import gaussian_filter
+from medaccel.ops.gaussian.cases import Case
 
 
 def check_parity(ours: Tensor, peer: np.ndarray, name: str, bound: float) -> None:
@@ -37,8 +38,13 @@ def check_parity(ours: Tensor, peer: np.ndarray, name: str, bound: float) -> Non
         raise SystemExit(f"{name}: differs from medaccel by {error:.2g} (expected at most {bound}); nothing is timed")
 
 
+def volume(size: int, seed: int = 0) -> Tensor:
+    """Uniform numbers from 0 to 1: an image's are not negative."""
+    return torch.special.ndtr(Case("", (1, 1, size, size, size), ()).input(seed=seed))
+
+
 def forward_contenders(size: int, sigma: float) -> list[Contender]:
-    x = torch.rand(1, 1, size, size, size, generator=torch.Generator().manual_seed(0))
+    x = volume(size)
     array = x[0, 0].numpy()
     image = SimpleITK.GetImageFromArray(array)
     monai = MonaiGaussianFilter(3, sigma)
@@ -61,8 +67,7 @@ def forward_contenders(size: int, sigma: float) -> list[Contender]:
 
 
 def training_contenders(size: int, sigma: float) -> list[Contender]:
-    x = torch.rand(1, 1, size, size, size, requires_grad=True)
-    grad = torch.rand(1, 1, size, size, size)
+    x, grad = volume(size).requires_grad_(), volume(size, seed=1)
 
     def step(layer: torch.nn.Module) -> Callable[[], object]:
         def run() -> object:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import Contender, add_allocator, choose_allocator, machine, measure, rows_of, write_table
 from medaccel.ops import instance_norm_act
+from medaccel.ops.instance_norm.cases import Case
 
 SHAPES = [(1, 24, 96, 96, 96), (1, 24, 48, 48, 48), (1, 48, 24, 24, 24), (1, 96, 12, 12, 12), (1, 384, 6, 6, 6)]
 
@@ -25,8 +26,10 @@ class Work:
     """One map in one memory layout, and the ways to normalise it."""
 
     def __init__(self, shape: tuple[int, ...], channels_last: bool):
-        layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-        self.x, self.residual, self.grad = (torch.randn(shape).to(memory_format=layout) for _ in range(3))
+        view = "last" if channels_last else ""
+        self.x, _, _, residual, self.grad = Case("", shape, view, view, residual=True).tensors()
+        assert residual is not None
+        self.residual = residual
         self.compiled = torch.compile(self.torchs)
 
     def medaccel(self) -> Tensor:

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Contender, machine, measure, peak_extra_bytes, warm_allocator, write_table
-from medaccel import _native
 from medaccel.ops import pixel_contrastive_loss
-from medaccel.ops.pixel_contrast import reference
-from tests.ops.pixel_contrast_cases import Views
+from medaccel.ops.pixel_contrast import native, reference
+from medaccel.ops.pixel_contrast.cases import Views
 
 CHANNELS, TEMPERATURE, RADIUS = 64, 0.3, 1.0
 
@@ -111,7 +110,7 @@ def time_positives(size: int) -> None:
 
     def forward(cull: bool) -> Callable[[], object]:
         return functools.partial(
-            _native.pixel_contrast_forward, query, key, at_query, at_key, radius, TEMPERATURE, cull=cull
+            native.pixel_contrast_forward, query, key, at_query, at_key, radius, TEMPERATURE, cull=cull
         )
 
     both = [Contender("blocks too far apart skipped", forward(True)), Contender("all distances", forward(False))]

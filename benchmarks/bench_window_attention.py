@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.harness import Contender, add_allocator, choose_allocator, machine, measure, rows_of, write_table
 from medaccel.ops import shifted_window_attention
 from medaccel.ops.window_attention import reference
-from tests.ops.window_attention_cases import Case
+from medaccel.ops.window_attention.cases import Case
 
 
 @dataclass(frozen=True)

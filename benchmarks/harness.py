@@ -15,11 +15,13 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from medaccel import use_reference
 
 
 def warm_allocator() -> bool:
@@ -158,3 +160,45 @@ def rows_of(work: str, contenders: list[Contender]) -> list[dict[str, object]]:
             flush=True,
         )
     return rows
+
+
+def check_parity(name: str, ours: Sequence[torch.Tensor], peer: Sequence[torch.Tensor], bound: float) -> None:
+    """SystemExit where a result is off by more than `bound` of its largest: nothing is timed then."""
+    for a, b in zip(ours, peer, strict=True):
+        error = float((a - b).abs().max() / b.abs().max())
+        if not error <= bound:
+            raise SystemExit(
+                f"{name}: differs from medaccel by {error:.2g} (expected at most {bound}); nothing is timed"
+            )
+
+
+def against_reference(
+    run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]], tensors: Sequence[torch.Tensor], bound: float
+) -> list[Contender]:
+    """medaccel and the op's plain PyTorch reference on the same tensors, after a check that they agree."""
+
+    def plain() -> Sequence[torch.Tensor]:
+        with use_reference():
+            return run(tensors)
+
+    check_parity("PyTorch", run(tensors), plain(), bound)
+    return [Contender("medaccel", lambda: run(tensors)), Contender("PyTorch", plain)]
+
+
+def command(description: str | None, works: Mapping[str, Callable[[], list[Contender]]]) -> None:
+    """The command line of a benchmark: measures the works, prints, and writes the table where it is told to."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="the first work only, for one second")
+    add_allocator(parser)
+    parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
+    arguments = parser.parse_args()
+    choose_allocator(arguments.allocator)
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
+    print("time: median; ×: that time over medaccel's; memory: peak above the start, results included")
+    rows: list[dict[str, object]] = []
+    for work in list(works)[: 1 if arguments.quick else None]:
+        contenders = works[work]()
+        measure(contenders, seconds=1.0 if arguments.quick else 3.0, least=3)
+        rows += rows_of(work, contenders)
+    if arguments.output:
+        write_table(arguments.output, rows)

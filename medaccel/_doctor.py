@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`medaccel doctor` and `explain`: what is installed and built, and which kernel serves an op where, or why none.
 
-Both read the table `OPS`, and each op's own `unsupported`, by which the op itself chooses.
+Both read the registry of ops, and each op's own `unsupported`, by which the op itself chooses.
 """
 
 import importlib.metadata
@@ -14,38 +14,8 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops import (
-    _dispatch,
-    gaussian,
-    instance_norm,
-    nt_xent,
-    pixel_consistency,
-    pixel_contrast,
-    propagation,
-    window_attention,
-)
-from medaccel.ops.diffusion_step import unsupported as diffusion_step_unsupported  # the op has its folder's name
-
-
-@dataclass(frozen=True)
-class Op:
-    """What is known of an op before it is called."""
-
-    unsupported: Callable[[Tensor], str | None]  # of the op's first tensor: why no kernel serves it; None: one does
-    gpu_kernel: str | None  # "CUDA C++", "Triton" or none
-
-
-OPS = {
-    "gaussian_filter": Op(gaussian.unsupported, gpu_kernel="CUDA C++"),
-    "instance_norm_act": Op(instance_norm.unsupported, gpu_kernel=None),
-    "info_nce_loss": Op(nt_xent.unsupported, gpu_kernel=None),
-    "nt_xent_loss": Op(nt_xent.unsupported, gpu_kernel=None),
-    "pixel_consistency_loss": Op(pixel_consistency.unsupported, gpu_kernel=None),
-    "pixel_contrastive_loss": Op(pixel_contrast.unsupported, gpu_kernel="Triton"),
-    "pixel_propagation": Op(propagation.unsupported, gpu_kernel=None),
-    "shifted_window_attention": Op(window_attention.unsupported, gpu_kernel="Triton"),
-    "diffusion_step": Op(diffusion_step_unsupported, gpu_kernel="CUDA C++"),
-}
+from medaccel.ops import _dispatch
+from medaccel.ops._registry import OPS, Kernel
 
 
 @dataclass
@@ -128,11 +98,13 @@ def _serving(name: str, tensor: Tensor) -> tuple[str | None, str]:
     if device.type == "cpu":
         assert _native.cpu is not None
         return "C++", _native.cpu.isa
-    if op.gpu_kernel == "Triton":  # compiled at its first call, for the GPU that it finds
+    kernel = op.kernels["cuda"]
+    assert isinstance(kernel, Kernel)
+    if kernel.language == "Triton":  # compiled at its first call, for the GPU that it finds
         major, minor = torch.cuda.get_device_capability(device)
-        return op.gpu_kernel, f"sm_{major}{minor}"
+        return kernel.language, f"sm_{major}{minor}"
     assert _native.cuda is not None
-    return op.gpu_kernel, f"code for sm_{_native.cuda.running_architecture(device.index)}"
+    return kernel.language, f"code for sm_{_native.cuda.running_architecture(device.index)}"
 
 
 def explain(op: str | Callable[..., object], input: Tensor) -> str:

@@ -8,8 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from medaccel import _native
 from medaccel.cli import main
+from medaccel.ops.gaussian import native
 
 
 def image(path: Path) -> Path:
@@ -57,8 +57,8 @@ def test_verify_checks_the_kernels_and_writes_its_outcome(tmp_path: Path, capsys
 
 
 def test_verify_fails_where_a_kernel_gives_wrong_numbers(monkeypatch: pytest.MonkeyPatch):
-    kernel = _native.gaussian_filter
-    monkeypatch.setattr(_native, "gaussian_filter", lambda *a, **k: kernel(*a, **k) * 1.001)
+    kernel = native.gaussian_filter
+    monkeypatch.setattr(native, "gaussian_filter", lambda *a, **k: kernel(*a, **k) * 1.001)
     assert main(["verify", "--devices", "[cpu]", "--speed", "false"]) == 1
 
 

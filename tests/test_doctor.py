@@ -2,6 +2,7 @@
 """`doctor` and `explain`: which kernel serves, or why plain PyTorch does."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import medaccel
-from medaccel import _doctor, _native
+from medaccel import _native
+from medaccel.ops._registry import OPS
 from tests.ops.checks import implementation
 
 
@@ -88,8 +90,13 @@ def test_explain_names_the_architecture_whose_code_runs(gpu_volume: Tensor):
     assert sentence == "gaussian_filter on cuda:0, float16: its CUDA C++ kernel (code for sm_90)"
 
 
+def serves(tensor: Tensor) -> None:
+    """The predicate of an op whose kernel takes everything."""
+
+
 def test_explain_names_triton_where_that_serves(gpu_volume: Tensor, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(_doctor.OPS, "attention", _doctor.Op(lambda tensor: None, gpu_kernel="Triton"))
+    row = replace(OPS["shifted_window_attention"], name="attention", predicate=f"{__name__}:serves")
+    monkeypatch.setitem(OPS, "attention", row)
     assert medaccel.explain("attention", gpu_volume) == "attention on cuda:0, float16: its Triton kernel (sm_90)"
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from medaccel import verify
+from medaccel.ops import _checks
+from medaccel.ops._registry import OPS
+from medaccel.ops.gaussian import verify as gaussian_verify
 
 # None in sys.modules makes an import fail as if the package were not installed.
 BARE = """
@@ -37,10 +40,16 @@ def test_verify_runs_and_times_where_only_torch_and_numpy_are():
     assert len(steps) == 2
     contrast = [line for line in result.stdout.splitlines() if line.startswith("pixel_contrastive_loss")]
     assert re.search(r"12³ pixels, float32 .* not here +\d+% of matmul$", contrast[-1]), contrast
+    for op in OPS:
+        lines = [line for line in result.stdout.splitlines() if line.startswith(f"{op} ")]
+        for dtype in ("float64", "float32", "bfloat16", "float16"):
+            (checked,) = (line for line in lines if f" {dtype} " in line and line.endswith("its kernel"))
+            assert int(checked.split()[3]) >= 3, checked  # cases
+        assert any(" ms " in line for line in lines), f"{op} is not timed"
 
 
 def test_monai_is_a_peer_where_it_is_installed():
-    speed = verify._time_gaussian(torch.device("cpu"), 1.0)
+    speed = gaussian_verify.time_filter(torch.device("cpu"), 1.0)
     outcome = verify.Verification([], speeds=[speed])
     (written,) = json.loads(outcome.json())["speeds"]
     assert written["monai_ms"] == speed.monai_ms > 0
@@ -52,8 +61,8 @@ def test_monai_is_a_peer_where_it_is_installed():
 
 def test_the_peers_do_the_same_work_as_the_kernel(monkeypatch: pytest.MonkeyPatch):
     results = []
-    monkeypatch.setattr(verify, "_median_ms", lambda call, device: results.append(call()) or 1.0)
-    verify._time_gaussian(torch.device("cpu"), 2.0)
+    monkeypatch.setattr(_checks, "median_ms", lambda call, device: results.append(call()) or 1.0)
+    gaussian_verify.time_filter(torch.device("cpu"), 2.0)
     ours, plain, monai, _ = results
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours, monai, rtol=1e-5, atol=1e-6)

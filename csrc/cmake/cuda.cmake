@@ -16,7 +16,9 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # no libcudart to find at run time; imports on a machine without a driver
 enable_language(CUDA)
 
-set(CUDA_SOURCES gaussian/cuda.cu diffusion_step/cuda.cu probe/cuda.cu)
+set(CUDA_FOLDERS diffusion_step gaussian probe)
+list(TRANSFORM CUDA_FOLDERS APPEND /cuda.cu OUTPUT_VARIABLE CUDA_SOURCES)
+list(TRANSFORM CUDA_FOLDERS APPEND /bind_cuda.cpp OUTPUT_VARIABLE CUDA_BINDINGS)
 
 # Machine code for each architecture, and PTX of the last, so that later GPUs can compile it themselves.
 set(gpu_code "")
@@ -27,7 +29,7 @@ endforeach()
 list(APPEND gpu_code ${newest}-virtual)
 
 string(REPLACE ";" "," arch_list "${MEDACCEL_CUDA_ARCHS}")  # a semicolon would end a definition
-pybind11_add_module(_cuda MODULE NO_EXTRAS cuda_module.cpp ${CUDA_SOURCES})
+pybind11_add_module(_cuda MODULE NO_EXTRAS cuda_module.cpp ${CUDA_BINDINGS} ${CUDA_SOURCES})
 set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${gpu_code}" CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-O1 -Wall -Wextra>

@@ -4,7 +4,7 @@
 //   make_taps   radius and taps of each axis, from σ on the device or from the host
 //   march       all three axes in one pass over the volume, for radii up to R
 //   one_axis    one axis a pass, any radius; also the adjoint of folding borders
-//   dot         the inner product that the gradient to σ ends in
+//   dot.h       the inner product that the gradient to σ ends in
 //
 // Bytes: three plain passes request 3 reads and 3 writes of the volume. `march` reads a tile of 64 × 32 columns with
 // its halo, once a plane, and writes the output once: at radius 8 and chunks of 64 planes it requests
@@ -15,6 +15,7 @@
 #include "../common/cuda_portable.h"
 #include "../common/cuda_storage.h"
 #include "cuda.h"
+#include "dot.h"
 
 namespace medaccel::gaussian {
 namespace {
@@ -265,36 +266,6 @@ __global__ void __launch_bounds__(256, 2) one_axis(const In* __restrict__ in, Ou
                 out[batch * p.out_stride[0] + channel * p.out_stride[1] + within] = to_storage<Out>(sum);
             }
     }
-}
-
-// --- dot product -------------------------------------------------------------------------------------------------
-constexpr int kDotThreads = 256;
-
-__device__ inline double block_sum(double value) {
-    SHARED(double, sums, [kDotThreads]);
-    sums[threadIdx.x] = value;
-    for (int half = kDotThreads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    __syncthreads();
-    return sums[0];
-}
-
-template <class T>
-__global__ void __launch_bounds__(kDotThreads)
-    dot_parts(const T* __restrict__ a, const T* __restrict__ b, int64_t n, double* partial) {
-    double sum = 0;
-    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step)
-        sum = fma(static_cast<double>(to_compute(a[i])), static_cast<double>(to_compute(b[i])), sum);
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-__global__ void __launch_bounds__(kDotThreads) dot_total(const double* partial, double* result) {
-    const double sum = block_sum(partial[threadIdx.x]);
-    if (threadIdx.x == 0) *result = sum;
 }
 
 // --- launches ----------------------------------------------------------------------------------------------------

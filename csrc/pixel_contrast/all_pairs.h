@@ -20,6 +20,14 @@ namespace medaccel::pixel_contrast {
 
 constexpr double kLog2e = 1.4426950408889634074;
 
+// Per sample, the queries (numbered within the batch) that are wanted.
+inline std::vector<std::vector<int64_t>> rows_where(int64_t batch, int64_t queries, const std::vector<char>& wanted) {
+    std::vector<std::vector<int64_t>> rows(batch);
+    for (int64_t i = 0; i < batch * queries; ++i)
+        if (wanted[i]) rows[i / queries].push_back(i);
+    return rows;
+}
+
 template <class T>
 class AllPairs {
   public:

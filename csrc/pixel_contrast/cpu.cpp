@@ -32,17 +32,10 @@ struct OnlineSum {
     double value() const { return sum == 0 ? top : top + std::log2(sum); }
 };
 
-std::vector<std::vector<int64_t>> rows_where(const Problem& p, const std::vector<char>& wanted) {
-    std::vector<std::vector<int64_t>> rows(p.batch);
-    for (int64_t i = 0; i < p.batch * p.queries; ++i)
-        if (wanted[i]) rows[i / p.queries].push_back(i);
-    return rows;
-}
-
 template <class T>
 AllPairs<T> all_pairs(const UnitRows<T>& query, const UnitRows<T>& key, const std::vector<std::vector<int64_t>>& rows,
-                      int64_t self, const Problem& p) {
-    return AllPairs<T>(query, key, rows, p.queries, p.keys, p.channels, p.temperature, self, p.threads);
+                      const Problem& p) {
+    return AllPairs<T>(query, key, rows, p.queries, p.keys, p.channels, p.temperature, -1, p.threads);
 }
 
 }  // namespace
@@ -64,7 +57,7 @@ void forward(const T* query, const T* key, const U* query_coords, const U* key_c
         loss[i] = lse[i] = 0;
         positive_lse[i] = static_cast<T>(positives[i].value());
     }
-    all_pairs(q, k, rows_where(p, valid), -1, p).forward([&](int64_t row, double value) {
+    all_pairs(q, k, rows_where(p.batch, p.queries, valid), p).forward([&](int64_t row, double value) {
         lse[row] = static_cast<T>(value);
         const double above = value - positives[row].value();
         loss[row] = static_cast<T>(above < 0 ? 0 : above * kLn2);  // rounding may put the part above the whole
@@ -85,7 +78,7 @@ void backward(const T* grad, const T* query, const T* key, const U* query_coords
     }
     if (grad_query) query_sums = q.zeros();
     if (grad_key) key_sums = k.zeros();
-    all_pairs(q, k, rows_where(p, wanted), -1, p).backward(weight.data(), lse, query_sums, key_sums);
+    all_pairs(q, k, rows_where(p.batch, p.queries, wanted), p).backward(weight.data(), lse, query_sums, key_sums);
 
     // A positive's weight within the positives: each is subtracted from its query's gradient, and then from its
     // key's.
@@ -112,32 +105,6 @@ void backward(const T* grad, const T* query, const T* key, const U* query_coords
     }
 }
 
-template <class T>
-void lse_forward(const T* query, const T* key, int64_t self, T* lse, const Problem& p) {
-    const int64_t n = p.batch * p.queries;
-    const UnitRows<T> q(query, n, p.channels, p.threads), k(key, p.batch * p.keys, p.channels, p.threads);
-    const auto rows = rows_where(p, std::vector<char>(n, 1));
-    all_pairs(q, k, rows, self, p).forward([&](int64_t row, double value) { lse[row] = static_cast<T>(value); });
-}
-
-template <class T>
-void lse_backward(const T* grad, const T* query, const T* key, int64_t self, const T* lse, T* grad_query, T* grad_key,
-                  const Problem& p) {
-    const int64_t n = p.batch * p.queries;
-    const UnitRows<T> q(query, n, p.channels, p.threads), k(key, p.batch * p.keys, p.channels, p.threads);
-    std::vector<T> weight(n), query_sums, key_sums;
-    std::vector<char> wanted(n);
-    for (int64_t i = 0; i < n; ++i) {
-        weight[i] = static_cast<T>(grad[i] / p.temperature);
-        wanted[i] = weight[i] != 0;
-    }
-    if (grad_query) query_sums = q.zeros();
-    if (grad_key) key_sums = k.zeros();
-    all_pairs(q, k, rows_where(p, wanted), self, p).backward(weight.data(), lse, query_sums, key_sums);
-    if (grad_query) q.gradient(query_sums, grad_query);
-    if (grad_key) k.gradient(key_sums, grad_key);
-}
-
 #define MEDACCEL_INSTANTIATE(T, U)                                                                                 \
     template void forward(const T*, const T*, const U*, const U*, const U*, T*, T*, T*, const Problem&);           \
     template void backward(const T*, const T*, const T*, const U*, const U*, const U*, const T*, const T*, T*, T*, \
@@ -146,12 +113,5 @@ MEDACCEL_INSTANTIATE(float, float)
 MEDACCEL_INSTANTIATE(float, double)
 MEDACCEL_INSTANTIATE(double, float)
 MEDACCEL_INSTANTIATE(double, double)
-#undef MEDACCEL_INSTANTIATE
-
-#define MEDACCEL_INSTANTIATE(T)                                                 \
-    template void lse_forward(const T*, const T*, int64_t, T*, const Problem&); \
-    template void lse_backward(const T*, const T*, const T*, int64_t, const T*, T*, T*, const Problem&);
-MEDACCEL_INSTANTIATE(float)
-MEDACCEL_INSTANTIATE(double)
 
 }  // namespace medaccel::pixel_contrast

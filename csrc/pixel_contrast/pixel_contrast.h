@@ -30,12 +30,4 @@ void backward(const T* grad, const T* query, const T* key, const U* query_coords
               const U* radius, const T* lse, const T* positive_lse, T* grad_query, T* grad_key,
               const Problem& problem);
 
-// lse [batch, queries]: log Σ_j exp(s_ij), in base 2. Key i + self of query i is left out, where self ≥ 0.
-template <class T>
-void lse_forward(const T* query, const T* key, int64_t self, T* lse, const Problem& problem);
-
-template <class T>
-void lse_backward(const T* grad, const T* query, const T* key, int64_t self, const T* lse, T* grad_query, T* grad_key,
-                  const Problem& problem);
-
 }  // namespace medaccel::pixel_contrast

@@ -57,6 +57,13 @@ BUGS = {
         "const int64_t end = (job + 1) * kRowsPerJob;",
         OVERFLOW,
     ),
+    "NT-Xent: one weight too many is written": Planted(
+        "nt_xent",
+        "csrc/nt_xent/cpu.cpp",
+        "for (int64_t i = 0; i < n; ++i) {",
+        "for (int64_t i = 0; i <= n; ++i) {",
+        OVERFLOW,
+    ),
     "consistency: one sum too many is written": Planted(
         "pixel_consistency",
         "csrc/pixel_consistency/cpu.cpp",
@@ -102,6 +109,13 @@ BUGS = {
     ),
     "contrast: all jobs of a turn have the same chunk of keys": Planted(
         "pixel_contrast",
+        "csrc/pixel_contrast/all_pairs.h",
+        "theirs = (mine + turn) % chunks;",
+        "theirs = turn;",
+        RACE,
+    ),
+    "NT-Xent: all jobs of a turn have the same chunk of keys": Planted(
+        "nt_xent",
         "csrc/pixel_contrast/all_pairs.h",
         "theirs = (mine + turn) % chunks;",
         "theirs = turn;",

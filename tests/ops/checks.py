@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medaccel import _native, use_reference
+from medaccel.ops._checks import max_error
 from tests.cuda_emulation.sanitized import CSRC, build, compiler_is_missing, load_module
 
 # The reference itself is in the list: what a kernel must hold, the truth must hold too.
@@ -61,9 +62,9 @@ def emulated_module() -> ModuleType:
         *("-DMEDACCEL_MODULE=_emulated", "-DMEDACCEL_EMULATED", '-DMEDACCEL_CUDA_ARCHS="emulated"'),
         *('-DMEDACCEL_CUDA_VERSION="none"', f"-isystem{pybind11.get_include()}", f"-isystem{include}"),
     )
-    kernels = tuple(CSRC / op / "cuda.cu" for op in ("gaussian", "diffusion_step", "probe"))
-    sources = (*kernels, CSRC / "cuda_module.cpp")
-    return load_module("_emulated", build(sources, extra_flags=flags, shared=True))
+    folders = sorted(kernel.parent for kernel in CSRC.glob("*/cuda.cu"))
+    sources = tuple(folder / file for folder in folders for file in ("cuda.cu", "bind_cuda.cpp"))
+    return load_module("_emulated", build((*sources, CSRC / "cuda_module.cpp"), extra_flags=flags, shared=True))
 
 
 @contextmanager
@@ -76,18 +77,6 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def max_error(actual: Tensor, truth: Tensor) -> float:
-    """The largest |actual − truth|; infinite where only one of the two is NaN."""
-    a, t = actual.detach().double(), truth.detach().double()
-    assert a.shape == t.shape, f"shapes differ: {tuple(a.shape)} and {tuple(t.shape)}"
-    if a.numel() == 0:
-        return 0.0
-    error = (a - t).abs()
-    both, either = a.isnan() & t.isnan(), a.isnan() | t.isnan()
-    error = torch.where(either, torch.inf, error)
-    return float(torch.where(both | (a == t), 0.0, error).max())
 
 
 def assert_twice_as_good(

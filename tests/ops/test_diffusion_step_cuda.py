@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from medaccel.ops import diffusion_step
+from medaccel.ops.diffusion_step.cases import named
 from tests.cuda_emulation.sanitized import ADDRESS, CSRC, ORDERS, THREAD, build, compiler_is_missing, run
 from tests.gpu_resources import compile_for_gpu, nvcc_is_missing
 from tests.ops.checks import EMULATED, emulated_module, implementation
-from tests.ops.diffusion_step_cases import named
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = (CSRC / "diffusion_step" / "cuda.cu", ROOT / "tests" / "native" / "diffusion_step_cuda_driver.cpp")

@@ -19,6 +19,7 @@ from torch import Tensor
 from medaccel import use_reference
 from medaccel.ops import gaussian_filter
 from medaccel.ops.gaussian import reference
+from medaccel.ops.gaussian.cases import APPROX, CASES, MODES, Case
 from tests.ops.checks import (
     EMULATED,
     IMPLEMENTATIONS,
@@ -27,7 +28,6 @@ from tests.ops.checks import (
     max_error,
     poisoned_memory,
 )
-from tests.ops.gaussian_cases import APPROX, CASES, MODES, Case
 
 OP = torch.ops.medaccel.gaussian_filter.default
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}

@@ -12,11 +12,12 @@ import torch
 
 from medaccel import _native, use_reference
 from medaccel.ops import gaussian_filter
+from medaccel.ops.gaussian import native
+from medaccel.ops.gaussian.cases import APPROX, MODES
 from tests.cuda_emulation.sanitized import ADDRESS, CSRC, ORDERS, THREAD, build, compiler_is_missing, run
 from tests.gpu_report import march_traffic
 from tests.gpu_resources import compile_for_gpu, nvcc_is_missing
 from tests.ops.checks import EMULATED, emulated_module, implementation, max_error
-from tests.ops.gaussian_cases import APPROX, MODES
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = (CSRC / "gaussian" / "cuda.cu", ROOT / "tests" / "native" / "gaussian_cuda_driver.cpp")
@@ -50,7 +51,7 @@ def test_a_sigma_that_the_host_cannot_see_gives_nan_where_it_makes_no_sense(bad:
     module = emulated_module()
     x, sigma = torch.randn(1, 1, 6, 7, 8), torch.tensor([1.0, bad, 1.0], dtype=torch.float64)
     with implementation(EMULATED[1]):
-        y = _native.gaussian_filter_gpu(x, sigma, 4.0, "erf", "constant", False, False)
+        y = native.gaussian_filter_gpu(x, sigma, 4.0, "erf", "constant", False, False)
     assert y.isnan().all()
     assert module.synchronizations() == 0
 

@@ -2,7 +2,6 @@
 """Instance norm with residual and activation: every implementation against the reference, and the registration."""
 
 import contextlib
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,74 +12,12 @@ from torch import Tensor
 
 from medaccel import use_reference
 from medaccel.ops import instance_norm_act
+from medaccel.ops.instance_norm.cases import CASES, Case, laid
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
 
 OP = torch.ops.medaccel.instance_norm_act.default
 CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]  # a GPU runs torch's own norm
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-7}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. `view`: how the input lies in memory; `others`: how residual and gradient do."""
-
-    name: str
-    shape: tuple[int, ...]
-    view: str = ""
-    others: str = ""
-    residual: bool = False
-    affine: bool = False
-    slope: float | None = 0.01
-    offset: float = 0.0  # of the mean, in standard deviations
-
-    def __str__(self) -> str:
-        return self.name
-
-
-CASES = [
-    Case("plain", (2, 3, 5, 6, 7)),
-    Case("channels_last", (2, 3, 5, 6, 7), "last", "last"),
-    Case("several_chunks", (1, 2, 17, 18, 19)),
-    Case("several_chunks_channels_last", (2, 24, 9, 10, 11), "last", "last", residual=True, affine=True),
-    Case("residual", (2, 5, 4, 5, 6), residual=True, affine=True),
-    Case("residual_relu", (2, 5, 4, 5, 6), residual=True, slope=0.0),
-    Case("residual_negative_slope", (2, 5, 4, 5, 6), residual=True, affine=True, slope=-0.5),
-    Case("residual_without_activation", (1, 5, 4, 5, 6), "last", "last", residual=True, slope=None),
-    Case("negative_slope", (1, 5, 9, 8), slope=-2.0, affine=True),
-    Case("norm_alone", (2, 4, 6, 7), slope=None),
-    Case("affine", (2, 4, 31), affine=True),
-    Case("large_mean", (1, 3, 12, 12, 12), offset=1000.0),
-    Case("large_mean_channels_last", (1, 3, 12, 12, 12), "last", "last", offset=1000.0),
-    Case("two_voxels", (3, 2, 1, 2, 1)),
-    Case("one_channel", (2, 1, 3, 4, 5), "last"),
-    Case("many_channels", (1, 70, 2, 3, 3), "last", "last", residual=True),
-    Case("residual_of_another_layout", (2, 3, 4, 5, 6), "last", "", residual=True),
-    Case("gradient_of_another_layout", (2, 3, 4, 5, 6), "", "last", residual=True),
-    Case("sliced", (2, 3, 4, 5, 6), "sliced", "sliced", residual=True),
-    Case("expanded", (2, 3, 4, 5), "expanded"),
-    Case("empty_batch", (0, 3, 4, 5), residual=True, affine=True),
-    Case("no_channels", (2, 0, 4, 5)),
-]
-
-
-def laid(x: Tensor, view: str) -> Tensor:
-    if view == "last":
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if view == "sliced":
-        whole = x.new_empty([2 * s for s in x.shape])
-        part = whole[tuple(slice(0, None, 2) for _ in x.shape)]
-        return part.copy_(x)
-    return x[:1].expand_as(x) if view == "expanded" else x
-
-
-def inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """input, weight, bias, residual and the output's gradient."""
-    generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=generator, dtype=dtype)  # noqa: E731
-    x, residual, grad = (random(*case.shape) for _ in range(3))
-    affine = (random(case.shape[1]), random(case.shape[1])) if case.affine else (None, None)
-    others = laid(residual, case.others) if case.residual else None
-    return laid(x + case.offset, case.view), *affine, others, laid(grad, case.others)
 
 
 def with_gradients(case: Case, tensors: tuple, dtype: torch.dtype) -> list[Tensor]:
@@ -97,7 +34,7 @@ def with_gradients(case: Case, tensors: tuple, dtype: torch.dtype) -> list[Tenso
 @pytest.mark.parametrize("name", CPU)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, dtype: torch.dtype):
-    tensors = inputs(case, dtype)
+    tensors = case.tensors(dtype)
     with use_reference():
         truth = with_gradients(case, tensors, torch.float64)
         plain = with_gradients(case, tensors, dtype)
@@ -117,7 +54,7 @@ def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, dt
 @pytest.mark.parametrize("name", CPU[1:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strides_are_those_of_empty_like(case: Case, name: str):
-    tensors = inputs(case, torch.float32)
+    tensors = case.tensors(torch.float32)
     with implementation(name):
         y, grad_input, *_ = with_gradients(case, tensors, torch.float32)
     expected = torch.empty_like(tensors[0])
@@ -128,7 +65,7 @@ def test_strides_are_those_of_empty_like(case: Case, name: str):
 @pytest.mark.parametrize("slope", [None, 0.2, -0.7])
 @pytest.mark.parametrize("residual", [False, True])
 def test_gradients_pass_gradcheck(slope: float | None, residual: bool):
-    x, weight, bias, r, _ = inputs(Case("", (2, 3, 3, 4), affine=True, residual=residual), torch.float64)
+    x, weight, bias, r, _ = Case("", (2, 3, 3, 4), affine=True, residual=residual).tensors(torch.float64)
     wanted = tuple(t.requires_grad_() for t in (x, weight, bias, r) if t is not None)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, r: Tensor | None = None) -> Tensor:
@@ -141,14 +78,14 @@ def test_gradients_pass_gradcheck(slope: float | None, residual: bool):
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
 def test_registration_passes_opcheck(number: int, requires_grad: bool):
     case = CASES[number]
-    tensors = [t if t is None else t.detach().requires_grad_(requires_grad) for t in inputs(case, torch.float32)[:4]]
+    tensors = [t if t is None else t.detach().requires_grad_(requires_grad) for t in case.tensors(torch.float32)[:4]]
     torch.library.opcheck(OP, (*tensors, 1e-5, case.slope))
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=["input", "weight", "bias", "residual"])
 def test_only_the_wanted_gradients_are_computed(wanted: int):
     case = Case("", (2, 5, 4, 5, 6), residual=True, affine=True)
-    x, weight, bias, r, grad = inputs(case, torch.float32)
+    x, weight, bias, r, grad = case.tensors(torch.float32)
     tensors = [x, weight, bias, r]
     everything = with_gradients(case, (*tensors, grad), torch.float32)[1:]
     tensors[wanted].requires_grad_()
@@ -184,7 +121,7 @@ def test_double_backward_raises_a_sentence():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CPU)
 def test_half_precision_is_computed_in_fp32_and_rounded_once(name: str, dtype: torch.dtype):
-    x, _, _, r, _ = inputs(Case("", (2, 3, 5, 6, 7), residual=True), dtype)
+    x, _, _, r, _ = Case("", (2, 3, 5, 6, 7), residual=True).tensors(dtype)
     with implementation(name):
         y = instance_norm_act(x, residual=r, negative_slope=0.1)
         exact = instance_norm_act(x.float(), residual=r.float(), negative_slope=0.1)
@@ -196,7 +133,7 @@ def test_half_precision_is_computed_in_fp32_and_rounded_once(name: str, dtype: t
 @pytest.mark.parametrize("case", CASES[:9], ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads_or_the_run(name: str, case: Case):
     shape = (*case.shape[:2], *(3 * s for s in case.shape[2:]))  # large enough for several threads
-    tensors = inputs(Case("", shape, case.view, case.others, case.residual, case.affine, case.slope), torch.float32)
+    tensors = Case("", shape, case.view, case.others, case.residual, case.affine, case.slope).tensors(torch.float32)
     results = []
     before = torch.get_num_threads()
     try:
@@ -252,7 +189,7 @@ def test_it_is_torchs_norm_and_right_where_torchs_gradient_is_not(memory_format:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph(backend: str):
-    x, weight, bias, r, grad = inputs(Case("", (2, 3, 4, 5, 6), residual=True, affine=True), torch.float32)
+    x, weight, bias, r, grad = Case("", (2, 3, 4, 5, 6), residual=True, affine=True).tensors(torch.float32)
     x.requires_grad_()
     call = lambda x: instance_norm_act(x * 2, weight, bias, residual=r, negative_slope=0.1) + 1  # noqa: E731
     compiled = torch.compile(call, fullgraph=True, backend=backend)
@@ -284,7 +221,7 @@ def test_random_shapes_match_the_reference(
     if torch.Size(sizes).numel() == 1:
         sizes[0] = 2
     case = Case("", (batch, channels, *sizes), view, view, residual, True, slope)
-    tensors = inputs(case, torch.float64)
+    tensors = case.tensors(torch.float64)
     with use_reference():
         truth = with_gradients(case, tensors, torch.float64)
     for ours, exact in zip(with_gradients(case, tensors, torch.float64), truth, strict=True):

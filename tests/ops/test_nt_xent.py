@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medaccel import use_reference
 from medaccel.ops import info_nce_loss, nt_xent_loss
+from medaccel.ops.nt_xent.cases import CASES, Case
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
 
 OP = torch.ops.medaccel.similarity_lse.default
@@ -22,11 +23,6 @@ CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]
 FLOOR = {torch.float64: 1e-13, torch.float32: 3e-7}
 LOSSES = {"nt_xent": nt_xent_loss, "info_nce": info_nce_loss}
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def embeddings(n: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    a, noise = torch.randn(2, n, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return a.to(dtype), (a + noise).to(dtype)
 
 
 def with_gradients(loss: str, a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, ...]:
@@ -38,10 +34,10 @@ def with_gradients(loss: str, a: Tensor, b: Tensor, temperature: float) -> tuple
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CPU)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("n", [0, 1, 2, 33, 200])
-def test_loss_and_gradients_match_the_fp64_reference(loss: str, n: int, name: str, dtype: torch.dtype):
-    for temperature in (0.02, 0.5):
-        a, b = embeddings(n, 19, dtype)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_loss_and_gradients_match_the_fp64_reference(loss: str, case: Case, name: str, dtype: torch.dtype):
+    for temperature in {0.02, case.temperature}:
+        a, b = case.tensors(dtype)
         with use_reference():
             truth = with_gradients(loss, a.double(), b.double(), temperature)
             plain = with_gradients(loss, a, b, temperature)
@@ -76,7 +72,7 @@ def test_identical_vectors_give_the_logarithm_of_their_number(name: str):
 
 @pytest.mark.parametrize("name", CPU)
 def test_the_loss_is_symmetric_in_the_views_and_blind_to_lengths(name: str):
-    a, b = embeddings(17, 8, torch.float64)
+    a, b = Case("", 17, 8).tensors(torch.float64)
     with implementation(name):
         loss = nt_xent_loss(a, b)
         torch.testing.assert_close(nt_xent_loss(b, a), loss, rtol=1e-13, atol=0)
@@ -85,7 +81,7 @@ def test_the_loss_is_symmetric_in_the_views_and_blind_to_lengths(name: str):
 
 @pytest.mark.parametrize("name", CPU)
 def test_one_pair_has_no_negatives(name: str):
-    a, b = embeddings(1, 8, torch.float64)
+    a, b = Case("", 1, 8).tensors(torch.float64)
     with implementation(name):
         value, *gradients = with_gradients("nt_xent", a, b, 0.5)
     assert abs(float(value)) < 1e-14
@@ -94,7 +90,7 @@ def test_one_pair_has_no_negatives(name: str):
 
 @pytest.mark.parametrize("name", CPU)
 def test_zero_vectors_have_cosine_zero_and_no_gradient(name: str):
-    a, b = embeddings(5, 8, torch.float64)
+    a, b = Case("", 5, 8).tensors(torch.float64)
     a[2] = 0
     with use_reference():
         truth = with_gradients("nt_xent", a, b, 0.5)
@@ -107,7 +103,7 @@ def test_zero_vectors_have_cosine_zero_and_no_gradient(name: str):
 
 @pytest.mark.parametrize("name", CPU)
 def test_a_nan_makes_the_loss_nan(name: str):
-    a, b = embeddings(40, 8, torch.float32)
+    a, b = Case("", 40, 8).tensors(torch.float32)
     a[3, 1] = torch.nan
     with implementation(name):
         assert nt_xent_loss(a, b).isnan()
@@ -117,7 +113,7 @@ def test_a_nan_makes_the_loss_nan(name: str):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CPU)
 def test_small_temperatures_stay_finite_in_half_precision(name: str, dtype: torch.dtype):
-    a, b = embeddings(50, 16, dtype)
+    a, b = Case("", 50, 16).tensors(dtype)
     with implementation(name):
         value, *gradients = with_gradients("nt_xent", a, b, 0.01)
     assert value.dtype == torch.float32
@@ -126,7 +122,7 @@ def test_small_temperatures_stay_finite_in_half_precision(name: str, dtype: torc
 
 
 def test_the_number_of_threads_changes_no_bit():
-    a, b = embeddings(700, 24, torch.float32)
+    a, b = Case("", 700, 24).tensors(torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -139,7 +135,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_gradients_pass_gradcheck():
-    wanted = [t.requires_grad_() for t in embeddings(4, 3, torch.float64)]
+    wanted = [t.requires_grad_() for t in Case("", 4, 3).tensors(torch.float64)]
     assert torch.autograd.gradcheck(nt_xent_loss, wanted)
     assert torch.autograd.gradcheck(info_nce_loss, wanted)
 
@@ -152,14 +148,14 @@ def test_registration_passes_opcheck(self_offset: int, requires_grad: bool):
 
 
 def test_double_backward_raises_a_sentence():
-    a, b = embeddings(4, 3, torch.float64)
+    a, b = Case("", 4, 3).tensors(torch.float64)
     (g,) = torch.autograd.grad(nt_xent_loss(a.requires_grad_(), b), a, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         g.sum().backward()
 
 
 def test_compiles_as_one_graph():
-    wanted = [t.requires_grad_() for t in embeddings(12, 8, torch.float32)]
+    wanted = [t.requires_grad_() for t in Case("", 12, 8).tensors(torch.float32)]
     compiled = torch.compile(lambda a, b: nt_xent_loss(a * 2, b).square(), fullgraph=True)
     ours = torch.autograd.grad(compiled(*wanted), wanted)
     expected = torch.autograd.grad(nt_xent_loss(*wanted).square(), wanted)
@@ -168,7 +164,7 @@ def test_compiles_as_one_graph():
 
 
 def test_autocast_changes_nothing():
-    a, b = embeddings(12, 8, torch.float32)
+    a, b = Case("", 12, 8).tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = nt_xent_loss(a, b)
     assert torch.equal(loss, nt_xent_loss(a, b))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from medaccel import use_reference
 from medaccel.ops import pixel_consistency_loss
+from medaccel.ops.pixel_consistency.cases import CASES, Views, named
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
-from tests.ops.pixel_contrast_cases import CASES, Views, named
 
 OP = torch.ops.medaccel.pixel_pair_similarity.default
 CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]

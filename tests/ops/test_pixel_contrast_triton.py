@@ -15,8 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels canno
 
 from medaccel.ops.pixel_contrast import op, reference
 from medaccel.ops.pixel_contrast import triton as kernels
+from medaccel.ops.pixel_contrast.cases import Views, named
 from tests.ops.checks import assert_twice_as_good
-from tests.ops.pixel_contrast_cases import Views, named
 from tests.triton_interpretation.aot import ARCHS, Build, assert_resources, compile_all
 
 if TYPE_CHECKING:

@@ -10,21 +10,12 @@ from torch import Tensor
 
 from medaccel import use_reference
 from medaccel.ops import pixel_propagation
+from medaccel.ops.propagation.cases import CASES, Case
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
 
 OP = torch.ops.medaccel.pixel_propagation.default
 CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]
 FLOOR = {torch.float64: 1e-14, torch.float32: 3e-7}
-SHAPES = [(2, 1, 3, 2), (2, 130, 19, 33), (1, 343, 64, 64), (1, 97, 1, 1), (3, 40, 8, 0), (0, 5, 4, 4), (2, 0, 4, 4)]
-
-
-def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, values and the gradient of the output."""
-    batch, n, channels, value_channels = shape
-    generator = torch.Generator().manual_seed(0)
-    sizes = (channels, value_channels, value_channels)
-    x, v, g = (torch.randn(batch, n, c, generator=generator, dtype=torch.float64).to(dtype) for c in sizes)
-    return x, v, g
 
 
 def with_gradients(x: Tensor, v: Tensor, g: Tensor, power: float) -> tuple[Tensor, ...]:
@@ -36,9 +27,9 @@ def with_gradients(x: Tensor, v: Tensor, g: Tensor, power: float) -> tuple[Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 2.5])
 @pytest.mark.parametrize("name", CPU)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients_match_the_fp64_reference(shape, name: str, power: float, dtype: torch.dtype):
-    x, v, g = tensors(shape, dtype)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, power: float, dtype: torch.dtype):
+    x, v, g = case.tensors(dtype)
     with use_reference():
         truth = with_gradients(x.double(), v.double(), g.double(), power)
         plain = with_gradients(x, v, g, power)
@@ -47,7 +38,7 @@ def test_output_and_gradients_match_the_fp64_reference(shape, name: str, power: 
     terms = 0.0
     if v.numel() > 0:
         # A feature's gradient: sums of products g · v over the channels, over the vector's length; they cancel.
-        terms = float((g.abs().amax() * v.abs().amax() * shape[3]) / x.norm(dim=-1).min())
+        terms = float((g.abs().amax() * v.abs().amax() * case.shape[3]) / x.norm(dim=-1).min())
     for actual, same, exact, scale in zip(ours, plain, truth, (1.0, terms, 1.0), strict=True):
         assert actual.dtype == dtype
         largest = float(exact.abs().max()) if exact.numel() else 0.0
@@ -68,7 +59,7 @@ def test_three_pixels_by_hand(name: str):
 
 @pytest.mark.parametrize("name", CPU)
 def test_zero_vectors_take_nothing_and_a_nan_reaches_its_sample(name: str):
-    x, v, g = tensors((2, 50, 6, 5), torch.float64)
+    x, v, g = Case("", (2, 50, 6, 5)).tensors(torch.float64)
     x[0, 7] = 0
     with implementation(name):
         y, grad_x, _ = with_gradients(x, v, g, 2.0)
@@ -81,7 +72,7 @@ def test_zero_vectors_take_nothing_and_a_nan_reaches_its_sample(name: str):
 
 
 def test_the_number_of_threads_changes_no_bit():
-    x, v, g = tensors((2, 400, 24, 16))
+    x, v, g = Case("", (2, 400, 24, 16)).tensors()
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 3):
@@ -94,14 +85,14 @@ def test_the_number_of_threads_changes_no_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_computed_in_fp32_and_rounded_once(dtype: torch.dtype):
-    x, v, _ = tensors((1, 60, 8, 8), dtype)
+    x, v, _ = Case("", (1, 60, 8, 8)).tensors(dtype)
     y = pixel_propagation(x, v)
     assert y.dtype == dtype
     assert torch.equal(y, pixel_propagation(x.float(), v.float()).to(dtype))
 
 
 def test_non_contiguous_inputs_and_zero_stride_gradients_are_taken():
-    x, v, _ = tensors((2, 60, 8, 6))
+    x, v, _ = Case("", (2, 60, 8, 6)).tensors()
     views = (x.transpose(1, 2).contiguous().transpose(1, 2), v.expand(2, -1, -1)[:, :, ::2])
     dense = tuple(t.contiguous() for t in views)
     one = torch.ones(())
@@ -115,7 +106,7 @@ def test_non_contiguous_inputs_and_zero_stride_gradients_are_taken():
 
 @pytest.mark.parametrize("power", [2.0, 3.5])
 def test_gradients_pass_gradcheck(power: float):
-    x, v, _ = tensors((1, 6, 4, 3), torch.float64)
+    x, v, _ = Case("", (1, 6, 4, 3)).tensors(torch.float64)
     wanted = (x.requires_grad_(), v.requires_grad_())
     assert torch.autograd.gradcheck(lambda a, b: pixel_propagation(a, b, power=power), wanted)
 
@@ -123,12 +114,12 @@ def test_gradients_pass_gradcheck(power: float):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("shape", [(2, 20, 5, 3), (0, 5, 4, 4)], ids=str)
 def test_registration_passes_opcheck(shape, requires_grad: bool):
-    x, v, _ = tensors(shape)
+    x, v, _ = Case("", shape).tensors()
     torch.library.opcheck(OP, (x.requires_grad_(requires_grad), v.requires_grad_(requires_grad), 2.0))
 
 
 def test_compiles_as_one_graph():
-    x, v, _ = tensors((1, 50, 8, 6))
+    x, v, _ = Case("", (1, 50, 8, 6)).tensors()
     wanted = (x.requires_grad_(), v.requires_grad_())
     call = lambda a, b: pixel_propagation(a * 2, b).square().sum()  # noqa: E731
     ours = torch.autograd.grad(torch.compile(call, fullgraph=True)(*wanted), wanted)
@@ -137,7 +128,7 @@ def test_compiles_as_one_graph():
 
 
 def test_autocast_changes_nothing_and_double_backward_raises_a_sentence():
-    x, v, _ = tensors((1, 50, 8, 6))
+    x, v, _ = Case("", (1, 50, 8, 6)).tensors()
     expected = pixel_propagation(x, v)
     with torch.autocast("cpu", torch.bfloat16):
         y = pixel_propagation(x.requires_grad_(), v)
@@ -149,7 +140,7 @@ def test_autocast_changes_nothing_and_double_backward_raises_a_sentence():
 
 @pytest.mark.parametrize("forced", [False, True], ids=["native", "reference"])
 def test_bad_input_is_refused_in_a_sentence(forced: bool):
-    x, v, _ = tensors((2, 5, 4, 3))
+    x, v, _ = Case("", (2, 5, 4, 3)).tensors()
     with use_reference() if forced else contextlib.nullcontext():
         with pytest.raises(ValueError, match=r"features has shape \(5, 4\); expected \(B, N, C\) with C >= 1"):
             pixel_propagation(x[0], v)

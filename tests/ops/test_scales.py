@@ -19,8 +19,8 @@ from torch import Tensor
 from medaccel import ops, use_reference
 from medaccel.losses import ContrastiveLoss
 from medaccel.ops.instance_norm import instance_norm_act
+from medaccel.ops.window_attention.cases import relative_position_index
 from tests.ops.checks import IMPLEMENTATIONS, assert_twice_as_good, implementation
-from tests.ops.window_attention_cases import relative_position_index
 
 SCALES = (1e-30, 1e-22, 1e-19, 1e-10, 1e-5, 1.0, 1e4, 1e10, 1e19, 1e22, 1e30)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

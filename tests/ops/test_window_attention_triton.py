@@ -16,8 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels canno
 
 from medaccel.ops.window_attention import op, reference
 from medaccel.ops.window_attention import triton as kernels
+from medaccel.ops.window_attention.cases import Case, named
 from tests.ops.checks import assert_twice_as_good
-from tests.ops.window_attention_cases import Case, named
 from tests.triton_interpretation.aot import ARCHS, Build, assert_resources, compile_all
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from medaccel import _native
 from medaccel.ops import _dispatch
 from medaccel.ops._arguments import describe, whole
 from medaccel.ops._transforms import wants_gradient
-from medaccel.ops.diffusion_step import op, reference
+from medaccel.ops.diffusion_step import native, op, reference
 from medaccel.ops.diffusion_step.checks import (
     NAMES,
     Coefficient,
@@ -138,12 +138,12 @@ def run(
     low, high = (None, None) if limits is None else limits
     # A clip is not linear; its derivative is the reference's.
     linear, others = (tensors, coefficients) if limits is None else ((), (*tensors, *coefficients))
-    native = _dispatch.kernel_serves(*others, linear=linear) and unsupported(sample) is None
-    if native and _is_direct(tensors, coefficients, place[0]):
+    by_kernel = _dispatch.kernel_serves(*others, linear=linear) and unsupported(sample) is None
+    if by_kernel and _is_direct(tensors, coefficients, place[0]):
         return _run_direct(tensors, coefficients, limits, place, out, need_x0)
     rows = _rows(coefficients, sample)
     key = _key(place, sample, drawn=_needs_noise(tensors, coefficients))
-    if native and not wants_gradient(rows):
+    if by_kernel and not wants_gradient(rows):
         need_x0 = need_x0 and (out is None or out[1] is not None)
         x_next, x0 = torch.ops.medaccel.diffusion_step(*tensors, rows, key, low, high, need_x0)
     else:
@@ -190,7 +190,7 @@ def _run_direct(
     key = (_wrapped(seed), *place[1:])
     if sample.numel() > 0:
         values = [float(value) for value in coefficients]
-        _native.diffusion_step_forward(tensors, values, limits, key, x_next, x0)
+        native.diffusion_step_forward(tensors, values, limits, key, x_next, x0)
     if out is not None and not written:
         out[0].copy_(x_next)
         if out[1] is not None and x0 is not None:

@@ -14,6 +14,7 @@ from medaccel import _native
 from medaccel.ops._arguments import FLOATING
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
+from medaccel.ops.diffusion_step import native
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # coefficients: float64 (9, B) or (9, 1), rows a b c d e f s guide_scale guide_std; key: int64 (3,), seed, offset and
@@ -101,10 +102,10 @@ def _forward(
     clip = clip_of(low, high)
     if x_next.numel() > 0:
         if _native.on_gpu_path(sample):
-            _native.diffusion_step_forward_gpu(inputs, coefficients, clip, key, x_next, x0)
+            native.diffusion_step_forward_gpu(inputs, coefficients, clip, key, x_next, x0)
         else:
             values = coefficients.flatten().tolist()
-            _native.diffusion_step_forward(inputs, values, clip, key.tolist(), x_next, x0)
+            native.diffusion_step_forward(inputs, values, clip, key.tolist(), x_next, x0)
     return x_next, sample.new_empty(0) if x0 is None else x0
 
 
@@ -133,10 +134,10 @@ def _backward_op(
     clip = clip_of(low, high)
     if grad.numel() > 0 and (need_sample or need_model_output):
         if _native.on_gpu_path(grad):
-            _native.diffusion_step_backward_gpu(inputs, coefficients, clip, grad_sample, grad_model_output)
+            native.diffusion_step_backward_gpu(inputs, coefficients, clip, grad_sample, grad_model_output)
         else:
             values = coefficients.flatten().tolist()
-            _native.diffusion_step_backward(inputs, values, clip, grad_sample, grad_model_output)
+            native.diffusion_step_backward(inputs, values, clip, grad_sample, grad_model_output)
     return (
         grad.new_empty(0) if grad_sample is None else grad_sample,
         grad.new_empty(0) if grad_model_output is None else grad_model_output,

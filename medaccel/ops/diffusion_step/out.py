@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medaccel.ops._arguments import check_floating, describe
 from medaccel.ops._transforms import in_transform, is_wrapped
+from medaccel.ops.diffusion_step import native
 from medaccel.ops.diffusion_step.checks import NAMES, Coefficient, Tensors
 
 _NAME = "diffusion_step"
@@ -46,7 +47,7 @@ def check_out(tensors: Tensors, coefficients: Sequence[Coefficient], out: Any) -
     if not torch.compiler.is_compiling():
         for name, target in targets.items():
             _check_memory(name, target, inputs)
-        if x0 is not None and _overlap(x_next, x0):
+        if x0 is not None and native.overlap(x_next, x0):
             raise ValueError(f"{_NAME}: out[0] and out[1] share memory; expected two tensors")
     return x_next, x0
 
@@ -73,17 +74,11 @@ def _check_memory(name: str, target: Tensor, inputs: dict[str, Tensor]) -> None:
             "an element's memory to itself (a clone)"
         )
     for argument, tensor in inputs.items():
-        if tensor is not target and _overlap(target, tensor) and not _same_place(target, tensor):
+        if tensor is not target and native.overlap(target, tensor) and not native.same_place(target, tensor):
             raise ValueError(
                 f"{_NAME}: {name} shares memory with {argument} but lies differently there; expected {argument} "
                 "itself, or other memory"
             )
-
-
-def _same_place(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are element by element the same memory."""
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and all(n == 1 or i == j for n, i, j in strides)
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -96,19 +91,3 @@ def _overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach += (size - 1) * step
     return False
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of memory that two tensors span meet, in one storage or in two over the same memory."""
-    if a.numel() == 0 or b.numel() == 0 or b._is_zerotensor():
-        return False
-    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
-    return a_first < b_end and b_first < a_end
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    count = tensor.numel()
-    if not tensor.is_contiguous():
-        count = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.data_ptr()
-    return first, first + count * tensor.element_size()

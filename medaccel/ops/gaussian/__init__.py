@@ -19,7 +19,7 @@ from medaccel.ops._arguments import (
     learnt,
     number,
 )
-from medaccel.ops.gaussian import reference
+from medaccel.ops.gaussian import native, reference
 from medaccel.ops.gaussian.op import check_sigma_values
 
 
@@ -82,26 +82,26 @@ def gaussian_filter(
         raise ValueError(
             f"gaussian_filter: input has shape {tuple(input.shape)}; expected (B, C, *spatial) with 1-3 spatial axes"
         )
-    choice("gaussian_filter", "approx", approx, _native.GAUSSIAN_APPROX)
-    choice("gaussian_filter", "mode", mode, _native.GAUSSIAN_MODES)
+    choice("gaussian_filter", "approx", approx, native.APPROX)
+    choice("gaussian_filter", "mode", mode, native.MODES)
     truncated = finite("gaussian_filter", "truncated", truncated)
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
     normalize = flag("gaussian_filter", "normalize", normalize)
     if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
         sigma = _stacked(sigma, input.device)
-    native = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
+    by_kernel = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if not isinstance(sigma, Tensor):
         values = check_sigma_values(_sigma_values(sigma, spatial), truncated, approx, normalize)
-        direct = native and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
+        direct = by_kernel and input.dtype in _native.DTYPES and not _native.on_gpu_path(input)
         if direct and _dispatch.plain_eager(input):
-            return _native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
+            return native.gaussian_filter(input, values, truncated, approx, mode, normalize, adjoint=False)
         sigmas = torch.tensor(values, dtype=torch.float64)
         largest: list[float] | None = values
     else:
         sigmas = _sigma_tensor(sigma, spatial, input.device)
-        largest = None if native else _largest(sigmas, truncated, approx, normalize)
-    if native:
+        largest = None if by_kernel else _largest(sigmas, truncated, approx, normalize)
+    if by_kernel:
         return torch.ops.medaccel.gaussian_filter(input, sigmas, truncated, approx, mode, normalize)
     filtered = reference.gaussian_filter(input, sigmas, truncated, approx, mode, normalize, largest)
     return filtered.to(_dispatch.autocast_dtype(input))

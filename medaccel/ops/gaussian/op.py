@@ -10,6 +10,7 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
+from medaccel.ops.gaussian import native
 
 _SETTINGS = "float truncated, str approx, str mode, bool normalize"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -70,8 +71,8 @@ def _check(
         operands.tensor("sigma", sigma, spatial)
     operands.number("truncated", truncated, 0.0)
     for setting, value, known in (
-        ("approx", approx, _native.GAUSSIAN_APPROX),
-        ("mode", mode, _native.GAUSSIAN_MODES),
+        ("approx", approx, native.APPROX),
+        ("mode", mode, native.MODES),
     ):
         if value not in known:
             operands.refuse(setting, f"is {value!r}", f"one of {list(known)}")
@@ -84,9 +85,9 @@ def _forward(input: Tensor, sigma: Tensor, truncated: float, approx: str, mode: 
     if sigma.device.type == "cpu":  # a GPU's σ is not read by the host
         values = check_sigma_values(sigma.tolist(), truncated, approx, normalize)
     if _native.on_gpu_path(input):
-        return _native.gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, adjoint=False)
+        return native.gaussian_filter_gpu(input, sigma, truncated, approx, mode, normalize, adjoint=False)
     x = input.to(_compute_dtype(input))
-    y = _native.gaussian_filter(x, values, truncated, approx, mode, normalize, adjoint=False)
+    y = native.gaussian_filter(x, values, truncated, approx, mode, normalize, adjoint=False)
     return y.to(input.dtype)
 
 
@@ -108,20 +109,20 @@ def _backward_op(
     grad_input, grad_sigma = grad.new_empty(0), sigma.new_empty(0)
     if _native.on_gpu_path(grad):
         if need_input:
-            grad_input = _native.gaussian_filter_gpu(grad, sigma, *settings, adjoint=True)
+            grad_input = native.gaussian_filter_gpu(grad, sigma, *settings, adjoint=True)
         if need_sigma:
             assert input is not None
-            grad_sigma = _native.gaussian_sigma_gradient_gpu(input, grad, sigma, *settings).to(sigma)
+            grad_sigma = native.gaussian_sigma_gradient_gpu(input, grad, sigma, *settings).to(sigma)
         return grad_input, grad_sigma
     values = check_sigma_values(sigma.tolist(), truncated, approx, normalize)
     g = grad.to(_compute_dtype(grad))
     if need_input:
-        grad_input = _native.gaussian_filter(g, values, *settings, adjoint=True)
+        grad_input = native.gaussian_filter(g, values, *settings, adjoint=True)
         grad_input = grad_input.to(grad.dtype)
     if need_sigma:
         assert input is not None
         x = input.to(g.dtype)
-        gradient = _native.gaussian_sigma_gradient(x, g, values, *settings)
+        gradient = native.gaussian_sigma_gradient(x, g, values, *settings)
         grad_sigma = torch.tensor(gradient, dtype=sigma.dtype)
     return grad_input, grad_sigma
 

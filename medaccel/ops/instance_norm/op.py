@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaccel import _native
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
+from medaccel.ops.instance_norm import native
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # The other outputs are each instance's mean and 1/σ, (B, C), for the backward pass.
@@ -62,8 +62,8 @@ def _forward(
     _check("instance_norm_act", input, weight, bias).optional("residual", residual, input.shape)
     dtype = _compute_dtype(input)
     w, b, r = _cast((weight, bias, residual), dtype)
-    output, mean, rstd = _native.instance_norm_forward(input.to(dtype), w, b, r, eps, negative_slope)
-    return _native.strided_like(output.to(input.dtype), input), mean, rstd
+    output, mean, rstd = native.instance_norm_forward(input.to(dtype), w, b, r, eps, negative_slope)
+    return native.strided_like(output.to(input.dtype), input), mean, rstd
 
 
 def _backward_op(
@@ -85,16 +85,16 @@ def _backward_op(
     for argument, tensor in (("mean", mean), ("rstd", rstd)):
         operands.tensor(argument, tensor, input.shape[:2], (dtype,))
     w, b, s = _cast((weight, bias, signs), dtype)
-    grads = _native.instance_norm_backward(
+    grads = native.instance_norm_backward(
         grad.to(dtype), input.to(dtype), w, b, s, mean, rstd, negative_slope, need_affine, need_residual
     )
     grad_input, grad_weight, grad_bias, grad_residual = grads
     empty = input.new_empty(0)
     return (
-        _native.strided_like(grad_input.to(input.dtype), input),
+        native.strided_like(grad_input.to(input.dtype), input),
         empty if grad_weight is None else grad_weight,
         empty.clone() if grad_bias is None else grad_bias,
-        empty.clone() if grad_residual is None else _native.strided_like(grad_residual.to(input.dtype), input),
+        empty.clone() if grad_residual is None else native.strided_like(grad_residual.to(input.dtype), input),
     )
 
 

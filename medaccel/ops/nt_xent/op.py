@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaccel import _native
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
+from medaccel.ops.nt_xent import native
 from medaccel.ops.pixel_contrast.op import compute_dtype
 
 _SETTINGS = "float temperature, int self_offset"
@@ -39,7 +39,7 @@ def _check(name: str, query: Tensor, key: Tensor, temperature: float, self_offse
 def _forward_cpu(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> tuple[Tensor, Tensor]:
     _check("similarity_lse", query, key, temperature, self_offset)
     dtype = compute_dtype(query, key)
-    base2 = _native.similarity_lse_forward(query.to(dtype), key.to(dtype), temperature, self_offset)
+    base2 = native.similarity_lse_forward(query.to(dtype), key.to(dtype), temperature, self_offset)
     return base2 * math.log(2.0), base2
 
 
@@ -57,7 +57,7 @@ def _backward_cpu(
     dtype = compute_dtype(query, key)
     operands.tensor("grad", grad, query.shape[:2])
     operands.tensor("lse", lse, query.shape[:2], (dtype,))
-    grad_query, grad_key = _native.similarity_lse_backward(
+    grad_query, grad_key = native.similarity_lse_backward(
         grad.to(dtype), query.to(dtype), key.to(dtype), lse, temperature, self_offset, need_query, need_key
     )
     return (

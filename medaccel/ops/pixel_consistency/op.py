@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaccel import _native
 from medaccel.ops._registration import register_gradients
+from medaccel.ops.pixel_consistency import native
 from medaccel.ops.pixel_contrast.op import check_pixels, compute_dtype
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
@@ -26,7 +26,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor]:
     check_pixels("pixel_pair_similarity", query, key, query_coords, key_coords, radius)
     dtype = compute_dtype(query, key)
-    return _native.pixel_consistency_forward(query.to(dtype), key.to(dtype), query_coords, key_coords, radius)
+    return native.pixel_consistency_forward(query.to(dtype), key.to(dtype), query_coords, key_coords, radius)
 
 
 def _backward_cpu(
@@ -43,7 +43,7 @@ def _backward_cpu(
     operands.tensor("grad", grad, query.shape[:2])
     dtype = compute_dtype(query, key)
     features = (query.to(dtype), key.to(dtype))
-    grad_query, grad_key = _native.pixel_consistency_backward(
+    grad_query, grad_key = native.pixel_consistency_backward(
         grad.to(dtype), *features, query_coords, key_coords, radius, need_query, need_key
     )
     return (

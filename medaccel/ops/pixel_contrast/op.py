@@ -15,6 +15,7 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
+from medaccel.ops.pixel_contrast import native
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -99,7 +100,7 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_forward(query, key, query_coords, key_coords, radius, temperature)
     dtype = compute_dtype(query, key)
-    return _native.pixel_contrast_forward(
+    return native.pixel_contrast_forward(
         query.to(dtype), key.to(dtype), query_coords, key_coords, radius, temperature
     )
 
@@ -120,7 +121,7 @@ def _backward_cpu(
     place = (query_coords, key_coords, radius)
     _check_backward(grad, query, key, *place, lse, positive_lse, temperature, need_query, need_key)
     dtype = compute_dtype(query, key)
-    grad_query, grad_key = _native.pixel_contrast_backward(
+    grad_query, grad_key = native.pixel_contrast_backward(
         grad.to(dtype),
         query.to(dtype),
         key.to(dtype),

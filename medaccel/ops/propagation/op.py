@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaccel import _native
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
 from medaccel.ops.pixel_contrast.op import compute_dtype
+from medaccel.ops.propagation import native
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 _lib.define("pixel_propagation(Tensor features, Tensor values, float power) -> Tensor")
@@ -35,7 +35,7 @@ def _check(name: str, features: Tensor, values: Tensor, power: float) -> Operand
 def _forward_cpu(features: Tensor, values: Tensor, power: float) -> Tensor:
     _check("pixel_propagation", features, values, power)
     dtype = compute_dtype(features, values)
-    return _native.pixel_propagation_forward(features.to(dtype), values.to(dtype), power).to(values.dtype)
+    return native.pixel_propagation_forward(features.to(dtype), values.to(dtype), power).to(values.dtype)
 
 
 def _backward_cpu(
@@ -43,7 +43,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     _check("pixel_propagation_backward", features, values, power).tensor("grad", grad, values.shape)
     dtype = compute_dtype(features, values)
-    grad_features, grad_values = _native.pixel_propagation_backward(
+    grad_features, grad_values = native.pixel_propagation_backward(
         grad.to(dtype), features.to(dtype), values.to(dtype), power, need_features, need_values
     )
     return (

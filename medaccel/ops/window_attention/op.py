@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaccel import _native
 from medaccel.ops._arguments import INTEGERS
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
 from medaccel.ops._transforms import host_values
+from medaccel.ops.window_attention import native
 
 _INPUTS = "Tensor qkv, Tensor bias_table, Tensor bias_index, Tensor? pad_qkv, Tensor? dropout_seed"
 _SETTINGS = "int[] window_size, int[] shift_size, float scale, float dropout_p"
@@ -135,7 +135,7 @@ def _forward_cpu(
     _check("shifted_window_attention", qkv, bias_table, bias_index, pad_qkv, dropout_seed, *settings)
     check_index(bias_index, bias_table.shape[0])
     dtype = compute_dtype(qkv)
-    output, lse = _native.window_attention_forward(
+    output, lse = native.window_attention_forward(
         qkv.to(dtype),
         bias_table.to(dtype),
         bias_index,
@@ -173,7 +173,7 @@ def _backward_cpu(
     _check_backward(grad, *tensors, output, lse, *settings, need_qkv, need_table, need_pad)
     check_index(bias_index, bias_table.shape[0])  # again: it may have been changed since
     dtype = compute_dtype(qkv)
-    grad_qkv, grad_table, grad_pad = _native.window_attention_backward(
+    grad_qkv, grad_table, grad_pad = native.window_attention_backward(
         grad.to(dtype),
         qkv.to(dtype),
         bias_table.to(dtype),

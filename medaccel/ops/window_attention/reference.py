@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medaccel._native import dropout_threshold
 from medaccel.ops._philox import philox_4x32_10
 
 # What MONAI adds to the score of a query and a key that the cyclic shift made neighbours: not −∞.
@@ -44,6 +43,11 @@ def region_ids(sizes: Sequence[int], window_size: Sequence[int], shift_size: Seq
         wrapped = (torch.arange(size) >= size - shift).long() if shift else torch.zeros(size, dtype=torch.int64)
         ids = 2 * ids + wrapped.reshape([-1 if a == axis else 1 for a in range(len(sizes))])
     return partition(ids[None, ..., None], window_size)[0, ..., 0]
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """A value is dropped where its random 32-bit word is below this."""
+    return min(int(dropout_p * 2**32), 2**32 - 1)
 
 
 def kept(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:

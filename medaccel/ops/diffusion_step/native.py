@@ -130,3 +130,25 @@ def diffusion_step_backward_gpu(
         _sample_size(like), *numbers, clip, device, stream,
     )  # fmt: skip
     del rows
+
+
+def same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are element by element the same memory."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and all(n == 1 or i == j for n, i, j in strides)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the ranges of memory that two tensors span meet, in one storage or in two over the same memory."""
+    if a.numel() == 0 or b.numel() == 0 or b._is_zerotensor():
+        return False
+    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    count = tensor.numel()
+    if not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first = tensor.data_ptr()
+    return first, first + count * tensor.element_size()

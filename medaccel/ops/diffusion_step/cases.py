@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of the diffusion step, shared by its tests and its benchmark."""
+"""Sample inputs of the diffusion step, shared by its tests, `medaccel verify` and its benchmark."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from medaccel._native import DTYPES, GPU_DTYPES, cpu_module, emulates_device_scalars, gpu_module
 
-GAUSSIAN_APPROX = {"erf": 0, "sampled": 1, "scalespace": 2}
-GAUSSIAN_MODES = {"constant": 0, "reflect": 1, "nearest": 2, "mirror": 3, "wrap": 4}
+# csrc's codes
+APPROX = {"erf": 0, "sampled": 1, "scalespace": 2}
+MODES = {"constant": 0, "reflect": 1, "nearest": 2, "mirror": 3, "wrap": 4}
 
 
 def gaussian_filter(
@@ -32,7 +33,7 @@ def gaussian_filter(
     def run(source: Tensor, target: Tensor) -> bool:
         return cpu.gaussian_filter(
             source.data_ptr(), target.data_ptr(), DTYPES[source.dtype], source.shape, source.stride(),
-            target.stride(), sigma, truncated, GAUSSIAN_APPROX[approx], GAUSSIAN_MODES[mode], normalize, adjoint,
+            target.stride(), sigma, truncated, APPROX[approx], MODES[mode], normalize, adjoint,
             torch.get_num_threads(),
         )  # fmt: skip
 
@@ -59,7 +60,7 @@ def gaussian_sigma_gradient(
     def run(x: Tensor, g: Tensor) -> list[float]:
         return cpu.gaussian_sigma_gradient(
             x.data_ptr(), g.data_ptr(), DTYPES[x.dtype], x.shape, x.stride(), g.stride(), sigma, truncated,
-            GAUSSIAN_APPROX[approx], GAUSSIAN_MODES[mode], normalize, torch.get_num_threads(),
+            APPROX[approx], MODES[mode], normalize, torch.get_num_threads(),
         )  # fmt: skip
 
     gradient = run(input, grad)
@@ -69,7 +70,7 @@ def gaussian_sigma_gradient(
     return gradient
 
 
-def _gaussian_volume(tensor: Tensor) -> tuple[Tensor, list[int]]:
+def _volume(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """`tensor` with its spatial part dense in C order (a copy where it isn't), and that part's sizes (z, y, x)."""
     size = [*[1] * (5 - tensor.dim()), *tensor.shape[2:]]
     step = 1
@@ -97,9 +98,9 @@ def gaussian_filter_gpu(
     filtered with ∂taps/∂σ instead.
     """
     module, device, stream = gpu_module(input)
-    source, size = _gaussian_volume(input)
+    source, size = _volume(input)
     output = torch.empty_like(input)
-    target = output if _gaussian_volume(output)[0] is output else torch.empty_like(source)
+    target = output if _volume(output)[0] is output else torch.empty_like(source)
     spatial = input.dim() - 2
     on_host = sigma.device.type == "cpu" and not emulates_device_scalars()
     values, address = [0.0] * 3, 0
@@ -118,7 +119,7 @@ def gaussian_filter_gpu(
     workspace = source.new_empty(module.gaussian_workspace_bytes(max_radius), dtype=torch.uint8)
     module.gaussian_filter(
         source.data_ptr(), target.data_ptr(), GPU_DTYPES[input.dtype], source.shape[:2], size, source.stride()[:2],
-        target.stride()[:2], address, values, truncated, GAUSSIAN_APPROX[approx], GAUSSIAN_MODES[mode], normalize,
+        target.stride()[:2], address, values, truncated, APPROX[approx], MODES[mode], normalize,
         adjoint, derivative_axis + 3 - spatial if derivative_axis >= 0 else -1, workspace.data_ptr(), max_radius,
         [t.data_ptr() for t in temporaries], device, stream,
     )  # fmt: skip

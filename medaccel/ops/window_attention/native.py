@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medaccel._native import DTYPES, cpu_module
+from medaccel.ops.window_attention.reference import dropout_threshold
 
 
 def _three_axes(values: Sequence[int], missing: int) -> list[int]:
@@ -31,11 +32,6 @@ def _window_settings(
         _three_axes(window_size, 1), _three_axes(shift_size, 0), scale, dropout_p, dropout_threshold(dropout_p),
         0 if dropout_seed is None else dropout_seed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """A value is dropped where its random 32-bit word is below this."""
-    return min(int(dropout_p * 2**32), 2**32 - 1)
 
 
 def window_attention_forward(

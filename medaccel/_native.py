@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled modules: which is loaded and why, and the only functions that take a tensor's address.
+"""The loader of the compiled modules: which one is loaded, and why another is not.
 
-One file an op. Every function keeps its tensors in locals until the kernel has returned: a copy made inside the
-call's argument list would be freed before the kernel reads it.
+It knows nothing of an op. What calls the modules is each op's ``native.py``; those files alone take a tensor's
+address, and keep their tensors in locals until the kernel has returned: a copy made inside the call's argument list
+would be freed before the kernel reads it.
 """
 
 import functools
@@ -115,76 +116,3 @@ def gpu_module(tensor: Tensor) -> tuple[ModuleType, int, int]:
         return cuda, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
     assert emulated is not None
     return emulated, 0, 0
-
-
-# At the end: each op's file uses what stands above.
-from medaccel._native.diffusion_step import (  # noqa: E402
-    diffusion_step_backward,
-    diffusion_step_backward_gpu,
-    diffusion_step_forward,
-    diffusion_step_forward_gpu,
-)
-from medaccel._native.gaussian import (  # noqa: E402
-    GAUSSIAN_APPROX,
-    GAUSSIAN_MODES,
-    gaussian_filter,
-    gaussian_filter_gpu,
-    gaussian_sigma_gradient,
-    gaussian_sigma_gradient_gpu,
-)
-from medaccel._native.instance_norm import (  # noqa: E402
-    instance_norm_backward,
-    instance_norm_forward,
-    strided_like,
-)
-from medaccel._native.pixels import (  # noqa: E402
-    pixel_consistency_backward,
-    pixel_consistency_forward,
-    pixel_contrast_backward,
-    pixel_contrast_forward,
-    pixel_propagation_backward,
-    pixel_propagation_forward,
-    similarity_lse_backward,
-    similarity_lse_forward,
-)
-from medaccel._native.window_attention import (  # noqa: E402
-    dropout_threshold,
-    window_attention_backward,
-    window_attention_forward,
-)
-
-__all__ = [
-    "DTYPES",
-    "GAUSSIAN_APPROX",
-    "GAUSSIAN_MODES",
-    "GPU_DTYPES",
-    "ISAS",
-    "address",
-    "cpu_module",
-    "diffusion_step_backward",
-    "diffusion_step_backward_gpu",
-    "diffusion_step_forward",
-    "diffusion_step_forward_gpu",
-    "dropout_threshold",
-    "emulates_device_scalars",
-    "gaussian_filter",
-    "gaussian_filter_gpu",
-    "gaussian_sigma_gradient",
-    "gaussian_sigma_gradient_gpu",
-    "gpu_module",
-    "gpu_problem",
-    "instance_norm_backward",
-    "instance_norm_forward",
-    "on_gpu_path",
-    "pixel_consistency_backward",
-    "pixel_consistency_forward",
-    "pixel_contrast_backward",
-    "pixel_contrast_forward",
-    "pixel_propagation_backward",
-    "pixel_propagation_forward",
-    "similarity_lse_backward",
-    "similarity_lse_forward",
-    "strided_like",
-    "window_attention_backward",
-    "window_attention_forward",
-]

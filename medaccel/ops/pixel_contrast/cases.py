@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of the ops on the pixels of two views, shared by their tests and benchmarks."""
+"""Sample inputs of the ops on two views' pixels, shared by their tests, `medaccel verify` and their benchmarks."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of shifted-window attention, shared by its tests and its benchmark."""
+"""Sample inputs of shifted-window attention, shared by its tests, `medaccel verify` and its benchmark."""
 
 import math
 from collections.abc import Sequence
@@ -82,6 +82,7 @@ CASES = [
     Case("padded_shifted", (9, 10, 11), (4, 4, 4), (2, 2, 2), 3, 4, batch=2),
     Case("padding_fills_a_region", (5, 9, 6), (4, 4, 4), (2, 2, 2), 1, 16),
     Case("swin_window", (8, 7, 15), (7, 7, 7), (3, 0, 3), 1, 16, full_window=(7, 7, 7)),
+    Case("swin_unetr", (9, 14, 8), (7, 7, 7), (3, 3, 3), 3, 8, batch=2),
     Case("smaller_than_the_window", (3, 9, 5), (3, 4, 4), (0, 2, 2), 2, 8, full_window=(4, 4, 4)),
     Case("one_window", (3, 3, 3), (3, 3, 3), (0, 0, 0), 4, 8, full_window=(7, 7, 7)),
     Case("image", (9, 14), (7, 7), (3, 3), 2, 8, batch=2),

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diffusion step's part of `medaccel verify`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaccel.ops import _checks
+from medaccel.ops.diffusion_step import diffusion_step, unsupported
+from medaccel.ops.diffusion_step.cases import DDPM, named
+
+_CASES = (
+    *("ddpm", "ddpm_clipped", "ddim", "multistep", "given_noise", "masked", "one_mask_for_all", "everything"),
+    *("per_sample", "several_blocks", "unaligned", "empty_batch"),
+)
+
+
+def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
+    """The new sample, x0, and the gradients to every tensor that goes in."""
+    case = named(name)
+    given = case.tensors(dtype)
+    mask = given.pop("mask", None)
+    names, tensors = list(given), [t.to(device) for t in given.values()]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(case.shape, generator=generator, dtype=dtype).to(device) for _ in range(2)]
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        wanted = [t.detach().requires_grad_() for t in tensors[:-2]]
+        options: dict[str, Any] = dict(zip(names, wanted, strict=True))
+        if mask is not None:
+            options["mask"] = mask.to(wanted[0].device)
+        y = diffusion_step(**options, **case.options())
+        y_grads = [g.to(y[0]) for g in tensors[-2:]]
+        gradients = torch.autograd.grad(y, wanted, y_grads, materialize_grads=True, allow_unused=True)
+        return [*(t.detach() for t in y), *gradients]
+
+    sizes = [1.0] * (2 + len(tensors))
+    return _checks.compare("diffusion_step", name, unsupported(tensors[0]), run, [*tensors, *grads], sizes)
+
+
+def time_step(device: torch.device, s: float) -> _checks.Speed:
+    """A sampler's step with clip, with its noise (s > 0) or without."""
+    size = 96 if device.type == "cpu" else 256
+    x, m = (torch.rand(1, 1, size, size, size, device=device) for _ in range(2))
+    options: dict[str, Any] = {**DDPM, "e": 0.1, "s": s, "clip": (-1.0, 1.0), "seed": 20200619}
+
+    def steps() -> tuple[Tensor, Tensor]:  # as a sampler in PyTorch writes it
+        x0 = (1.25 * x - 0.75 * m).clamp(-1, 1)
+        y = 0.3 * x0 + 0.65 * x + 0.1 * m
+        return (y + s * torch.randn_like(x) if s else y), x0
+
+    with torch.no_grad():
+        ours = _checks.median_ms(lambda: diffusion_step(x, m, **options), device)
+        plain = _checks.median_ms(steps, device)
+        monai = _monai_ddpm(x, m, device) if s else None
+        copy = _checks.copy_ms(x)
+    case = f"{size}³, {'with' if s else 'without'} noise, fp32"
+    # A copy reads one volume and writes one, a step reads two and writes two.
+    return _checks.Speed("diffusion_step", str(device), case, ours, plain, monai, "copy", 2 * copy / ours)
+
+
+def _monai_ddpm(x: Tensor, m: Tensor, device: torch.device) -> float | None:
+    """The time of MONAI's DDPM step, or None where MONAI isn't installed."""
+    try:
+        from monai.networks.schedulers import DDPMScheduler
+    except ImportError:
+        return None
+    scheduler = DDPMScheduler()
+    return _checks.median_ms(lambda: scheduler.step(m, 500, x), device)
+
+
+def speeds(device: torch.device) -> Iterator[_checks.Speed]:
+    """A step without noise and one with it."""
+    return (time_step(device, s) for s in (0.0, 0.4))
+
+
+VERIFIER = _checks.Verifier(_CASES, check, speeds)

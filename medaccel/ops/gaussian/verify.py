@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Gaussian filter's part of `medaccel verify`."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from medaccel.ops import _checks
+from medaccel.ops.gaussian import gaussian_filter, reference, unsupported
+from medaccel.ops.gaussian.cases import MODES, named
+
+_NAMES = (
+    *("signal", "image", "volume", "several_tiles", "size_one_axes", "radius_beyond_volume", "empty_batch"),
+    *("normalized", "channels_last"),
+)
+_CASES = {f"{name}, {mode}": (named(name), mode) for name, mode in itertools.product(_NAMES, MODES)}
+
+
+def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
+    """The filtered volume and the gradients to input and σ."""
+    case, mode = _CASES[name]
+    x, grad = (case.input(dtype, seed).to(device) for seed in (0, 1))
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        x = tensors[0].detach().requires_grad_()
+        sigma = torch.tensor(case.sigma, dtype=torch.float64, device=x.device, requires_grad=True)
+        y = gaussian_filter(x, sigma, mode=mode, **case.options)
+        gradients = torch.autograd.grad(y, (x, sigma), tensors[1].to(y), materialize_grads=True)
+        return [y.detach(), *gradients]
+
+    sizes = (1.0, 1.0, float(grad.double().norm() * x.double().norm()))
+    return _checks.compare("gaussian_filter", name, unsupported(x), run, (x, grad), sizes)
+
+
+def time_filter(device: torch.device, sigma: float) -> _checks.Speed:
+    """A volume filtered in fp32, beside a convolution an axis and MONAI's layer."""
+    size = 96 if device.type == "cpu" else 256
+    x = torch.rand(1, 1, size, size, size, device=device)
+    taps = reference.taps(torch.tensor(sigma), 4.0, "erf", False).to(x)
+    radius = len(taps) // 2
+
+    def convolutions() -> Tensor:
+        y = x
+        for axis in range(3):
+            kernel = taps.reshape([1, 1, *(-1 if a == axis else 1 for a in range(3))])
+            y = torch.nn.functional.conv3d(y, kernel, padding=[radius if a == axis else 0 for a in range(3)])
+        return y
+
+    with torch.no_grad():
+        ours = _checks.median_ms(lambda: gaussian_filter(x, sigma), device)
+        plain = _checks.median_ms(convolutions, device)
+        layer = _monai_layer(sigma)
+        monai = None if layer is None else _checks.median_ms(functools.partial(layer.to(device), x), device)
+        copy = _checks.copy_ms(x)
+    case = f"{size}³, σ = {sigma:g}, fp32"
+    return _checks.Speed("gaussian_filter", str(device), case, ours, plain, monai, "copy", copy / ours)
+
+
+def _monai_layer(sigma: float) -> torch.nn.Module | None:
+    """MONAI's layer, or None where MONAI isn't installed."""
+    try:
+        from monai.networks.layers import GaussianFilter
+    except ImportError:
+        return None
+    layer: torch.nn.Module = GaussianFilter(3, sigma)
+    return layer
+
+
+def speeds(device: torch.device) -> Iterator[_checks.Speed]:
+    """A small, a medium and a large σ."""
+    return (time_filter(device, sigma) for sigma in (1.0, 2.0, 4.0))
+
+
+VERIFIER = _checks.Verifier(tuple(_CASES), check, speeds)

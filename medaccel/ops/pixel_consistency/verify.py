@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pixel consistency's part of `medaccel verify`."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from medaccel.ops import _checks
+from medaccel.ops._dispatch import use_reference
+from medaccel.ops.pixel_consistency import pixel_consistency_loss, unsupported
+from medaccel.ops.pixel_consistency.cases import Views, named
+
+_CASES = (
+    *("volume", "image", "finer_view", "coarser_view", "half_overlap", "no_overlap", "odd_channels"),
+    *("several_chunks", "empty_batch"),
+)
+
+
+def _gradients(place: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
+    query, key = (t.detach().requires_grad_() for t in features)
+    at_query, at_key, radius = (t.to(query.device) for t in place)
+    loss = pixel_consistency_loss(query, key, at_query, at_key, radius=radius)
+    return [loss.detach(), *torch.autograd.grad(loss, (query, key))]
+
+
+def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
+    """The loss and the gradients to both views' features."""
+    query, key, *place = (t.to(device) for t in named(name).tensors(dtype))
+    shortest = min((float(t.norm(dim=-1).min()) for t in (query, key) if t.numel()), default=1.0)
+    # A gradient is a mean of unit vectors over the feature's length.
+    terms = 1 / (shortest * max(1, query.shape[1]))
+    run = functools.partial(_gradients, place)
+    return _checks.compare("pixel_consistency_loss", name, unsupported(query), run, (query, key), (1.0, terms, terms))
+
+
+def time_consistency(device: torch.device) -> _checks.Speed:
+    """Two maps of 12³ pixels on the CPU, of 16³ on a GPU; forward + backward."""
+    size = 12 if device.type == "cpu" else 16
+    case = Views("", (size,) * 3, 64, batch=1, radius=1.0)
+    query, key, *place = (t.to(device) for t in case.tensors())
+    call = functools.partial(_gradients, place, (query, key))
+    ours = _checks.median_ms(call, device)
+    with use_reference():
+        plain = _checks.median_ms(call, device)
+    # Forward and backward read both maps, and the backward pass writes two gradients: three copies' traffic.
+    share = 3 * _checks.copy_ms(query) / ours
+    name = f"{size}³ pixels, fp32"
+    return _checks.Speed("pixel_consistency_loss", str(device), name, ours, plain, None, "copy", share)
+
+
+def speeds(device: torch.device) -> Iterator[_checks.Speed]:
+    """One pair of maps."""
+    yield time_consistency(device)
+
+
+VERIFIER = _checks.Verifier(_CASES, check, speeds)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: its options, its split, what it chose, and a record of every time that it was scored.
+"""Keeps the folder of a run: its options, its split, its choices, and a record of every scoring.
 
-config.yaml          the options and, once the choices are made, `frozen`: what was chosen, and hashes of it
+config.yaml the options and, once they are made, the choices and their hashes (`frozen`)
 splits.json          which studies were fitted on and chosen on, and `inputs`: size, time and SHA-256 of their files
 studies/             simulated ones, in the layout of `medaccel.restoration.study`
 fits/<method>/       logs and what an interrupted fit goes on from
@@ -29,7 +29,7 @@ from medaccel.studies.run_folder import OptionsFolder
 
 
 class RunFolder(OptionsFolder):
-    """`start` begins or takes up a run, `frozen` is what a score needs."""
+    """Begins or continues a run with `start`; `frozen` returns the data that a scoring needs."""
 
     generated = (
         *("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json", "splits.json"),
@@ -45,7 +45,7 @@ class RunFolder(OptionsFolder):
         return values
 
     def freeze(self, config: RunConfig, choices: Mapping[str, Any], best: str) -> None:
-        """Records what was chosen, and the hashes that hold it fast.
+        """Records the choices, and the hashes that reveal a later change.
 
         Args:
             choices: by method, plain values.
@@ -64,10 +64,10 @@ class RunFolder(OptionsFolder):
         self.write(config.plain() | {"frozen": content | {"digest": digest(content)}})
 
     def frozen(self) -> tuple[RunConfig, dict[str, Any]]:
-        """The options and what was chosen.
+        """Returns the options and the choices.
 
         Raises:
-            FileNotFoundError: no run here, or its fits have not ended.
+            FileNotFoundError: the folder holds no run, or its fits have not ended.
             ValueError: a checkpoint or a choice is not the one that was frozen.
         """
         if not self.record.exists():
@@ -96,9 +96,10 @@ class RunFolder(OptionsFolder):
         return self.path / "checkpoints" / f"{method}.pt"
 
     def note_score(self, entry: Mapping[str, Any]) -> int:
-        """Adds to scored.json that the run was scored, with the time; returns how often on these studies by now."""
+        """Adds an entry to scored.json with the time; returns how often the run has been scored on these studies by
+        now."""
         path = self.path / "scored.json"
-        # Scorings of other names may end at the same time.
+        # Scorings under other names may end at the same time.
         lock = self.path / "scored" / LOCK
         with FileLock(lock, timeout=60):
             entries = read_json(path) if path.exists() else []
@@ -109,7 +110,7 @@ class RunFolder(OptionsFolder):
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
     def hashes(self, config: RunConfig) -> dict[str, str]:
-        """SHA-256 of each method's checkpoint that is there."""
+        """Returns the SHA-256 of each method's checkpoint that exists."""
         found = {}
         for name in config.methods:
             path = self.checkpoint(name)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's studies come from, folders, phantoms or a measured PET; and who is fitted to, and who not."""
+"""Provides a run's studies from folders, phantoms or a measured PET, and separates the patients that are fitted to
+from the others."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ from medaccel.studies.inputs import record as inputs_of
 from medaccel.studies.settings import converted, hints_of
 from medaccel.training import ranks
 
-VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
+VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds of these sets start here, so that no person is in two sets
 
 
 def check_sources(config: RunConfig) -> None:
-    """Fails before the fits at what would fail after them: options and folders that can't be used."""
+    """Checks options and folders before the fits, which would otherwise fail after hours."""
     simulator_of(config)
     if config.train_studies is not None:
-        # A study that lacks an exposure is found now, and not where a worker draws it after hours.
+        # A study that lacks an exposure is found here, and not by a worker that draws it after hours.
         paths = [p for role in split(config) for p in role]
         exposures = (*config.exposures, config.target_seconds)
         for path in paths:
@@ -48,10 +49,10 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None:
-    """Refuses studies that can't be in SUV, or whose CT is none in HU; one image is in memory at a time.
+    """Refuses studies that can't be in SUV, or whose CT is not in HU; one image is in memory at a time.
 
     Raises:
-        OSError, ValueError: as `read_nifti`, `check_suv` and `check_hu`.
+        OSError, ValueError: `read_nifti`, `check_suv` or `check_hu` refuses a study.
     """
     for folder in tqdm(studies, desc="units of the studies", unit="study", leave=False):
         for seconds in exposures:
@@ -63,12 +64,13 @@ def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None
         ct = folder / "CT.nii.gz"
         if os.path.lexists(ct):
             values = np.asarray(read_nifti(ct).dataobj)
-            if np.isfinite(values).all():  # else `load_study` tells
+            if np.isfinite(values).all():  # `load_study` refuses other values
                 check_hu(values, ct)
 
 
 def _checked_before(config: RunConfig, studies: Sequence[Path]) -> bool:
-    """Whether a run of the same studies has got as far as its splits.json, and nothing has been changed since."""
+    """Tells whether a run of the same studies has already written its splits.json, and nothing has been changed
+    since."""
     record = config.output / "splits.json"
     try:
         content = read_json(record)
@@ -82,10 +84,10 @@ def _checked_before(config: RunConfig, studies: Sequence[Path]) -> bool:
 
 
 def simulator_of(config: RunConfig) -> SimulatorConfig:
-    """The simulator that the options describe.
+    """Returns the simulator that the options describe.
 
     Raises:
-        ValueError: an unknown or impossible parameter, or one of the run's exposures is not simulated.
+        ValueError: a parameter is unknown or impossible, or one of the run's exposures is not simulated.
     """
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.simulator.items()}
     hints = hints_of(SimulatorConfig)
@@ -104,11 +106,11 @@ def simulator_of(config: RunConfig) -> SimulatorConfig:
 
 
 def split(config: RunConfig) -> tuple[list[Path], list[Path]]:
-    """Training and validation studies of `train_studies` and `validation_studies`; no patient is in both.
+    """Splits `train_studies` and `validation_studies` into training and validation studies; no patient is in both.
 
     Raises:
-        ValueError: a patient in both folders, or a single patient to split.
-        FileNotFoundError: no studies.
+        ValueError: a patient is in both folders, or a single patient is to be split.
+        FileNotFoundError: there are no studies.
     """
     assert config.train_studies is not None
     train = find_studies(config.train_studies)
@@ -133,15 +135,16 @@ def split(config: RunConfig) -> tuple[list[Path], list[Path]]:
 
 
 def patient(study: Path) -> str:
-    """Whose study it is: `patient` of the parameters in its study.json, else its folder's name."""
+    """Names a study's patient: `patient` of the parameters in its study.json, else its folder's name."""
     return str(read_parameters(study).get("patient", study.resolve().name))
 
 
 def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
-    """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json.
+    """Returns study folders to fit to and to choose on, simulated if the options name none, and writes them to
+    splits.json.
 
     Raises:
-        ValueError: given studies are others than those which splits.json has.
+        ValueError: the given studies differ from those in splits.json.
     """
     record = config.output / "splits.json"
     if config.train_studies is not None:
@@ -160,7 +163,7 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
     files = [file for path in (*train, *validation) for file in _files(path, config)]
     before = read_json(record) if record.exists() else {}
     inputs: Record = {}
-    if config.train_studies is not None:  # simulated ones are the run's own
+    if config.train_studies is not None:  # simulated studies belong to the run
         if "inputs" in before:
             said, inputs = differences(before["inputs"], files)
             refuse_changes(config.output, "run", said)
@@ -174,18 +177,18 @@ def training_studies(config: RunConfig, say: Callable[[str], None]) -> tuple[lis
 
 
 def _files(study: Path, config: RunConfig) -> list[Path]:
-    """What a run reads of a study."""
+    """Lists the files that a run reads from a study."""
     names = [f"PET_{seconds}.nii.gz" for seconds in (*config.exposures, config.target_seconds)]
     names += ["CT.nii.gz", "lesions.nii.gz", "noise_free.nii.gz", "activity.nii.gz", "organs.nii.gz", STUDY_JSON]
     return [study / name for name in names if (study / name).is_file()]
 
 
 def given_to_score(config: RunConfig, chosen: ScoreConfig) -> list[Path]:
-    """The files of the studies, or of the series, that are given to score on; none where phantoms are made.
+    """Lists the files of the studies, or of the series, that are given to score on; empty if phantoms are made.
 
     Raises:
-        ValueError: one of their patients was fitted to or chosen on; no PET series.
-        FileNotFoundError: no studies.
+        ValueError: one of their patients was fitted to or chosen on; the folder holds no PET series.
+        FileNotFoundError: there are no studies.
     """
     if chosen.dicom is not None:
         return [Path(header.filename) for header in open_series(chosen.dicom).headers]
@@ -204,13 +207,13 @@ def _unseen(config: RunConfig, folder: Path) -> list[Path]:
 
 
 def known_studies(config: RunConfig) -> tuple[list[Path], list[Path]]:
-    """What `training_studies` of another process wrote."""
+    """Returns the studies that `training_studies` of another process wrote down."""
     names = read_json(config.output / "splits.json")
     return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
 
 
 def studies_to_score(config: RunConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
-    """Study folders to score on.
+    """Returns study folders to score on.
 
     Raises:
         ValueError: one of their patients was fitted to or chosen on.
@@ -253,7 +256,7 @@ def _phantoms(
 
 
 def _real_patient(config: RunConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]) -> list[Path]:
-    """Simulated exposures of a measured PET: its denoised activity is the truth."""
+    """Simulates exposures of a measured PET: its denoised activity is the truth."""
     say(f"test studies: {chosen.realisations} noise realisations of the PET in {dicom} (simulated exposures)")
     simulator = simulator_of(config)
     open_series(dicom)
@@ -285,7 +288,7 @@ def _real_patient(config: RunConfig, chosen: ScoreConfig, dicom: Path, say: Call
 
 @contextmanager
 def _percent(description: str) -> Iterator[Progress]:
-    """A bar for work that reports its share done and a word about itself."""
+    """Shows a bar for work that reports the share done and a word about itself."""
     with tqdm(total=100, desc=description, unit="%", bar_format="{desc}: {bar} {n:.0f} % {postfix}") as bar:
 
         def report(share: float, message: str) -> None:
@@ -296,7 +299,7 @@ def _percent(description: str) -> Iterator[Progress]:
 
 
 def describe(chosen: ScoreConfig) -> str:
-    """What the test studies are, to complete "scored on … studies: "."""
+    """Describes the test studies, to complete "scored on … studies: "."""
     if chosen.dicom is not None:
         return "simulated noise realisations of one measured PET"
     if chosen.test_studies is not None:
@@ -305,7 +308,7 @@ def describe(chosen: ScoreConfig) -> str:
 
 
 def notes_on(chosen: ScoreConfig) -> list[str]:
-    """What a reader must know of where the truth comes from."""
+    """Returns the notes that a reader needs about the origin of the truth."""
     if chosen.dicom is None:
         return []
     return [

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals, over studies and within one patient (Efron and Tibshirani, 1993), and agreement.
+"""Computes bootstrap intervals, over studies and within one patient (Efron and Tibshirani, 1993), and agreement.
 
 A table's score is the **mean of the studies' scores**, and its interval resamples studies. The other choice,
 the ratio of the summed errors, weighs a patient by the square of the uptake: with one hot bladder it is the
-score of that patient. `ratio_score` is for within one patient, where blocks are not patients and the ratio of
-sums is the score of the whole body.
+score of that patient. `ratio_score` is for one patient, where the ratio of sums over blocks is the score of the whole
+body.
 
 All intervals are percentile intervals from a seeded generator: the same values give the same interval, and
 rows of one table are resampled alike.
@@ -28,9 +28,9 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean with its standard deviation (n − 1) and bootstrap interval, over `count` finite values.
+    """Holds a mean with its standard deviation (n − 1) and bootstrap interval, over `count` finite values.
 
-    NaN where undefined: everything from no value, deviation and interval from one.
+    Undefined values are NaN: everything without a value, deviation and interval with one.
     """
 
     mean: float
@@ -42,7 +42,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Bland and Altman's (1986) bias and 95 % limits of agreement, bias ± 1.96·sd, over `count` pairs.
+    """Holds Bland and Altman's (1986) bias and 95 % limits of agreement, bias ± 1.96·sd, over `count` pairs.
 
     sd and the limits are NaN below two pairs, the bias below one.
     """
@@ -55,7 +55,8 @@ class Agreement:
 
 
 def mean_statistic(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Statistic:
-    """Mean, standard deviation and bootstrap interval of one value a study; values not finite are left out.
+    """Computes mean, standard deviation and bootstrap interval of one value per study; values that aren't finite are
+    left out.
 
     Raises:
         ValueError: `values` is not one-dimensional, or `level` is not within (0, 1).
@@ -75,18 +76,19 @@ def mean_statistic(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) ->
 
 
 def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Statistic:
-    """Within-patient score, 100·(1 − Σ errors / Σ input_errors), over noise realisations × axial blocks.
+    """Computes the within-patient score, 100·(1 − Σ errors / Σ input_errors), over noise realisations × axial blocks.
 
     Realisations and blocks are crossed, so both are resampled, independently (the pigeonhole bootstrap, Owen
-    2007, which errs on the wide side). One realisation: blocks only. The interval says how sure the score of
-    *this* patient is; it says nothing about other patients.
+    2007, which errs on the wide side). With one realisation, only blocks are. The interval says how certain the score
+    of *this* patient is; it says nothing about other patients.
 
     Args:
         errors, input_errors: (realisations, blocks), summed errors of the restored and of the unrestored
             image.
 
     Returns:
-        A `Statistic`, whose sd is that of the blocks' own scores and whose count is realisations · blocks.
+        A `Statistic`, whose sd is the standard deviation of the blocks' own scores and whose count is realisations ·
+        blocks.
 
     Raises:
         ValueError: shapes differ or are not 2-D, a value is negative or not finite, or all input errors are
@@ -131,15 +133,15 @@ def within_patient(
     block_length: float = 50.0,
     seed: int = 0,
 ) -> Statistic:
-    """The score of one patient with its within-patient interval; see `ratio_score`.
+    """Returns the score of one patient with its within-patient interval; see `ratio_score`.
 
     Args:
-        restored, inputs, targets: one (i, j, k) volume in SUV a noise realisation.
+        restored, inputs, targets: one (i, j, k) volume in SUV per noise realisation.
         distance: "mse", or "ssim" for 1 − SSIM (primary convention).
-        block_length: of the axial blocks, in mm: several times what PET noise correlates over.
+        block_length: length of the axial blocks, in mm: several times the range over which PET noise correlates.
 
     Raises:
-        ValueError: unknown `distance`; the sequences' lengths or the volumes' shapes differ.
+        ValueError: `distance` is unknown; the sequences' lengths or the volumes' shapes differ.
     """
     if not len(restored) == len(inputs) == len(targets) or not len(targets):
         raise ValueError(
@@ -165,14 +167,14 @@ def block_errors(
     distance: str = "mse",
     block_length: float = 50.0,
 ) -> NDArray[np.float64]:
-    """Errors summed over the body in each axial block: (blocks,), what `ratio_score` is made of.
+    """Sums errors over the body in each axial block: (blocks,), as `ratio_score` needs them.
 
     Args:
         image, target: (i, j, k), SUV.
-        distance, block_length: as `within_patient`.
+        distance, block_length: those of `within_patient`.
 
     Raises:
-        ValueError: unknown `distance`; the volumes' shapes differ.
+        ValueError: `distance` is unknown; the volumes' shapes differ.
     """
     if distance not in ("mse", "ssim"):
         raise ValueError(f"distance={distance!r} (expected 'mse' or 'ssim')")
@@ -186,7 +188,7 @@ def block_errors(
 
 
 def block_starts(slices: int, spacing: tuple[float, float, float], block_length: float) -> NDArray[np.int64]:
-    """The first slices of axial blocks of `block_length` mm or more; one where the volume is shorter."""
+    """Returns the first slices of axial blocks of `block_length` mm or more; one block if the volume is shorter."""
     check_spacing(spacing)
     if not block_length > 0:
         raise ValueError(f"block_length={block_length} (expected a positive length in mm)")
@@ -195,7 +197,7 @@ def block_starts(slices: int, spacing: tuple[float, float, float], block_length:
 
 
 def agreement(differences: ArrayLike) -> Agreement:
-    """Bias and limits of agreement of differences; those not finite are left out."""
+    """Computes bias and limits of agreement of differences; those that aren't finite are left out."""
     values = np.asarray(differences, dtype=np.float64)
     values = values[np.isfinite(values)]
     bias = float(values.mean()) if len(values) else math.nan
@@ -204,7 +206,7 @@ def agreement(differences: ArrayLike) -> Agreement:
 
 
 def pool_agreement(parts: Sequence[tuple[float, float, float]]) -> Agreement:
-    """The agreement over the lesions of all studies, from each study's (count, bias, sd)."""
+    """Computes the agreement over the lesions of all studies, from each study's (count, bias, sd)."""
     groups = [(int(n), bias, 0.0 if n < 2 else sd) for n, bias, sd in parts if n > 0 and math.isfinite(bias)]
     count = sum(n for n, _, _ in groups)
     if not count:
@@ -216,7 +218,7 @@ def pool_agreement(parts: Sequence[tuple[float, float, float]]) -> Agreement:
 
 
 def _multiplicities(generator: np.random.Generator, size: int) -> NDArray[Any]:
-    """How often each of `size` items is drawn, for every resample: (RESAMPLES, size)."""
+    """Draws how often each of `size` items occurs in every resample: (RESAMPLES, size)."""
     return generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64)
 
 

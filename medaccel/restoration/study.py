@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study on disk: one folder with the exposures of one patient and what is known of it.
+"""Reads and writes a study on disk: one folder with the exposures of one patient and further data.
 
     PET_30.nii.gz, PET_60.nii.gz, …   exposures in SUV, named by their duration in s
     CT.nii.gz                         optional, HU
@@ -9,9 +9,9 @@
     organs.nii.gz                     simulated studies: labels, named in study.json
     study.json                        durations, organ names, parameters; written by `save_study`
 
-All volumes lie on one grid, but for the CT, which is resampled to it when it is read. A folder with nothing but PET
+All volumes lie on one grid, except the CT, which is resampled to it when it is read. A folder with nothing but PET
 files is a study too. `save_study` marks the folder incomplete before it writes and complete when it is done, so that
-an interrupted writing shows.
+interrupted writing is noticed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STUDY_JSON = "study.json"
 FORMAT = 1
 AIR_HU = -1000.0
 _PET_NAME = re.compile(r"PET_([1-9]\d*)\.nii\.gz")
-# Attribute of Study -> file, values >= 0, whole numbers.
+# Each attribute of Study has a file, values >= 0 or not, and whole numbers or not.
 _OPTIONAL = {
     "ct": ("CT.nii.gz", False, False),
     "lesions": ("lesions.nii.gz", True, True),
@@ -41,18 +41,18 @@ _OPTIONAL = {
     "activity": ("activity.nii.gz", True, False),
     "organs": ("organs.nii.gz", True, True),
 }
-# Affines of one grid may differ by what float32 headers lose, mm.
+# Affines of one grid may differ by the rounding of float32 headers, mm.
 _AFFINE_TOLERANCE = 1e-2
 
 
 @dataclass
 class Study:
-    """One patient; all arrays (i, j, k) on one grid.
+    """Holds one patient's study; all arrays (i, j, k) on one grid.
 
     Args:
-        name: of the study, its folder's name.
-        spacing: mm.
-        affine: (4, 4), voxel indices to RAS, mm.
+        name: the study's name, which is its folder's.
+        spacing: voxel size, mm.
+        affine: (4, 4), maps voxel indices to RAS, mm.
         exposures: duration in s -> SUV, float32, in increasing order.
         ct: HU, float32.
         lesions: instance labels, uint16, 0 is none.
@@ -77,14 +77,14 @@ class Study:
 
 
 def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> Study:
-    """Read and check a study.
+    """Reads and checks a study.
 
     Args:
         folder: see the module.
         durations: exposures in s that must be there; None: those that study.json names, if it exists.
 
     Raises:
-        FileNotFoundError: no folder, no exposures, or a required one is missing.
+        FileNotFoundError: the folder, all exposures, or a required one are missing.
         ValueError: the writing was interrupted, a file is damaged, a grid differs from the others', or values are not
             possible (SUV negative, not finite or zero everywhere; one slice; labels that are not whole numbers).
     """
@@ -129,7 +129,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> St
 
 
 def save_study(folder: str | Path, study: Study, *, force: bool = False) -> None:
-    """Write a study, each file atomically; the folder is made if missing.
+    """Writes a study, each file atomically; the folder is made if missing.
 
     Files of an interrupted writing are replaced. `force` replaces a complete study as well.
 
@@ -159,7 +159,7 @@ def save_study(folder: str | Path, study: Study, *, force: bool = False) -> None
     for name, array in arrays.items():
         if array is not None:
             save_nifti(folder / name, make_nifti(array, study.affine), force=True)
-        else:  # of the study that is replaced
+        else:  # a file of the replaced study
             (folder / name).unlink(missing_ok=True)
     for seconds in set(_durations(folder)) - set(study.exposures):
         (folder / f"PET_{seconds}.nii.gz").unlink()
@@ -167,7 +167,7 @@ def save_study(folder: str | Path, study: Study, *, force: bool = False) -> None
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether `save_study` has finished here and its files are still there."""
+    """Tells whether `save_study` has finished here and its files still exist."""
     folder = Path(folder)
     try:
         record = _read_record(folder)
@@ -177,18 +177,19 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def read_parameters(folder: str | Path) -> dict[str, Any]:
-    """How a study was made, from its study.json; empty without one. Raises ValueError where that is damaged."""
+    """Returns how a study was made, from its study.json; empty without one. Raises ValueError if the file is
+    damaged."""
     parameters: dict[str, Any] = _read_record(Path(folder)).get("parameters", {})
     return parameters
 
 
 def find_studies(folder: str | Path) -> list[Path]:
-    """The study folders directly under ``folder``, sorted by name; or ``folder`` alone where it is a study itself.
+    """Lists the study folders directly under ``folder``, sorted by name; or ``folder`` alone if it is a study itself.
 
-    Warns of studies whose writing was interrupted, and leaves them out.
+    It warns of studies whose writing was interrupted, and leaves them out.
 
     Raises:
-        FileNotFoundError: no folder, or no study in it.
+        FileNotFoundError: the folder does not exist, or holds no study.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -209,13 +210,13 @@ def find_studies(folder: str | Path) -> list[Path]:
 
 
 def _durations(folder: Path) -> list[int]:
-    """Seconds of the exposures in a folder, increasing."""
+    """Returns the seconds of the exposures in a folder, increasing."""
     matches = (_PET_NAME.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """Content of study.json, empty where there is none."""
+    """Returns the content of study.json, empty if there is none."""
     path = folder / STUDY_JSON
     if not path.exists():
         return {}
@@ -230,7 +231,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: bool) -> np.ndarray:
-    """The image's voxels as float32, or as uint16 where they are labels."""
+    """Returns the image's voxels as float32, or as uint16 for labels."""
     array = np.asarray(image.dataobj)
     if min(array.shape) < 2:
         raise ValueError(f"{path}: shape {array.shape} (expected at least two voxels along each axis)")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every restoration method is to the pipeline: fitted on study folders, then handed one PET after another."""
+"""Defines a restoration method as the pipeline sees it: fitted on study folders, then handed one PET after
+another."""
 
 from __future__ import annotations
 
@@ -16,19 +17,19 @@ from medaccel.data.files import atomic_path
 from medaccel.restoration.evaluation.metrics import check_seconds, check_spacing
 from medaccel.studies.settings import check_group, nearest
 
-FORMAT = 1  # of a method's checkpoint
+FORMAT = 1  # version of a method's checkpoint
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is predicted from what.
+    """Names the exposures to restore from and the one to predict.
 
     Args:
-        input_seconds: exposures that are restored from, s; the first is the primary one.
-        target_seconds: the exposure that is predicted, s.
+        input_seconds: exposures to restore from, s; the first is the primary one.
+        target_seconds: the exposure to predict, s.
 
     Raises:
-        ValueError: no input exposure, or one that is not shorter than the target.
+        ValueError: there is no input exposure, or one is not shorter than the target.
     """
 
     input_seconds: tuple[int, ...] = (60,)
@@ -43,14 +44,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Restoration:
-    """What a method makes of one PET; arrays (i, j, k) in SUV, float32.
+    """Holds a method's restoration of one PET; arrays (i, j, k) in SUV, float32.
 
     Args:
         volume: the prediction of the target exposure.
-        activity: the activity λ, where the method predicts that: volume = weight·PET_t + (1 − weight)·λ.
-        weight: of the PET in that blend; t/T is the one of least squared error.
-        std: standard deviation of the activity's samples, where the method draws any.
-        samples: (K, i, j, k), the activity's samples, where they were asked for.
+        activity: the activity λ, if the method predicts it: volume = weight·PET_t + (1 − weight)·λ.
+        weight: weight of the PET in that blend; t/T has the least squared error.
+        std: standard deviation of the activity's samples, if the method draws any.
+        samples: (K, i, j, k), the activity's samples, if they were asked for.
     """
 
     volume: np.ndarray
@@ -62,13 +63,13 @@ class Restoration:
 
 @dataclass
 class Fitted:
-    """What a fit found, for the report and for config.yaml.
+    """Holds the results of a fit, for the report and for config.yaml.
 
     Args:
         choices: plain JSON values, chosen on the validation studies: a strength, t0, a blend's weight.
-        scores: candidate, as a reader would name it: its mean MSE and 1 − SSIM score (%) on the validation studies.
-        losses: name: one value an epoch, such as {"training": …, "validation": …}.
-        seconds: that the fit took; `steps` of them were optimizer steps of `seconds_per_step`.
+        scores: mean MSE and 1 − SSIM score (%) on the validation studies, by candidate, named for readers.
+        losses: one value per epoch, by name, such as {"training": …, "validation": …}.
+        seconds: duration of the fit, which had `steps` optimizer steps of `seconds_per_step`.
         parameters: further plain values for the report, such as σ in mm.
     """
 
@@ -80,18 +81,18 @@ class Fitted:
 
 
 class Method(abc.ABC):
-    """One way to restore.
+    """Restores PETs in one particular way.
 
     A method is made for a `Task`, fitted once, stored in one file, and restores from then on. It sees studies as
-    folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
+    folders (`medaccel.restoration.study`), so that it decides which data it keeps in memory.
 
     Args:
-        task: what to predict from what.
-        settings: of the method, plain JSON values; unknown ones are refused.
+        task: the exposures to restore from and to predict.
+        settings: the method's settings, plain JSON values; unknown ones are refused.
     """
 
     name: ClassVar[str]
-    #: Settings and their defaults.
+    #: Settings have these defaults.
     defaults: ClassVar[Mapping[str, Any]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()  # settings that may be None
     samples: ClassVar[bool] = False  # whether restore can draw several
@@ -120,19 +121,19 @@ class Method(abc.ABC):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Fits to study folders with all exposures of the task, and chooses what is to be chosen.
+        """Fits to study folders with all exposures of the task, and makes the method's choices.
 
         Args:
-            studies: to fit to.
-            validation: to choose on; never the ones that the method is scored on. Empty: nothing is chosen, the
-                defaults stand.
-            folder: for logs and for what an interrupted fit goes on from.
-            seed: of all that is random.
+            studies: the studies to fit to.
+            validation: the studies to choose on, never those that the method is scored on. If empty, nothing is
+                chosen and the defaults stand.
+            folder: holds logs, and the files that an interrupted fit continues from.
+            seed: seed of all randomness.
             progress: show a progress bar.
 
         Raises:
-            ValueError: studies that can't be fitted to; a loss that isn't finite.
-            FileNotFoundError: a study without an exposure of the task.
+            ValueError: the studies can't be fitted to; a loss isn't finite.
+            FileNotFoundError: a study lacks an exposure of the task.
         """
 
     @abc.abstractmethod
@@ -148,25 +149,25 @@ class Method(abc.ABC):
         seed: int = 0,
         progress: bool = False,
     ) -> Restoration:
-        """One PET.
+        """Restores one PET.
 
         Args:
             volume: (i, j, k), SUV, float32.
-            spacing: mm.
+            spacing: voxel size, mm.
             seconds: its exposure; None: the task's primary one.
-            ct: HU on the same grid, for the methods that look at it.
+            ct: HU on the same grid, for the methods that use it.
             samples: how many to draw, for the methods that draw; None: the setting.
-            keep_samples: return them, not their mean and deviation alone.
-            seed: of the samples.
+            keep_samples: return the samples too, not only their mean and deviation.
+            seed: seed of the samples.
         """
 
     @abc.abstractmethod
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that `load_state` needs."""
+        """Returns tensors and plain values that `load_state` needs."""
 
     @abc.abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state` gave."""
+        """Restores the result of `state`."""
 
     def save(self, path: Path) -> None:
         """Stores the fitted method, atomically."""
@@ -183,7 +184,8 @@ class Method(abc.ABC):
             torch.save(content, temporary)
 
     def seconds(self, seconds: int | None) -> int:
-        """The exposure that `restore` was told, or the primary one; refuses one that the task doesn't have."""
+        """Returns the exposure that `restore` was given, or the primary one; refuses one that the task doesn't
+        have."""
         chosen = self.task.input_seconds[0] if seconds is None else seconds
         if chosen not in self.task.input_seconds:
             raise ValueError(

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classical denoisers as peers: non-local means, total variation and BM4D, each at the strength that is best for it.
+"""Provides classical denoisers to compare with: non-local means, total variation and BM4D, each at its best strength.
 
 A denoiser assumes noise of one standard deviation, but the noise of an OSEM image grows with the activity. So it
 works on the square root or the inverse hyperbolic sine of the SUV, where the noise is nearly even, and its strength
-is a multiple of the noise level that is estimated from each input. What comes out, D, estimates the activity λ. PET_T
-is predicted by D itself or, as t of its T seconds are known, by E[PET_T | PET_t] = (t·PET_t + (T − t)·λ) / T with
-λ = D. Strength and choice of the two are searched for per exposure, by the mean MSE score against PET_T.
+is a multiple of the noise level that is estimated from each input. The denoised image D estimates the activity λ.
+PET_T is predicted by D itself or, as t of its T seconds are known, by E[PET_T | PET_t] = (t·PET_t + (T − t)·λ) / T
+with λ = D. Strength and choice of the two are searched for per exposure, by the mean MSE score against PET_T.
 
-MSE score at the best strength tried, % (at most 33.3 at 60 s of 90 s), with λ = D, on training phantoms of
-96 x 72 x 112 voxels of 4 mm, which decided the defaults:
+These MSE scores at the best strength tried, % (at most 33.3 at 60 s of 90 s), with λ = D, on training phantoms of 96
+x 72 x 112 voxels of 4 mm, decided the defaults:
 
     SUV mapped by                    square root   asinh(SUV)   asinh(SUV/2)   asinh(SUV/0.5)
     nlm, four phantoms                      22.2         24.6           23.6             24.3
@@ -37,36 +37,36 @@ from medaccel.restoration.evaluation.noise import normalised_noise
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, check_volume
 from medaccel.restoration.study import load_study
 
-# Name: to the domain with even noise, and back. Denoised values may fall below 0, SUV may not.
+# Each name has a map to the domain with even noise, and its inverse. Denoised values may fall below 0, SUV may not.
 STABILISERS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "sqrt": (np.sqrt, lambda mapped: np.square(np.maximum(mapped, 0))),
     "asinh": (np.arcsinh, lambda mapped: np.sinh(np.maximum(mapped, 0))),
 }
-# A best strength at the end of the grid moves the end outward, this many times at most.
+# If the best strength lies at the end of the grid, the end moves outward, this many times at most.
 EXTENSIONS = 3
 LAGS = 5  # voxels; further apart, the noise of these scanners' images is uncorrelated (0.02 and less)
 
 
 @dataclass(frozen=True)
 class _Example:
-    """What the search needs of a study at one exposure; arrays (i, j, k), SUV."""
+    """Holds the data that the search needs of a study at one exposure; arrays (i, j, k), SUV."""
 
     image: Array
     target: Array
     mask: Mask
     spacing: tuple[float, float, float]
-    distances: tuple[float, float]  # of the unrestored image from the target: MSE and 1 − SSIM
+    distances: tuple[float, float]  # MSE and 1 − SSIM of the unrestored image against the target
 
 
 class Classical(Method):
-    """A denoiser whose strength is searched for; subclasses say how they denoise.
+    """Denoises with a strength that is searched for; subclasses define how.
 
-    Settings of all:
+    All subclasses have these settings:
         stabiliser: "sqrt" or "asinh".
         strengths: multiples of the noise level where the search starts, increasing.
-        search_studies: so many studies are searched on, the first ones.
-        search_slices: of each, so many central slices; None: all. Hot organs lie at the ends, so that the strength
-            that is best in the middle need not be the best of the whole.
+        search_studies: number of studies, from the first on, to search on.
+        search_slices: number of central slices of each to search on; None: all. Hot organs lie at the ends, so the
+            best strength in the middle need not be the best of the whole.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -76,7 +76,7 @@ class Classical(Method):
         "search_slices": None,
     }
     optional = frozenset({"search_slices"})
-    #: Of further settings, the smallest values.
+    #: Further settings have these smallest values.
     least: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:
@@ -100,12 +100,12 @@ class Classical(Method):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """None, or the sentence that says why the method can't run here."""
+        """Says why the method can't run here; returns None if it can."""
         return None
 
     @abc.abstractmethod
     def denoise(self, mapped: Array, noise: float) -> Array:
-        """`mapped` (i, j, k) with noise of the standard deviation `noise` taken away; the same unit."""
+        """Removes noise of the standard deviation `noise` from `mapped` (i, j, k); the unit stays."""
 
     def fit(
         self,
@@ -116,10 +116,10 @@ class Classical(Method):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Searches on the validation studies, or on the training ones where there are none; nothing is random.
+        """Searches on the validation studies, or on the training ones if there are none; nothing is random.
 
         Raises:
-            ValueError: no studies, or one whose input equals its target within the body.
+            ValueError: there are no studies, or one has an input that equals its target within the body.
             ValueError: the method is not available.
         """
         self._check_available()
@@ -147,10 +147,10 @@ class Classical(Method):
         seed: int = 0,
         progress: bool = False,
     ) -> Restoration:
-        """One PET; see `Method.restore`. The CT is not looked at and nothing is drawn.
+        """Restores one PET; see `Method.restore`. The CT is not used and nothing is drawn.
 
         Raises:
-            ValueError: a volume that isn't SUV or has fewer than three slices; an exposure that was not fitted.
+            ValueError: the volume isn't in SUV or has fewer than three slices; the exposure was not fitted.
             ValueError: the method is not available.
         """
         self._check_available()
@@ -178,14 +178,14 @@ class Classical(Method):
             raise ValueError(f"{self.name}: {reason}")
 
     def _prepare(self, studies: Sequence[Path]) -> None:
-        """Learns what the denoiser needs before the search."""
+        """Learns the quantities that the denoiser needs before the search."""
 
     def denoised(self, volume: Array, mask: Mask, strength: float) -> Array:
-        """D, SUV, float32; `mask` is where the noise level is estimated."""
+        """Returns D, SUV, float32; the noise level is estimated within `mask`."""
         forward, backward = STABILISERS[self.settings["stabiliser"]]
         mapped = forward(volume.astype(np.float32))
         level = noise_level(mapped, mask)
-        if level == 0:  # nothing to take away
+        if level == 0:  # no noise to remove
             return volume.astype(np.float32)
         return np.asarray(backward(self.denoise(mapped, strength * level)), dtype=np.float32)
 
@@ -209,13 +209,13 @@ class Classical(Method):
         return _Example(image, target, mask, study.spacing, distances)
 
     def _search(self, seconds: int, examples: Sequence[_Example], bar: tqdm[Any]) -> None:
-        """Tries the grid, moves on where the best is at its end, and then halves the steps about the best."""
+        """Tries the grid, extends it if the best strength is at its end, and then halves the steps about the best."""
         tried: dict[float, float] = {}
         best = (-math.inf, 0.0, False)
 
         def attempt(strengths: Sequence[float]) -> None:
             nonlocal best
-            bar.total = len(self.fitted.scores) // 2 + len(strengths)  # two scores a candidate
+            bar.total = len(self.fitted.scores) // 2 + len(strengths)  # two scores per candidate
             for strength in strengths:
                 found = self._scores(seconds, examples, strength)
                 for combined, (mse_score, ssim_score) in found.items():
@@ -237,7 +237,8 @@ class Classical(Method):
         self.fitted.choices[str(seconds)] = {"strength": best[1], "combined": best[2]}
 
     def _scores(self, seconds: int, examples: Sequence[_Example], strength: float) -> dict[bool, tuple[float, float]]:
-        """Combined or not: mean MSE and 1 − SSIM score over the examples, %."""
+        """Returns the mean MSE and 1 − SSIM score over the examples, %, for D combined with the PET (True) or alone
+        (False)."""
         rows: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for example in examples:
             denoised = self.denoised(example.image, body_mask(example.image, example.spacing), strength)
@@ -254,12 +255,12 @@ class Classical(Method):
 
 
 class NonLocalMeans(Classical):
-    """Non-local means (Buades et al. 2005) with cubic patches, scikit-image's fast mode.
+    """Denoises by non-local means (Buades et al. 2005) with cubic patches, in scikit-image's fast mode.
 
     Further settings:
         patch_size: side of a patch, voxels. 3 instead of 5 costs 4 points of the MSE score, 7 one point.
-        patch_distance: patches are looked for so far away along each axis, voxels. 2 costs 0.3 points; 4 as much, and
-            three times the time: in a body, what is near is more often alike.
+        patch_distance: greatest distance of a similar patch along each axis, voxels. 2 costs 0.3 points; 4 as much,
+            and three times the time: in a body, near structures are more often alike.
     """
 
     name = "nlm"
@@ -286,13 +287,13 @@ class NonLocalMeans(Classical):
 
 
 class TotalVariation(Classical):
-    """Total variation (Rudin, Osher and Fatemi 1992) by Chambolle's projections, scikit-image's.
+    """Denoises by total variation (Rudin, Osher and Fatemi 1992) with Chambolle's projections, by scikit-image.
 
-    It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: what a round
-    took away is added to the next one's input.
+    It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: the part that
+    a round removed is added to the next one's input.
 
     Further settings:
-        rounds: of Bregman's iteration; 1 is plain total variation, about 3 points of the MSE score below 2.
+        rounds: number of Bregman's iterations; 1 is plain total variation, about 3 points of the MSE score below 2.
         tolerance: it stops once the energy changes by less than this fraction of its start; scikit-image's own 2e-4
             stops after a few steps, a point short.
             The score of two rounds does not vary smoothly with the strength at any, mostly where hot organs are.
@@ -325,7 +326,8 @@ class TotalVariation(Classical):
 
 
 class BM4D(Classical):
-    """Block matching and 4-D collaborative filtering (Maggioni et al. 2013), told how the noise correlates.
+    """Denoises by block matching and 4-D collaborative filtering (Maggioni et al. 2013), given the noise's
+    correlation.
 
     The noise's autocorrelation comes from PET_t − PET_T of training studies, in voxels: it holds for inputs on their
     grid. It gains little: told of white noise, BM4D scores the same (27.3 and 27.2 %) at 2.2 times the strength.
@@ -333,10 +335,10 @@ class BM4D(Classical):
     on one thread, since its results vary with their number.
 
     Further settings:
-        threshold: of the hard-thresholding stage, and
-        wiener: the μ² of the Wiener stage; both are what bm4d's own estimate gives for such noise (3.04 and 1.01). It
-            is not asked, since it calls a function that NumPy 2.4 has no more.
-        search_window: half the side of the cube where blocks are looked for, voxels.
+        threshold: threshold of the hard-thresholding stage.
+        wiener: the μ² of the Wiener stage. Both are the results of bm4d's own estimate for such noise (3.04 and
+            1.01); it is not called, since it needs a function that NumPy 2.4 has removed.
+        search_window: half the side of the cube in which blocks are searched, voxels.
         variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
             the time and gains nothing (27.1 and 27.1 % on a training phantom).
     """
@@ -405,14 +407,14 @@ class BM4D(Classical):
 
 
 def noise_level(mapped: Array, mask: Mask) -> float:
-    """Standard deviation of the noise of a volume (i, j, k) within a mask, in its unit.
+    """Estimates the standard deviation of the noise of a volume (i, j, k) within a mask, in its unit.
 
-    From the median size of second differences along the axial direction, where PET noise correlates least and smooth
-    anatomy cancels; edges are too few to move a median. Taken as white, so correlated noise (0.2 between neighbours)
-    comes out a sixth too low, the same for all inputs of a scanner.
+    The estimate is the median size of second differences along the axial direction, where PET noise correlates least
+    and smooth anatomy cancels; edges are too few to move a median. The noise is taken as white, so correlated noise
+    (0.2 between neighbours) comes out a sixth too low, the same for all inputs of a scanner.
 
     Raises:
-        ValueError: fewer than three slices.
+        ValueError: the volume has fewer than three slices.
     """
     if mapped.shape[2] < 3:
         raise ValueError(f"volume has shape {mapped.shape} (expected at least three slices)")
@@ -423,9 +425,9 @@ def noise_level(mapped: Array, mask: Mask) -> float:
 
 
 def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:
-    """Autocorrelation of noise (i, j, k) that is 0 outside the mask: (2·lags + 1,)*3, 1 in the middle."""
+    """Returns the autocorrelation of noise (i, j, k) that is 0 outside the mask: (2·lags + 1,)*3, 1 in the middle."""
     axes = (0, 1, 2)
-    padded = [n + lags for n in noise.shape]  # so that the far ends do not meet
+    padded = [n + lags for n in noise.shape]  # padded, so that the far ends do not meet
     near = np.ix_(*[np.arange(-lags, lags + 1)] * 3)
 
     def products(values: Array) -> Array:
@@ -438,7 +440,8 @@ def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:
 
 
 def power_spectrum(correlation: Array, shape: Sequence[int]) -> Array:
-    """Power spectral density of noise of variance 1 with such an autocorrelation, on a grid; its mean is the size.
+    """Returns the power spectral density of noise of variance 1 with such an autocorrelation, on a grid; its mean is
+    the size.
 
     A Hann window fades the lags out: an autocorrelation that is cut off has a spectrum with negative values.
     """
@@ -447,7 +450,7 @@ def power_spectrum(correlation: Array, shape: Sequence[int]) -> Array:
     tapered = correlation * hann[:, None, None] * hann[None, :, None] * hann[None, None, :]
     kernel = np.zeros(shape)
     lags = np.arange(side) - side // 2
-    # Lags wrap around, and more than once on a grid that is smaller than they reach.
+    # Lags wrap around, even more than once on a grid that is smaller than their range.
     where = np.meshgrid(*[lags % n for n in shape], indexing="ij")
     np.add.at(kernel, tuple(where), tapered)
     spectrum = np.maximum(np.fft.fftn(kernel).real, 1e-3)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a denoised PET lacks of the PET that it was made from, given back where it is more than noise.
+"""Adds back the structures that a denoised PET lost, wherever the residual to its input is more than noise.
 
-PET_t − λ̂ is noise alone where λ̂ is right. Smoothed to about a lesion's size and in units of √λ̂, as counts have it,
-the noise's standard deviation is nearly the same all over the body (on phantoms 0.05 to 0.07 √SUV from 0.2 to 40 SUV,
-at 60 s). What exceeds it several times is uptake that the denoising took for noise, or noise that it took for uptake,
-and the excess goes back: no lesion that stands out of the noise is lost. The shrinkage is Donoho's soft threshold
-(IEEE Trans. Inf. Theory 41, 1995), on the residual.
+PET_t − λ̂ is noise alone where λ̂ is right. Smoothed to about a lesion's size and in units of √λ̂, as for counts, the
+noise's standard deviation is nearly the same all over the body (on phantoms 0.05 to 0.07 √SUV from 0.2 to 40 SUV, at
+60 s). A residual several times as large is uptake that the denoising took for noise, or noise that it took for
+uptake, and the excess goes back: no lesion that stands out of the noise is lost. The shrinkage is Donoho's soft
+threshold (IEEE Trans. Inf. Theory 41, 1995), on the residual.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.evaluation.metrics import Array, Mask
 
-#: Standard deviation, mm, of the smoothing: 10 mm FWHM, the smallest lesion that is called large.
+#: The smoothing has this standard deviation, mm: 10 mm FWHM, the smallest lesion that is called large.
 SIGMA_MM = 4.25
-#: A sphere of that size keeps a third of its height through the smoothing: what is still missing goes back in turns.
+#: A sphere of that size keeps a third of its height through the smoothing, so the rest goes back in several rounds.
 ROUNDS = 3
 _FLOOR_SUV = 0.02
 _MAD_TO_SD = 1.4826
@@ -36,19 +36,19 @@ def give_back(
     sigma: float = SIGMA_MM,
     rounds: int = ROUNDS,
 ) -> Array:
-    """λ̂ plus what exceeds the noise in PET_t − λ̂.
+    """Returns λ̂ plus the part of PET_t − λ̂ that exceeds the noise.
 
     Args:
         volume: PET_t, (i, j, k), SUV.
         activity: λ̂, likewise.
-        mask: of the body, which the noise's level is found in.
-        spacing: mm.
+        mask: the body, in which the noise's level is measured.
+        spacing: voxel size, mm.
         threshold: standard deviations of the smoothed, scaled residual that count as noise.
-        sigma: of the smoothing, mm.
-        rounds: how often what is still missing is looked for.
+        sigma: σ of the smoothing, mm.
+        rounds: how often the missing uptake is searched for.
 
     Returns:
-        (i, j, k), SUV, at least 0; `activity` itself outside the mask, and where the mask is empty.
+        (i, j, k), SUV, at least 0; `activity` itself outside the mask, or everywhere if the mask is empty.
     """
     if not mask.any():
         return activity

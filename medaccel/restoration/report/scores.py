@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration report: fill `RestorationResults`, call `write_report`, get one HTML file."""
+"""Writes the restoration report: fill `RestorationResults`, call `write_report`, get one HTML file."""
 
 from __future__ import annotations
 
@@ -36,23 +36,22 @@ _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 f
 
 @dataclass(frozen=True)
 class RestorationResults:
-    """All that the report shows.
+    """Holds everything that the report shows.
 
     Attributes:
         input_seconds, target_seconds: the exposures compared, such as 60 and 90.
         studies: names of the test studies.
-        per_study: method: its rows of `evaluation.evaluate`, one a study in the order of `studies`. The keys
-            "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order
-            given.
-        data: what the test studies are, to complete "scored on 20 studies …: ", such as "phantoms of the
-            shifted generator".
-        best: the method that was chosen on validation studies, which the summary speaks of; "" for the best here.
+        per_study: rows of `study_scores.evaluate` by method, one per study in the order of `studies`. The keys
+            "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order given.
+        data: the kind of test studies, to complete "scored on 20 studies …: ", such as "phantoms of the shifted
+            generator".
+        best: the method that was chosen on validation studies, which the summary describes; "" for the best here.
         simulated: whether the exposures' counts are simulated; the report says which.
         examples: studies to show as pictures.
-        noise: name: noise analysis, such as {"Simulated": …, "A real PET": …}.
-        within_patient: method: {"mse": …, "ssim": …} from `statistics.within_patient`, for one real study.
+        noise: noise analyses by name, such as {"Simulated": …, "A real PET": …}.
+        within_patient: {"mse": …, "ssim": …} from `statistics.within_patient` by method, for one real study.
         config: the run's configuration, as YAML text.
-        labels: names of further methods for readers; ours have theirs.
+        labels: names of further methods for readers; this package's methods have names already.
         notes: further sentences that the reader must know, such as how the truth was made.
     """
 
@@ -81,17 +80,17 @@ class RestorationResults:
 
 
 def write_report(path: str | os.PathLike[str], results: RestorationResults, *, force: bool = False) -> None:
-    """Write the report to `path`, atomically.
+    """Writes the report to `path`, atomically.
 
     Raises:
-        OSError: as `medaccel.data.files.atomic_path`: the file exists and `force` is False, the disk is full,
+        OSError: `medaccel.data.files.atomic_path` raises it: the file exists and `force` is False, the disk is full,
             …
     """
     write_html(path, build_page(results), force=force)
 
 
 def build_page(results: RestorationResults) -> Page:
-    """The report's content, before it is HTML."""
+    """Builds the report's content, before it is HTML."""
     rows = summarize(results.per_study)
     input_name, target_name = f"{results.input_seconds:g} s", f"{results.target_seconds:g} s"
     kind = "simulated exposures" if results.simulated else "measured exposures"
@@ -158,7 +157,7 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         cells: list[Cell] = [
             _interval(m["score_mse"]),
             100 * share,
-            # Of the references, only the input is an image that a scan could give.
+            # Among the references, only the input is an image that a scan could give.
             math.nan if row.method in (ORACLE, NOISE_FREE) else metrics.equivalent_seconds(share, t),
             _interval(m["score_ssim"]),
             100 * m["share_of_ceiling"].mean,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scored rows to files: metrics.json and .csv, per-study and comparison tables, figures, report.html."""
+"""Writes scored rows to files: metrics.json and .csv, per-study and comparison tables, figures, report.html."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from medaccel.restoration.sources import notes_on
 from medaccel.restoration.statistics import Statistic, ratio_score
 from medaccel.restoration.study import load_study
 
-# Blobs added to a PET for its resolution: of about the reconstruction's own width, well above the noise.
+# A PET's resolution is measured with blobs of about the reconstruction's own width, well above the noise.
 _BLOB_FWHM, _BLOB_AMPLITUDE = 8.0, 4.0
-_BLOB_SAMPLES = 4  # that a drawing method draws for each: a response's width needs no fine average
+_BLOB_SAMPLES = 4  # samples that a drawing method draws for each blob: a response's width needs no fine average
 
 
 def write_outcome(
@@ -67,14 +67,14 @@ def write_outcome(
     """Writes all results of a scoring, and returns the report's path.
 
     Args:
-        folder: made before.
-        config, chosen: of the run; of the scoring, where it is not the run's own on validation studies.
-        scorer: that made `scored`, one an exposure, the primary one first.
-        data: what the studies are, to complete "scored on … studies: ".
-        calibrations: method: seconds: factors of its intervals.
+        folder: an existing folder.
+        config, chosen: options of the run, and of the scoring if it is not the run's own on validation studies.
+        scorer: the scorer that made `scored`, which has one entry per exposure, the primary one first.
+        data: the kind of studies, to complete "scored on … studies: ".
+        calibrations: factors of the intervals, by method and seconds.
         best: the method chosen on validation.
-        choices: what was frozen.
-        say: told the main table.
+        choices: the frozen choices.
+        say: a function that is called with the main table.
     """
     tables = {one.seconds: summarize(one.rows) for one in scored}
     covered = {
@@ -149,7 +149,7 @@ def write_outcome(
 
 
 def printed(table: Sequence[SummaryRow], one: Scored) -> str:
-    """The main table as text."""
+    """Formats the main table as text."""
     columns = (  # title, width, metric, factor
         ("MSE score %", 13, "score_mse", 1),
         ("of the limit %", 16, "share_of_limit", 100),
@@ -169,7 +169,7 @@ def printed(table: Sequence[SummaryRow], one: Scored) -> str:
 
 
 def _compare(one: Scored, best: str) -> dict[str, list[PairedComparison]]:
-    """Every method against the one that validation chose, on the quantities that decide."""
+    """Compares every method with the one that validation chose, on the quantities that decide."""
     methods = [m for m in one.rows if m not in REFERENCES or m == IDENTITY]
     if best not in methods or len(methods) < 2:
         return {"share_of_limit": [], "share_of_ceiling": []}
@@ -180,7 +180,7 @@ def _compare(one: Scored, best: str) -> dict[str, list[PairedComparison]]:
 
 
 def _responses(scorer: Scorer, one: Scored) -> dict[str, list[PointResponse]]:
-    """Each method's response to blobs in the first study."""
+    """Measures each method's response to blobs in the first study."""
     study = load_study(one.paths[0], (one.seconds, one.target_seconds))
     image = study.exposures[one.seconds]
     mask = metrics.body_mask(study.exposures[one.target_seconds], study.spacing)
@@ -205,7 +205,7 @@ def _responses(scorer: Scorer, one: Scored) -> dict[str, list[PointResponse]]:
 
 
 def _remaining(scorer: Scorer, one: Scored) -> list[dict[str, RemainingNoise]]:
-    """Noise before and after, of the studies whose images were kept."""
+    """Analyses noise before and after, in the studies whose images were kept."""
     found = []
     for path in one.paths[:EXAMPLES]:
         study = load_study(path, (one.seconds, one.target_seconds))
@@ -213,13 +213,14 @@ def _remaining(scorer: Scorer, one: Scored) -> list[dict[str, RemainingNoise]]:
         mask = metrics.body_mask(target, study.spacing)
         images = {IDENTITY: study.exposures[one.seconds], **scorer.volumes(path, one.seconds)}
         found.append(remaining_noise(images, target, mask, study.spacing))
-    # A drawing method may have been asked for the first studies alone.
+    # A drawing method may have been applied to the first studies alone.
     common = set.intersection(*(set(study) for study in found))
     return [{name: noise for name, noise in study.items() if name in common} for study in found]
 
 
 def _within_patient(one: Scored) -> dict[str, dict[str, Statistic]]:
-    """Scores of one patient over noise realisations and axial blocks; empty where the studies are of several."""
+    """Scores one patient over noise realisations and axial blocks; returns nothing if the studies are of several
+    patients."""
     found: dict[str, dict[str, Statistic]] = {}
     for distance, sums in one.blocks.items():
         for name in one.rows:
@@ -291,7 +292,7 @@ def _page(
     if responses:
         extra.append(Section("Resolution", resolution_blocks(responses)))
     extra.append(Section("How the methods were fitted and chosen", fit_blocks(scorer.methods, best)))
-    # Tables first, then what explains them, then the run's own record.
+    # Tables come first, then their explanations, then the run's own record.
     last = [s for s in sections if s.title in ("Each study", "Published results", "This run")]
     kept = [s for s in sections if s not in last]
     return Page(pages[0].title, pages[0].summary, [*kept, *extra, *last], pages[0].facts)
@@ -304,7 +305,7 @@ def _evaluation(
     compared: Mapping[str, Sequence[PairedComparison]],
     start: str,
 ) -> list[Section]:
-    """Comparison, dependence on noise, and uncertainty, of one exposure."""
+    """Makes sections on comparison, dependence on noise, and uncertainty, for one exposure."""
     sections = []
     blocks: list[Block] = []
     for key, words in (("share_of_limit", "share of the limit"), ("share_of_ceiling", "share of the ceiling")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around an activity volume: its body, its attenuation and, for a real PET, its denoising."""
+"""Derives from an activity volume its body, its attenuation and, for a real PET, its denoised version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 WATER_ATTENUATION = 0.096  # 1/cm at 511 keV
-# Carney et al., Med Phys 33:976-983, 2006: the bilinear scaling of CT numbers for 120 kVp.
+# Carney et al., Med Phys 33:976-983, 2006, give this bilinear scaling of CT numbers for 120 kVp.
 _BREAK_HU = 47.0
 _BONE_SLOPE = 5.10e-5  # 1/cm per HU
 _BONE_INTERCEPT = 4.71e-2  # 1/cm at −1000 HU
@@ -16,13 +16,14 @@ _BONE_INTERCEPT = 4.71e-2  # 1/cm at −1000 HU
 BODY_THRESHOLD = 0.1  # SUV after smoothing: above air, below fat
 _BODY_SMOOTHING = 5.0  # mm, σ
 _GAUSSIAN_SIGMA = 6.0 / 2.3548  # mm
-_NOISE_HIGH_PASS = 12.0  # mm, σ of what is subtracted
+_NOISE_HIGH_PASS = 12.0  # mm, σ of the subtracted slow part
 
 DENOISE_METHODS = ("nlm", "gaussian", "none")
 
 
 def hu_to_attenuation(ct: np.ndarray) -> np.ndarray:
-    """Attenuation at 511 keV in 1/cm of CT numbers in HU, float32 (bilinear, 120 kVp; Carney et al. 2006)."""
+    """Converts CT numbers in HU to attenuation at 511 keV in 1/cm, float32 (bilinear, 120 kVp; Carney et al.
+    2006)."""
     above_air = np.asarray(ct, dtype=np.float32) + 1000.0
     soft = 9.6e-5 * above_air
     bone = _BONE_SLOPE * above_air + _BONE_INTERCEPT
@@ -30,14 +31,14 @@ def hu_to_attenuation(ct: np.ndarray) -> np.ndarray:
 
 
 def body_mask(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """The body in an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by slice."""
+    """Returns the body in an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by slice."""
     from scipy.ndimage import binary_fill_holes, gaussian_filter, label
 
     smooth = gaussian_filter(np.asarray(activity, dtype=np.float32), [_BODY_SMOOTHING / step for step in spacing])
     labels, count = label(smooth > BODY_THRESHOLD)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
-    # Arms and legs may be pieces of their own; specks of noise in air are not.
+    # Arms and legs may be separate pieces, but specks of noise in air don't count.
     mask = (sizes >= max(0.01 * sizes.max(initial=0), 1))[labels]
     for k in range(mask.shape[2]):
         mask[..., k] = binary_fill_holes(mask[..., k])
@@ -45,12 +46,13 @@ def body_mask(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 
 
 def attenuation_from_activity(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones too."""
+    """Returns the water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones
+    too."""
     return np.where(body_mask(activity, spacing), np.float32(WATER_ATTENUATION), np.float32(0.0))
 
 
 def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str = "nlm") -> np.ndarray:
-    """A real PET volume as the truth of a simulation: noise that stayed would count as anatomy.
+    """Denoises a real PET volume that is to be the truth of a simulation: remaining noise would count as anatomy.
 
     - ``nlm``: non-local means (Buades et al. 2005) of √SUV, where the noise of a reconstruction varies less
       with the uptake; patches of 3³ voxels within ±3, strength 0.8 times the noise's standard deviation,
@@ -60,7 +62,7 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
 
     Args:
         activity: SUV, (i, j, k), >= 0.
-        spacing: mm.
+        spacing: voxel size, mm.
         method: one of the three.
 
     Returns:
@@ -81,11 +83,11 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
     mask = body_mask(activity, spacing)
     if not mask.any():
         return activity
-    # Noise is what is left of the body without its slow part. Wavelet estimates take the correlated noise
-    # of a reconstruction for signal; the share of 0.8 is for the anatomy in the residual.
+    # The body without its slow part is taken for noise. Wavelet estimates take the correlated noise of a
+    # reconstruction for signal; the share of 0.8 allows for the anatomy in the residual.
     residual = np.abs(root - gaussian_filter(root, [_NOISE_HIGH_PASS / step for step in spacing]))[mask]
     noise = 0.8 * 1.4826 * float(np.median(residual))
-    # Only the body's box is worked on: most of a whole-body field of view is air.
+    # Only the body's box is processed: most of a whole-body field of view is air.
     box = tuple(slice(max(int(where.min()) - 4, 0), int(where.max()) + 5) for where in np.nonzero(mask))
     root[box] = denoise_nl_means(
         root[box], patch_size=3, patch_distance=3, h=0.8 * noise, sigma=noise, fast_mode=True

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PET exposures of an activity volume: nested Poisson counts, reconstructed.
+"""Simulates PET exposures of an activity volume: nested Poisson counts, reconstructed.
 
-The chain, for an activity in SUV and an attenuation map:
+The chain for an activity in SUV and an attenuation map is:
 
 1. The activity is interpolated to a finer grid and blurred with the scanner's point spread; the projections
    of that grid, attenuated, are the trues. Scatter is a broad blur of the trues, randoms are flat within a
@@ -37,11 +37,11 @@ from medaccel.restoration.simulation.projector import (
     slice_blocks,
 )
 
-# Raised whenever the same configuration and seed would give other exposures.
+# Raise this version whenever the same configuration and seed would give other exposures.
 SIMULATOR_VERSION = 1
 
 FWHM_PER_SIGMA = 2.0 * math.sqrt(2.0 * math.log(2.0))
-# Activity outside the circular field of view above which the whole rectangle is scanned, share of the total.
+# If a greater share of the total activity lies outside the circular field of view, the whole rectangle is scanned.
 _CORNER_SHARE = 1e-3
 
 Progress = Callable[[float, str], None]
@@ -49,7 +49,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class SimulatorConfig:
-    """Physical parameters of the simulated scanner and acquisition.
+    """Holds the physical parameters of the simulated scanner and acquisition.
 
     The defaults fix the difficulty of the restoration task and are frozen: on the built-in phantoms the
     liver's coefficient of variation is 10-13 % at 90 s, and the best single Gaussian filter scores 9-15 %
@@ -69,7 +69,7 @@ class SimulatorConfig:
             cps/kBq within the field of view, the order of a clinical 3-D scanner.
         dose_fraction: injected dose / reference dose; trues and scatter go with it, randoms with its square.
         n_angles, bin_width: projections over 180 degrees, and their radial bins in mm.
-        iterations, n_subsets: of OSEM; `n_subsets` divides `n_angles`.
+        iterations, n_subsets: parameters of OSEM; `n_subsets` divides `n_angles`.
         postfilter_fwhm, postfilter_axial_fwhm: Gaussian filter after the reconstruction, mm; 0 is none.
     """
 
@@ -114,21 +114,21 @@ class SimulatorConfig:
             raise ValueError(f"{field}={value} (expected {expected})")
 
     def to_json(self) -> dict[str, object]:
-        """The parameters as plain JSON values."""
+        """Returns the parameters as plain JSON values."""
         return dataclasses.asdict(self) | {"durations": list(self.durations)}
 
 
 @dataclass(frozen=True)
 class Projections:
-    """Expected coincidences per second and bin, float32, each (subsets, angles, bins, slices).
+    """Holds expected coincidences per second and bin, float32, each (subsets, angles, bins, slices).
 
     Args:
         geometry: image grid and bins.
-        spacing: of the image grid, mm.
-        trues: attenuated, with the point spread.
+        spacing: voxel size of the image grid, mm.
+        trues: true coincidences, attenuated, with the point spread.
         background: scatter plus randoms.
-        factors: what the reconstruction multiplies its own projection of SUV with: attenuation (projected
-            on the image grid), sensitivity and dose.
+        factors: factors of the reconstruction on its own projection of SUV: attenuation (projected on the image
+            grid), sensitivity and dose.
     """
 
     geometry: Geometry
@@ -140,12 +140,12 @@ class Projections:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Result of `simulate`: images in SUV, float32, on the activity's grid.
+    """Holds the result of `simulate`: images in SUV, float32, on the activity's grid.
 
     Args:
         exposures: one image per duration in s.
         noise_free: the reconstruction of the expected counts.
-        counts: prompts per duration, (subsets, angles, bins, slices), uint32, where they were asked for.
+        counts: prompts per duration, (subsets, angles, bins, slices), uint32, if they were asked for.
     """
 
     exposures: dict[int, np.ndarray]
@@ -163,7 +163,7 @@ def simulate(
     return_counts: bool = False,
     progress: Progress | None = None,
 ) -> Simulation:
-    """Exposures of an activity volume and their noise-free reconstruction.
+    """Simulates exposures of an activity volume and their noise-free reconstruction.
 
     Args:
         activity: SUV, (i, j, k), finite, >= 0, at least two slices.
@@ -171,7 +171,7 @@ def simulate(
             water-equivalent body from the activity.
         spacing: mm, three numbers > 0.
         config: default `SimulatorConfig()`.
-        seed: of the counts; the same seed gives the same bits.
+        seed: seed of the counts; the same seed gives the same bits.
         return_counts: keep the sinograms.
         progress: called with the share done (0 to 1) and a word about the work at hand.
 
@@ -201,7 +201,8 @@ def expected_projections(
     *,
     progress: Progress | None = None,
 ) -> Projections:
-    """Expected coincidence rates of an activity volume. Arguments and errors as `simulate`."""
+    """Computes the expected coincidence rates of an activity volume; its arguments and errors are those of
+    `simulate`."""
     from scipy.ndimage import gaussian_filter, gaussian_filter1d, zoom
 
     activity, attenuation, steps = _checked(activity, attenuation, spacing)
@@ -221,7 +222,7 @@ def expected_projections(
     elif attenuation is None:
         attenuation = attenuation_from_activity(activity, steps)
 
-    # Counts per second and bin for a projection of 1 SUV · pixel.
+    # The scale gives counts per second and bin for a projection of 1 SUV · pixel.
     scale = config.sensitivity * config.dose_fraction * math.prod(steps) / 1000.0 / config.n_angles
     shape = (*geometry.sinogram_shape, activity.shape[2])
     trues = np.empty(shape, dtype=np.float32)
@@ -250,7 +251,7 @@ def expected_projections(
 
 
 def draw_counts(projections: Projections, durations: Sequence[int], seed: int) -> dict[int, np.ndarray]:
-    """Nested Poisson prompts: each duration's counts are the previous one's plus an independent increment.
+    """Draws nested Poisson prompts: each duration's counts are the previous one's plus an independent increment.
 
     Returns:
         Counts per duration in s, (subsets, angles, bins, slices), uint32. Each increment has a random
@@ -274,7 +275,7 @@ def reconstruct(
     *,
     progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
-    """OSEM and post-filter of several measurements (prompts per second and bin) under one key each.
+    """Reconstructs several measurements (prompts per second and bin), each under a key, by OSEM and post-filter.
 
     Returns:
         Images in SUV, (i, j, k), float32, >= 0.
@@ -309,7 +310,7 @@ def reconstruct(
 def _checked(
     activity: np.ndarray, attenuation: np.ndarray | None, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[float, float, float]]:
-    """The arguments as float32 arrays and a tuple, or a sentence about what is wrong."""
+    """Returns the arguments as float32 arrays and a tuple, or raises a sentence about the fault."""
     steps = tuple(float(step) for step in spacing)
     if len(steps) != 3 or not all(0.0 < step < math.inf for step in steps):
         raise ValueError(f"simulate: spacing={tuple(spacing)} (expected three sizes in mm, > 0)")
@@ -335,7 +336,7 @@ def _checked(
 
 
 def _reaches_corners(activity: np.ndarray, spacing: Sequence[float]) -> bool:
-    """Whether activity lies outside the circle whose diameter is the grid's longer side."""
+    """Tells whether activity lies outside the circle whose diameter is the grid's longer side."""
     n_i, n_j = activity.shape[:2]
     x = (np.arange(n_i) - (n_i - 1) / 2) * spacing[0]
     y = (np.arange(n_j) - (n_j - 1) / 2) * spacing[1]
@@ -346,14 +347,14 @@ def _reaches_corners(activity: np.ndarray, spacing: Sequence[float]) -> bool:
 
 
 def _survival(attenuation: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """exp(−∫μ dl) per bin; μ in 1/cm, (i, j, slices)."""
+    """Returns exp(−∫μ dl) per bin; μ in 1/cm, (i, j, slices)."""
     line_integral = forward_project(attenuation, geometry)
     line_integral *= np.float32(geometry.line_length / 10.0)  # mm -> cm
     return np.exp(-line_integral)
 
 
 def _background(trues: np.ndarray, slice_step: float, config: SimulatorConfig) -> np.ndarray:
-    """Expected scatter plus randoms per second and bin, of attenuated trues per second."""
+    """Returns expected scatter plus randoms per second and bin, from attenuated trues per second."""
     from scipy.ndimage import gaussian_filter
 
     sigma = config.scatter_fwhm / FWHM_PER_SIGMA  # mm
@@ -362,7 +363,7 @@ def _background(trues: np.ndarray, slice_step: float, config: SimulatorConfig) -
     )
     total = trues.sum(dtype=np.float64)
     scatter_total = total * config.scatter_fraction / (1.0 - config.scatter_fraction)
-    # Trues already hold one power of the dose.
+    # The trues already hold one power of the dose.
     randoms_total = total * config.randoms_fraction * config.dose_fraction
     background = blurred * np.float32(scatter_total / blurred.sum(dtype=np.float64))
     # A bed position's singles are spread over its slices; within a slice randoms are flat.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `medaccel segmentation run` is told."""
+"""Defines the options of `medaccel segmentation run`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from medaccel.studies.digest import digest
 from medaccel.studies.settings import check_fields, check_group, check_keys, check_seeds_range, converted, nearest
 
 BACKENDS = ("loky", "dask", "ray", "sequential")
-#: Pretraining on the labels of another task.
+#: This initialization pretrains on the labels of another task.
 SUPERVISED = "supervised"
-# How the work is done and what is shown beside it; figures don't depend on them.
+# These options say how the work is done and what is shown beside it; figures don't depend on them.
 _NO_OPTIONS = ("output", "jobs", "backend", "scheduler", "select", "illustration")
 _TASK = {"data", "preset", "settings", "by_fraction", "check_units"}
 _PHANTOMS: dict[str, Any] = {
@@ -47,9 +47,9 @@ _PRIMARY: dict[str, Any] = {
     "init": "instance_pixel",
     "against": RANDOM,
     "seeds": list(SEEDS),
-    "expected": 3.0,  # Dice points
+    "expected": 3.0,  # gain in Dice points
 }
-# Defaults give the types.
+# The defaults define the types.
 _ILLUSTRATION: dict[str, Any] = {
     "image": "",
     "organs": "",
@@ -67,36 +67,36 @@ class SegmentationConfig:
     """Options of a study; the same options give the same figures (on one number of threads and one processor).
 
     Args:
-        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        output: folder of the run; made if missing. A second run with the same options continues where the first
+            ended.
         tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}, by_fraction: {1.0: {…}}}.
-            Without data, "spleen" and "lung" are phantom tasks. preset is one of `medaccel.segmentation.model.presets`, by
-            default the phantoms' or "generic"; settings are those of the preset and of the training that differ, in
-            this task alone, and by_fraction those that differ further at a share of the labels, for every
-            initialization alike: more labels take more steps to a plateau. check_units: false takes data that
-            don't look like CT in HU.
-        phantoms: of the phantom tasks: cases each, spacing in mm, pool (how many unlabelled scans are pretrained on
-            where `pretraining` names no scans), pool_spacing, seed.
+            Without data, "spleen" and "lung" are phantom tasks. preset is one of
+            `medaccel.segmentation.model.presets`, by default the phantoms' or "generic"; settings overrides the
+            preset and the training for this task alone, and by_fraction overrides further at a share of the labels,
+            for every initialization alike: more labels take more steps to a plateau. check_units: false accepts data
+            that don't look like CT in HU.
+        phantoms: options of the phantom tasks: cases each, spacing in mm, pool (how many unlabelled scans are
+            pretrained on if `pretraining` names no scans), pool_spacing, seed.
         inits: initializations: random, the presets of pretraining (nvidia, instance, instance_pixel, pixpro, all),
             supervised (pretraining on the labels of another task of the study), and any name that `weights` has.
         fractions: shares of the training half's labels.
-        seeds: of the runs, one split each.
+        seeds: seeds of the runs, one split each.
         weights: given weights of initializations, by name, one file or several, which the seeds take in turn:
-            '{published: [model_swinvit.pt]}'. Where there are none, the initialization is pretrained.
+            '{published: [model_swinvit.pt]}'. An initialization without weights is pretrained.
         pretraining: options of `medaccel pretraining run` that all presets share.
         pretraining_seeds: how many times each preset is pretrained; seeds take the weights in turn.
-        settings: of the training that differ from the presets', in all tasks.
-        select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report is
-            on all cells that are there.
-        jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and what is there is
+        settings: settings of the training that differ from the presets', in all tasks.
+        select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report
+            covers all finished cells.
+        jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and finished cells are
             reported.
-        backend: of joblib: loky (processes on this machine), dask or ray (an existing cluster that sees the same
-            folders), or sequential.
+        backend: joblib's backend: loky (processes on this machine), dask or ray (an existing cluster that sees the
+            same folders), or sequential.
         scheduler: the cluster's address, such as tcp://10.0.0.1:8786.
         primary: the comparison that the report begins with, named before anything is run: task, fraction, init,
-            against, the seeds that it is over, and the gain that is expected, in Dice points; '{none: true}' is
-            for none.
-        illustration: a scan that a cell's model is shown on: image, organs (a label map), label (its value), and of
-            the cell task, fraction, init and seed. No figure of the study.
+            against, its seeds, and the expected gain in Dice points; '{none: true}' leaves it out.
+        illustration: a scan that a cell's model is shown on: image, organs (a label map), label (its value), and the
+            cell's task, fraction, init and seed. It is no result of the study.
     """
 
     output: Path = Path("runs/segmentation")
@@ -133,17 +133,17 @@ class SegmentationConfig:
             raise ValueError("backend is dask and scheduler is missing; expected its address, as tcp://10.0.0.1:8786")
         if self.scheduler is not None and self.backend not in ("dask", "ray"):
             raise ValueError(f"scheduler is {self.scheduler} and backend {self.backend}; expected dask or ray")
-        self.chosen()  # refuses a grid with nothing in it, and an unknown selection
+        self.chosen()  # refuses an empty grid, and an unknown selection
         self._check_primary()
         self._check_illustration()
 
     def cells(self) -> list[Cell]:
-        """The whole grid, in its fixed order."""
+        """Returns the whole grid, in its fixed order."""
         counts = {init: len(self.weights.get(init, ())) or self.pretraining_seeds for init in self.inits}
         return make_grid(list(self.tasks), self.inits, self.fractions, self.seeds, counts)
 
     def chosen(self) -> list[Cell]:
-        """The cells to run now; `--cell i` is the i-th of them, from 0."""
+        """Returns the cells to run now; `--cell i` is the i-th of them, from 0."""
         return select(self.cells(), self.select)
 
     @property
@@ -152,21 +152,21 @@ class SegmentationConfig:
 
     @property
     def comparison(self) -> dict[str, Any] | None:
-        """The primary comparison, whole; None where none is asked for."""
+        """Returns the complete primary comparison; None if none is asked for."""
         if self.primary.get("none"):
             return None
         return _PRIMARY | self.primary
 
     def pretraining_of(self, init: str, number: int, output: Path, more: Mapping[str, Any]) -> PretrainingConfig:
-        """The options of a preset's pretraining.
+        """Returns the options of a preset's pretraining.
 
         Args:
-            number: of it, which is its seed.
+            number: the pretraining's number, which is its seed.
             output: folder of the run.
-            more: options that hold where `pretraining` doesn't say otherwise.
+            more: options that `pretraining` may override.
 
         Raises:
-            ValueError: options that pretraining doesn't have, or that the study sets.
+            ValueError: pretraining doesn't have the options, or the study sets them.
         """
         own = {"output", "preset", "tasks", "seed"} & set(self.pretraining)
         if own:
@@ -179,7 +179,8 @@ class SegmentationConfig:
             raise ValueError(f"pretraining: {error}") from error
 
     def overrides(self, task: str, fraction: float | None = None) -> dict[str, Any]:
-        """The settings of a task's cells that differ from its preset's: of all, or of those at one fraction."""
+        """Returns the settings of a task's cells that differ from its preset's: for all, or for those at one
+        fraction."""
         options = self.tasks[task]
         found = {**self.settings, **options.get("settings", {})}
         for key, values in options.get("by_fraction", {}).items():
@@ -188,12 +189,13 @@ class SegmentationConfig:
         return found
 
     def donor(self, task: str) -> str:
-        """The task whose labels `supervised` pretrains on, for a task: the next one."""
+        """Returns the task whose labels `supervised` pretrains on for a task: the next one."""
         names = list(self.tasks)
         return names[(names.index(task) + 1) % len(names)]
 
     def plain(self) -> dict[str, Any]:
-        """What a run is, as plain YAML and JSON values, with absolute paths; how and where it is run is left out."""
+        """Returns the options that define a run, as plain YAML and JSON values with absolute paths; those on how and
+        where it runs are left out."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NO_OPTIONS}
         for task in values["tasks"].values():
             if task.get("data") is not None:
@@ -204,7 +206,7 @@ class SegmentationConfig:
         return json.loads(json.dumps(values, default=str))
 
     def digest(self) -> str:
-        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        """Identifies the options by 12 hexadecimal digits of SHA-256."""
         return digest(self.plain())
 
     def _check_tasks(self) -> None:
@@ -317,7 +319,7 @@ def check_fractions(names: Sequence[str], fractions: Sequence[float], whose: str
     """Refuses fractions that leave no case to train on.
 
     Raises:
-        ValueError: so, or too few cases to split.
+        ValueError: a fraction leaves no case, or there are too few cases to split.
     """
     try:
         split = split_cases(names, 0)

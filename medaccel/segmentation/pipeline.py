@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all that is there.
+"""Runs `medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all finished cells.
 
-Each part is taken up where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
-cluster without dask or ray, the cells are an array of jobs:
+Each part continues where it stopped: written phantoms and finished pretrainings and cells are kept. On a cluster
+without dask or ray, the cells are an array of jobs:
 
     medaccel segmentation run --config study.yaml --jobs 0        prepares data and pretraining
     sbatch --array=0-143 … medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
@@ -35,11 +35,11 @@ from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
 
 Say = Callable[[str], None]
-#: As `pretrain_preset`.
+#: It has the signature of `pretrain_preset`.
 Pretrain = Callable[[SegmentationConfig, str, int, StudyFolder, int, Say], None]
-WEIGHTS = Path("checkpoints") / "weights.pt"  # of a pretraining
-BEST = "best.pt"  # of a cell
-_NAMED = 5  # of many failed cells, this many are named
+WEIGHTS = Path("checkpoints") / "weights.pt"  # weights of a pretraining
+BEST = "best.pt"  # network of a cell
+_NAMED = 5  # an error names this many of the failed cells
 
 
 def run(
@@ -52,25 +52,24 @@ def run(
     run_cell: RunCell | None = None,
     pretrain: Pretrain | None = None,
 ) -> Path:
-    """Prepares data and pretraining, runs the chosen cells, and reports on all that are there.
+    """Prepares data and pretraining, runs the chosen cells, and reports on all finished ones.
 
     Args:
         config: the options.
-        force: start clean where the folder holds a study with other options, or a finished one.
-        resume: refuse a folder that holds no study. (One that holds this study is taken up in any case.)
-        cell: number of one of the chosen cells, from 0: that one alone is run, what it needs must be there, and no
-            report is written.
-        say: told what happens, a line at a time.
-        run_cell: stands for `medaccel.segmentation.cell.run_cell`.
-        pretrain: stands for `pretrain_preset`.
+        force: start clean if the folder holds a study with other options, or a finished one.
+        resume: refuse a folder that holds no study. (One that holds this study is continued in any case.)
+        cell: number of one of the chosen cells, from 0: that one alone is run, its inputs must exist, and no report
+            is written.
+        say: a function that is called with each line of progress.
+        run_cell: replaces `medaccel.segmentation.cell.run_cell`.
+        pretrain: replaces `pretrain_preset`.
 
     Returns:
-        The path of report.html; of result.json where one cell was run; of the folder where there is nothing to
-        report yet.
+        The path of report.html; of result.json if one cell was run; of the folder if no cell has ended yet.
 
     Raises:
-        ValueError, OSError: bad options or data, a folder that holds something else, no cluster; cells that failed,
-            after the others have run and the report was written.
+        ValueError, OSError: options or data are bad, the folder holds something else, no cluster answers; or cells
+            failed, which is raised after the others have run and the report is written.
     """
     with before_work():
         settings = check(config, cell=cell)
@@ -92,17 +91,17 @@ def run(
 
 
 def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, dict[str, Any]]:
-    """Refuses what can be refused before anything is made: settings, devices, packages, data, weights.
+    """Refuses bad settings, devices, packages, data and weights before anything is made.
 
     Args:
         config: the options.
-        cell: as `run`'s.
+        cell: the `cell` of `run`.
 
     Returns:
-        Of each task, the settings of its cells.
+        The settings of each task's cells.
 
     Raises:
-        ValueError, OSError: so.
+        ValueError, OSError: something is refused.
     """
     settings = {name: settings_of(config, name) for name in config.tasks}
     for name in config.tasks:
@@ -136,10 +135,10 @@ def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, d
 
 
 def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]], cell: int | None) -> str:
-    """The sentence that says what memory is expected; empty where no cell is run on this machine."""
+    """Returns the sentence on the expected memory; empty if no cell is run on this machine."""
     if cell is None and not config.jobs:
         return ""
-    beside = config.jobs if cell is None and config.backend == "loky" else 1  # on this machine
+    beside = config.jobs if cell is None and config.backend == "loky" else 1  # cells at a time on this machine
     return expect(
         "the study" if cell is None else "a cell of the study",
         *expected_of_study(config, settings),
@@ -149,10 +148,10 @@ def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, An
 
 
 def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
-    """The tasks' data that are given, checked.
+    """Checks and returns the given data of the tasks.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
+        FileNotFoundError, ValueError: `read_dataset` refuses a task; or a fraction leaves no case.
     """
     given = {name: task["data"] for name, task in config.tasks.items() if task.get("data") is not None}
     found = {name: read_dataset(path) for name, path in given.items()}
@@ -162,7 +161,7 @@ def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
 
 
 def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[Path]:
-    """The files that a study is given: volumes and labels of its tasks, and weights."""
+    """Lists the files that a study is given: volumes and labels of its tasks, and weights."""
     files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
     for name, dataset in data.items():
         if config.tasks[name].get("data") is not None:
@@ -172,7 +171,8 @@ def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[
 
 
 def _refuse_changed_data(study: Study, cell: int) -> None:
-    """`--cell`: as a study's own run, of the one task; nothing is recorded, others may run beside it."""
+    """Checks for `--cell`, as a study's own run does, the data of one task; records nothing, since others may run
+    beside it."""
     record, chosen = study.folder.path / INPUTS, study.config.chosen()
     if record.exists() and 0 <= cell < len(chosen):
         task = chosen[cell].task
@@ -204,7 +204,7 @@ def _run(
         say(f"pretraining {one.init}, number {one.pretraining}: {study.weights(one)}")
         width = settings[one.task]["feature_size"]
         (pretrain or pretrain_preset)(config, one.init, one.pretraining, folder, width, say)
-        ranks.join(accelerator)  # where a pretraining ended by taking leave
+        ranks.join(accelerator)  # needed if a pretraining has left the group at its end
     donors = dict.fromkeys(study.donor(one) for one in chosen if study.supervised(one))
     failed = _run_cells(study, list(donors), say, run_cell, "to be fine-tuned from")
     if not failed and config.jobs:
@@ -235,7 +235,8 @@ def _run_cells(study: Study, cells: Sequence[Cell], say: Say, run_cell: RunCell 
 
 
 def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> Path:
-    """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
+    """Runs a single cell (`--cell`) beside others of an array, and so prepares nothing that they would prepare
+    too."""
     with before_work():
         one = _prepared(study, number)
     chosen = study.config.chosen()
@@ -250,7 +251,7 @@ def _run_one(study: Study, number: int, say: Say, run_cell: RunCell | None) -> P
 
 
 def _prepared(study: Study, number: int) -> Cell:
-    """One of the chosen cells, if what it needs is there."""
+    """Returns one of the chosen cells, if its inputs exist."""
     study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
     if not 0 <= number < len(chosen):
@@ -277,10 +278,10 @@ def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
 
 
 def settings_of(config: SegmentationConfig, task: str, fraction: float | None = None) -> dict[str, Any]:
-    """All settings of a task's cells, or of those at one fraction.
+    """Returns all settings of a task's cells, or of those at one fraction.
 
     Raises:
-        ValueError: an unknown preset or setting, or a value out of range.
+        ValueError: a preset or setting is unknown, or a value is out of range.
     """
     from medaccel.segmentation.model.presets import make_settings
 
@@ -298,7 +299,8 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
 
 
 def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a study is: its options, and the cells' settings, which another version's presets could change."""
+    """Returns everything that defines a study: its options, and the cells' settings, which another version's presets
+    could change."""
     plain: dict[str, Any] = json.loads(json.dumps({"cells": settings}))
     return config.plain() | plain
 
@@ -306,14 +308,14 @@ def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, A
 def pretrain_preset(
     config: SegmentationConfig, init: str, number: int, folder: StudyFolder, width: int, say: Say
 ) -> None:
-    """Pretrains a preset; one that has ended returns at once.
+    """Pretrains a preset; returns at once if it has ended already.
 
     Args:
         init: the preset.
-        number: of the pretraining, which is its seed.
-        folder: of the study.
-        width: channels of the network, where the options say nothing of it.
-        say: told what happens.
+        number: the pretraining's number, which is its seed.
+        folder: the study's folder.
+        width: channels of the network, unless the options set them.
+        say: a function that is called with each line of progress.
     """
     from medaccel.pretraining.pipeline import run as pretrain
 
@@ -337,14 +339,14 @@ def make_data(config: SegmentationConfig, folder: StudyFolder, cells: Sequence[C
 
 
 class Study:
-    """What the cells share: data, splits, settings, and what each starts from.
+    """Holds everything that the cells share: data, splits, settings, and the weights that each starts from.
 
     Args:
-        config, folder: of the study.
-        settings: of each task.
+        config, folder: the study's options and folder.
+        settings: the settings of each task.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case. Phantoms may be missing.
+        FileNotFoundError, ValueError: `read_dataset` refuses a task; or a fraction leaves no case. Phantoms may be missing.
     """
 
     def __init__(
@@ -364,20 +366,21 @@ class Study:
         }
 
     def supervised(self, cell: Cell) -> bool:
-        """Whether it starts from what another task's labels taught."""
+        """Tells whether a cell starts from a network trained on another task's labels."""
         return cell.init == SUPERVISED and SUPERVISED not in self.config.weights
 
     def pretrained(self, cell: Cell) -> bool:
-        """Whether it starts from a pretraining of the study's own."""
+        """Tells whether a cell starts from one of the study's own pretrainings."""
         return cell.init not in (RANDOM, SUPERVISED, *self.config.weights)
 
     def donor(self, cell: Cell) -> Cell:
-        """The cell whose network a supervised one starts from: the other task's, trained on all of its labels."""
+        """Returns the cell whose network a supervised one starts from: the other task's, trained on all of its
+        labels."""
         seed = self.config.seeds[cell.pretraining % len(self.config.seeds)]
         return Cell(self.config.donor(cell.task), RANDOM, 1.0, seed)
 
     def weights(self, cell: Cell) -> Path | None:
-        """The file that a cell starts from, there or not."""
+        """Returns the file that a cell starts from, whether it exists or not."""
         if cell.init == RANDOM:
             return None
         if cell.init in self.config.weights:
@@ -387,7 +390,7 @@ class Study:
         return self.folder.pretraining(f"{cell.init}-{cell.pretraining}") / WEIGHTS
 
     def work(self, cell: Cell) -> Work:
-        """With all that another process needs to run it."""
+        """Packs everything that another process needs to run the cell."""
         return Work(
             cell,
             self.data[cell.task],

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs against runs: mean ± standard deviation, paired t, and an interval over runs and cases together.
+"""Compares runs with runs: mean ± standard deviation, paired t, and an interval over runs and cases together.
 
 A run is one seed: one split, one order of the training data, one of the pretrained weights. Runs of two
 initializations are compared in pairs, seed by seed. Six runs say how much training varies; the interval resamples the
-test cases too, and so says what other patients might have given.
+test cases too, and so covers other patients.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n − 1) over `runs`; NaN where undefined: the deviation of one, all of none."""
+    """Holds mean and standard deviation (n − 1) over `runs`; undefined values are NaN: the deviation of one run, both
+    of none."""
 
     mean: float
     sd: float
@@ -30,14 +31,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """First less second, over pairs of runs.
+    """Holds the difference first less second, over pairs of runs.
 
     Args:
         difference, sd: mean and standard deviation of the runs' differences.
-        t, p: of the paired t test, two-sided; NaN below two runs, or where all differences are equal.
+        t, p: statistic and p-value of the paired t test, two-sided; NaN below two runs, or if all differences are
+            equal.
         low, high: 95 % bootstrap interval of the mean difference over runs × cases.
-        runs, cases: how many.
-        won: runs in which the first is higher.
+        runs, cases: their numbers.
+        won: number of runs in which the first is higher.
     """
 
     difference: float
@@ -52,7 +54,7 @@ class Comparison:
 
 
 def spread(values: ArrayLike) -> Spread:
-    """Of one value a run; values that aren't finite are left out."""
+    """Summarises one value per run; values that aren't finite are left out."""
     array = np.asarray(values, dtype=np.float64)
     array = array[np.isfinite(array)]
     if not len(array):
@@ -69,7 +71,7 @@ def compare(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison
         seed: of the bootstrap.
 
     Raises:
-        ValueError: not two axes, shapes that differ, nothing in them, or values that aren't finite.
+        ValueError: the arrays don't have two axes, differ in shape, are empty, or hold values that aren't finite.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.ndim != 2 or a.shape != b.shape or not a.size:
@@ -91,13 +93,13 @@ def compare(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison
 
 
 def interval(values: ArrayLike, *, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
-    """Bootstrap interval of the mean of (runs, cases).
+    """Returns the bootstrap interval of the mean of (runs, cases).
 
     Runs and cases are crossed, so both are resampled, independently of each other (the pigeonhole bootstrap, Owen,
-    Annals of Applied Statistics 2007, which errs on the wide side). NaN where there is one value alone.
+    Annals of Applied Statistics 2007, which errs on the wide side). The interval of a single value is NaN.
 
     Raises:
-        ValueError: not two axes or nothing in them, or `level` out of (0, 1).
+        ValueError: the values don't have two axes or are empty, or `level` is outside (0, 1).
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or not array.size:
@@ -115,12 +117,12 @@ def interval(values: ArrayLike, *, seed: int = 0, level: float = LEVEL) -> tuple
 
 
 def _shares(generator: np.random.Generator, count: int) -> np.ndarray:
-    """(RESAMPLES, count): how often each is drawn, of all draws."""
+    """Returns (RESAMPLES, count): how often each is drawn, as a share of all draws."""
     return generator.multinomial(count, [1 / count] * count, size=RESAMPLES) / count
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], list[float], list[float]]:
-    """Steps that all runs were validated at, and the mean and standard deviation of their values there.
+    """Returns the steps that all runs were validated at, and the mean and standard deviation of their values there.
 
     The deviation is 0 for one run.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a segmentation network: presets of tasks, and everything about them that can be overridden.
+"""Defines the settings of a segmentation network: presets of tasks, and every setting that can be overridden.
 
-`Task06_Lung` and `Task09_Spleen` are what is published for MONAI's networks: the spleen as in MONAI's tutorial
+`Task06_Lung` and `Task09_Spleen` have the published settings of MONAI's networks: the spleen as in MONAI's tutorial
 (spleen_segmentation_3d: 1.5 × 1.5 × 2 mm, −57 … 164 HU, crops of 96³ voxels of which half are centred on the spleen);
-the lungs' window is the one that the Swin UNETR's pretraining has (−1000 … 1000 HU). The `phantom_` ones are small
+the lungs' window is that of the Swin UNETR's pretraining (−1000 … 1000 HU). The `phantom_` ones are small
 enough for one CPU core.
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 
 from medaccel.studies.settings import TRAINING, check_group, nearest
 
-#: Voxels that the network halves five times.
+#: The network halves sizes five times, so they are multiples of this.
 MULTIPLE = 32
-# Smallest longest axis: of 32³ one voxel would be left, which instance normalization makes 0.
+# The longest axis is at least this long: of 32³ one voxel would be left, which instance normalization makes 0.
 _LONGEST = 64
 CACHES = ("memory", "none")
 
 
 @dataclass(frozen=True)
 class TaskPreset:
-    """Of one task; every field can be overridden by name.
+    """Holds the settings of one task; every field can be overridden by name.
 
     Args:
         spacing: voxel size that the network sees, mm, to the right, the front and up.
@@ -35,23 +35,23 @@ class TaskPreset:
         overlap: share that neighbouring windows have in common.
         sw_batch_size: windows at once.
         positive, negative: parts of the crops that are centred on foreground, and on the rest of the body.
-        flip_axes: those that crops are flipped along, half of them each; 0 exchanges left and right, which is
-            nonsense for an organ that has a side.
+        flip_axes: axes along which half of the crops are flipped; 0 exchanges left and right, which makes no sense
+            for an organ that has a side.
         rotate90: turn crops by multiples of 90° in the axial plane (roi_size must be square there).
         rotate: largest angle that a crop is turned by about each axis, degrees.
-        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. What comes from outside of the crop
-            is background, as dark as air.
-        intensity_scale, intensity_shift: largest change of a crop, of the window.
-        noise: largest standard deviation of added noise, of the window.
+        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. Voxels from outside the crop are
+            background, as dark as air.
+        intensity_scale, intensity_shift: largest change of a crop, as a share of the window.
+        noise: largest standard deviation of added noise, as a share of the window.
         include_background: the Dice part of the loss counts the background as a class too.
-        foreground_weight: of a structure's voxels in the cross entropy; the background's have 1.
+        foreground_weight: weight of a structure's voxels in the cross entropy; the background's have 1.
         foreground_prior: probability that a structure's voxels start with, by the last layer's bias (Lin et al.,
             "Focal loss", ICCV 2017); 0 leaves the bias random. Small structures are learned from the first step on.
         batch_dice: Dice of the batch's crops together, which rates those without foreground better.
-        keep_largest: components that are kept of each structure, 0 is all.
+        keep_largest: number of components to keep of each structure, 0 keeps all.
         feature_size: channels of the Swin UNETR, a multiple of 12.
-        validate_every: optimizer steps.
-        validation_cases: how many, the first ones by name, 0 is all.
+        validate_every: optimizer steps between validations.
+        validation_cases: number of validation cases, the first ones by name; 0 is all.
     """
 
     spacing: tuple[float, float, float] = (1.5, 1.5, 2.0)
@@ -107,13 +107,13 @@ PRESETS: Mapping[str, TaskPreset] = {
         validation_cases=6,
     ),
 }
-# What the trainings of segmentation have otherwise than `medaccel.training.fit.TRAINING`.
+# The trainings of segmentation differ from `medaccel.training.fit.TRAINING` in these settings.
 _TRAINING: dict[str, Any] = {
     "steps": 5000,
     "steps_per_epoch": 50,
     "batch_size": 2,
     "learning_rate": 4e-4,
-    "ema_decay": 0.0,  # the best on validation is chosen
+    "ema_decay": 0.0,  # no average: the best network on validation is chosen
 }
 _PHANTOM_TRAINING: Mapping[str, Mapping[str, Any]] = {
     "phantom_spleen": {"steps": 400, "steps_per_epoch": 25, "learning_rate": 4e-3},
@@ -122,17 +122,17 @@ _PHANTOM_TRAINING: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings: a preset's, those of the training, and what is overridden.
+    """Returns all settings: a preset's, those of the training, and the overrides.
 
     Args:
-        overrides: by name: "preset" ("generic" by default), fields of `TaskPreset`, keys of
-            `medaccel.training.fit.TRAINING`. What this function returned gives the same again.
+        overrides: values by name: "preset" ("generic" by default), fields of `TaskPreset`, keys of
+            `medaccel.training.fit.TRAINING`. A result of this function gives the same result again.
 
     Returns:
         Plain values, lists for tuples.
 
     Raises:
-        ValueError: an unknown preset or name, a value of another kind or out of range.
+        ValueError: a preset or name is unknown, or a value has another kind or is out of range.
     """
     name = overrides.get("preset", "generic")
     if not isinstance(name, str) or name not in PRESETS:
@@ -153,7 +153,7 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
-    """The value as plain type of the default's; ValueError where it is of another kind."""
+    """Converts a value to the plain type of its default; raises ValueError for another kind."""
     if isinstance(default, tuple):
         kind = float if default and isinstance(default[0], float) else int
         count = {"spacing": 3, "window": 2, "roi_size": 3}.get(name)
@@ -165,7 +165,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
             raise ValueError(f"{name} is {value!r}; expected true or false")
         return value
     if isinstance(default, str):
-        # torch has precisions and accelerators of its own; Lightning says which.
+        # torch has precisions and accelerators of its own; Lightning says which ones.
         if not isinstance(value, str):
             raise ValueError(f"{name} is {value!r}; expected a name")
         return value

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scans for the segmentation report: some test cases, and a scan that is no part of the study, as an illustration."""
+"""Draws scans for the segmentation report: some test cases, and a scan that is no part of the study, as an
+illustration."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ _BEST = "best.pt"
 
 
 def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
-    """Test cases with contours of the truth and of the run of each initialization that is nearest to its mean.
+    """Shows test cases with contours of the truth and, for each initialization, of the run nearest to its mean.
 
-    At the primary comparison's fraction if the task has it, else at the smallest. Initializations without a stored
+    The fraction is the primary comparison's if the task has it, else the smallest. Initializations without a stored
     network are left out.
     """
     groups = outcome.of(task)
@@ -66,7 +67,7 @@ def example_blocks(study: Study, outcome: Outcome, task: str) -> list[Block]:
 
 
 def illustration_blocks(study: Study) -> list[Block]:
-    """What a cell's network makes of a scan that is no part of the study."""
+    """Shows a cell's segmentation of a scan that is no part of the study."""
     options = study.config.illustration
     path = study.folder.cell(illustrated_cell(study).name) / _BEST
     if not path.is_file():
@@ -75,7 +76,8 @@ def illustration_blocks(study: Study) -> list[Block]:
         scan = read_nifti(options["image"])
         if study.config.tasks[options["task"]].get("check_units", True):
             check_hu(np.asarray(scan.dataobj), Path(options["image"]))
-    except (ValueError, OSError) as error:  # no figure of the study's: the report is written without it
+    # the illustration is no result of the study: the report is written without it
+    except (ValueError, OSError) as error:
         warnings.warn(f"illustration.image: {error}", stacklevel=2)
         return [Text(f"The illustration is left out: {error}.")]
     predicted = _segmented(path, scan) > 0
@@ -101,7 +103,8 @@ def illustration_blocks(study: Study) -> list[Block]:
 
 
 def illustrated_cell(study: Study) -> Cell:
-    """Of the options, or by default the primary comparison's initialization at the largest fraction, first seed."""
+    """Returns the cell that the options name, or by default the primary comparison's initialization at the largest
+    fraction, first seed."""
     config, options = study.config, study.config.illustration
     wanted: dict[str, Any] = {
         "task": options["task"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segmentation study's report: metrics.json, metrics.csv, figures and one HTML file, of finished cells."""
+"""Writes the segmentation study's report on finished cells: metrics.json, metrics.csv, figures and one HTML file."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ _HEADERS = {
 
 
 def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
-    """Writes all that the cells found into the study's folder.
+    """Writes all results of the cells into the study's folder.
 
     Args:
-        study: whose cells are looked for.
-        say: told what happens.
+        study: the study whose finished cells are reported.
+        say: a function that is called with each line of progress.
 
     Returns:
-        The path of report.html, or of the folder where no cell has ended yet.
+        The path of report.html, or of the folder if no cell has ended yet.
 
     Raises:
-        ValueError: a result that can't be read.
+        ValueError: a result can't be read.
     """
     cells, folder = study.config.cells(), study.folder
     outcome = Outcome(cells, {cell.name: folder.cell(cell.name) for cell in cells})
@@ -88,7 +88,8 @@ def write_outcome(study: Study, say: Callable[[str], None]) -> Path:
 
 
 def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:
-    """The primary comparison and its sentence; None where its runs aren't all there, or none was asked for."""
+    """Returns the primary comparison and its sentence; None if some of its runs are missing, or none was asked
+    for."""
     wanted = study.config.comparison
     if wanted is None:
         return None, "No primary comparison was asked for."
@@ -108,7 +109,7 @@ def primary(study: Study, outcome: Outcome) -> tuple[Comparison | None, str]:
 
 
 def pretraining_figures(study: Study) -> dict[str, Any]:
-    """What the study's own pretrainings reached on held-out scans, by their folders' names."""
+    """Returns the figures of the study's own pretrainings on held-out scans, by their folders' names."""
     found = {}
     root = study.folder.path / "pretraining"
     for path in sorted(root.glob("*/metrics.json")) if root.is_dir() else []:
@@ -117,7 +118,7 @@ def pretraining_figures(study: Study) -> dict[str, Any]:
 
 
 def build_page(study: Study, outcome: Outcome, sentence: str, pretraining: dict[str, Any]) -> Page:
-    """The report's content, before it is HTML."""
+    """Builds the report's content, before it is HTML."""
     config = study.config
     summary = [sentence]
     simulated = [name for name in outcome.tasks if config.tasks[name].get("data") is None]

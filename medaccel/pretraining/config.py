@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `medaccel pretraining run` is told."""
+"""Defines the options of `medaccel pretraining run`."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ from medaccel.pretraining.names import PRESETS, TASK_NAMES
 from medaccel.studies.digest import digest
 from medaccel.studies.settings import check_fields, check_keys, check_seeds_range, check_written, nearest
 
-COARSEST = 8.0  # mm, of phantoms
+COARSEST = 8.0  # coarsest voxels of phantoms, mm
 
 
 @dataclass(frozen=True)
 class PretrainingConfig:
-    """Options of a pretraining; the same options give the same weights (on one number of threads and one processor).
+    """Holds the options of a pretraining; the same options give the same weights (on one number of threads and one
+    processor).
 
     Args:
-        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        output: folder of the run; made if missing. A second run with the same options continues where the first
+            ended.
         scans: folders of CT scans, with folders below them: NIfTI, LUNA16's .mhd, DICOM series. Phantoms by default.
-        phantoms: how many phantom CTs are made where there are no `scans`.
-        phantom_spacing: of those, mm.
-        spacing: that all scans are brought to, mm, from left to right, back to front and up.
+        phantoms: how many phantom CTs are made if `scans` is not given.
+        phantom_spacing: voxel size of the phantoms, mm.
+        spacing: voxel size that all scans are resampled to, mm, from left to right, back to front and up.
         windows: lower and upper HU that become 0 and 1; one of them is drawn for each item.
         roi_size: voxels of a view: multiples of 32, one of them 64 or more.
         preset: a set of tasks: nvidia (inpainting, rotation and instance contrast), instance, instance_pixel,
             pixpro, all.
         tasks: weights by task (inpainting, rotation, instance, pixel, pixpro), instead of the preset's.
-        settings: of tasks, by name, where they differ from the defaults: '{pixel: {level: decoder3}}'.
-        network: of the Swin UNETR: feature_size and other options of `medaccel.nets.SwinUNETR`.
-        views: of the two views, where they differ from the defaults of `medaccel.data.TwoViews`: '{flip: 0}'.
+        settings: settings of tasks, by name, that differ from the defaults: '{pixel: {level: decoder3}}'.
+        network: options of the Swin UNETR: feature_size and others of `medaccel.nets.SwinUNETR`.
+        views: options of the two views that differ from the defaults of `medaccel.data.TwoViews`: '{flip: 0}'.
         trainer: steps, batch_size (pairs of views), learning_rate, accelerator, strategy, precision and the other
-            settings of `medaccel.training.fit`. Several devices: start it with `torchrun`.
-        seed: of everything.
-        held_out: share of the scans, at least one, that are trained on never and evaluated on.
+            settings of `medaccel.training.fit`. For several devices, start it with `torchrun`.
+        seed: seed of everything.
+        held_out: share of the scans, at least one, that are never trained on and serve for evaluation.
         skip_limit: share of the scans that may be unreadable, or look like no CT; they are listed in scans.json.
-        check_units: pass over what doesn't look like a CT in HU: label maps, other modalities, scaled intensities.
-        cache_folder: where scans are kept as they are trained on; by default in the output. Runs on the same scans
+        check_units: pass over files that don't look like a CT in HU: label maps, other modalities, scaled
+            intensities.
+        cache_folder: folder that keeps scans in their prepared form; by default in the output. Runs on the same scans
             can share one.
     """
 
@@ -104,35 +107,36 @@ class PretrainingConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the tasks, by name: `tasks`, or else the preset's."""
+        """Returns the weights of the tasks, by name: `tasks`, or else the preset's."""
         return dict(self.tasks or PRESETS[self.preset])
 
     @property
     def title(self) -> str:
-        """The preset's name, or the tasks'."""
+        """Returns the preset's name, or the tasks'."""
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be taken up from anywhere."""
+        """Returns the options as plain YAML and JSON values; paths are absolute, so that a run can be continued from
+        anywhere."""
         values = dataclasses.asdict(self)
-        # Where things lie is no part of what they are.
+        # Folders may be moved, so they don't identify a run.
         del values["output"], values["cache_folder"]
-        if self.check_units:  # runs of before there was the option go on
+        if self.check_units:  # runs from before the option existed can continue
             del values["check_units"]
         values["scans"] = [str(Path(path).resolve()) for path in self.scans]
         plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
     def digest(self) -> str:
-        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        """Identifies the options by 12 hexadecimal digits of SHA-256."""
         return digest(self.plain())
 
     @classmethod
     def of(cls, output: Path, plain: Mapping[str, Any]) -> PretrainingConfig:
-        """What `plain` gave, in a folder.
+        """Rebuilds the options from the result of `plain` and a folder.
 
         Raises:
-            ValueError: options that this version does not know.
+            ValueError: this version does not know some of the options.
         """
         values = dict(plain)
         check_written(output / "config.yaml", values, cls)

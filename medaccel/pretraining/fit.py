@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weighted sum of the tasks' losses, for `medaccel.training.fit`."""
+"""Sums the tasks' weighted losses, for `medaccel.training.fit`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from medaccel.studies.settings import check_group
 from medaccel.training import ranks
 from medaccel.training.fit import TRAINING, NetworkFit
 
-#: `TRAINING`'s, as pretraining has them: the last weights are kept, not a running average.
+#: These are `TRAINING`'s settings with pretraining's defaults: the last weights are kept, not a running average.
 DEFAULTS: Mapping[str, Any] = {**TRAINING, "ema_decay": 0.0, "batch_size": 4, "learning_rate": 1e-3}
 
 
 class PretrainingFit(NetworkFit):
-    """Both views of all items pass through the backbone as one batch: its norms are a sample's own, so that changes
-    nothing, and only the levels that some task asks for are computed.
+    """Passes both views of all items through the backbone as one batch; its norms are computed per sample, so this
+    changes nothing. Only the levels that some task needs are computed.
 
     Args:
-        network: with the tasks' heads.
-        tasks: in its order.
-        weights: of their losses, by name.
-        settings: `DEFAULTS`' keys.
+        network: the network with the tasks' heads.
+        tasks: the tasks, in the network's order.
+        weights: weights of their losses, by name.
+        settings: values for the keys of `DEFAULTS`.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class PretrainingFit(NetworkFit):
 
 
 def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A training's settings: `DEFAULTS`, and what was given.
+    """Returns a training's settings: `DEFAULTS`, and the given ones.
 
     Raises:
-        ValueError: a setting that is unknown, of another type or out of range, a cache that there is none of.
+        ValueError: a setting is unknown, has another type or is out of range, or the cache is unknown.
     """
     settings = {**DEFAULTS, **check_group("trainer", trainer, DEFAULTS)}
     if settings["cache"] not in ("memory", "disk"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel pretraining run`: prepare scans, train, evaluate on held-out ones, write weights and a report.
+"""Runs `medaccel pretraining run`: prepares scans, trains, evaluates on held-out ones, writes weights and a report.
 
 config.yaml             the options
 scans/                  phantoms, where no scans were given
@@ -41,7 +41,7 @@ Say = Callable[[str], None]
 
 
 class PretrainingFolder(OptionsFolder):
-    """The folder of a pretraining."""
+    """Describes the folder of a pretraining."""
 
     generated = ("scans", "training", "checkpoints", "metrics.json", "metrics.csv", "scans.json")
     folders = ("checkpoints",)
@@ -59,15 +59,15 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
 
     Args:
         config: the options.
-        force: start clean where the folder holds a run with other options, or a finished one.
-        resume: refuse a folder that holds no run. (One that holds this run is taken up in any case.)
-        say: told what happens, a line at a time.
+        force: start clean if the folder holds a run with other options, or a finished one.
+        resume: refuse a folder that holds no run. (One that holds this run is continued in any case.)
+        say: a function that is called with each line of progress.
 
     Returns:
         The path of report.html; beside it is `weights(output)`.
 
     Raises:
-        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
+        ValueError, OSError: options or data are bad, or the folder is unwritable or holds something else.
     """
     folder = PretrainingFolder(config.output)
     with before_work():
@@ -88,7 +88,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
 
 @dataclass(frozen=True)
 class Plan:
-    """What `check` has made of the options: settings, tasks, the network, and the scans that are given."""
+    """Holds the objects that `check` has made from the options: settings, tasks, the network, and the given scans."""
 
     settings: Mapping[str, Any]
     tasks: Sequence[Task]
@@ -97,14 +97,14 @@ class Plan:
 
 
 def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
-    """Refuses what can be refused before anything is made: settings, devices, scans.
+    """Refuses bad settings, devices and scans before anything is made.
 
     Args:
         config: the options.
-        with_scans: look for the scans too.
+        with_scans: search the scans too.
 
     Raises:
-        ValueError, OSError: so.
+        ValueError, OSError: something is refused.
     """
     from medaccel.data.ct import find_scans
     from medaccel.data.views import TwoViews
@@ -124,10 +124,10 @@ def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
     except (ValueError, TypeError) as error:
         raise ValueError(f"views is {config.views}: {error}") from error
     _check_options("network", config.network, SwinUNETR, ("in_channels", "out_channels"))
-    torch.manual_seed(config.seed)  # of the weights
+    torch.manual_seed(config.seed)  # the weights are random
     try:
         net = PretrainingNet(tasks, **config.network)
-    except Exception as error:  # what a network stumbles over depends on what is wrong
+    except Exception as error:  # a network may raise anything on wrong options
         raise ValueError(f"network is {config.network}; expected options of SwinUNETR ({error})") from error
     found = find_scans(*config.scans, check_units=config.check_units) if config.scans and with_scans else None
     return Plan(settings, tasks, net, found)
@@ -146,7 +146,7 @@ def _check_options(group: str, given: Mapping[str, Any], target: Any, own: Seque
 
 
 def _refuse_changed_scans(config: PretrainingConfig) -> None:
-    """Refuses to call a run of other scans the same; scans that are gone since it ended are no reason to."""
+    """Refuses to continue a run with other scans; scans that are gone since it ended don't matter."""
     record = config.output / INPUTS
     if record.exists():
         before = read(record)
@@ -226,7 +226,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
     _save_weights(weights(folder), config, net.trained_state(), metrics)
     write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n", force=True)
     write_text(folder / "metrics.csv", _csv(losses), force=True)
-    write_report(report, config, metrics, held_out, plain)  # the last file: where it is, the run has ended
+    write_report(report, config, metrics, held_out, plain)  # the last file: if it exists, the run has ended
     say(f"weights: {weights(folder).resolve()}")
     say(f"report: {report.resolve()}")
     ranks.leave()
@@ -234,7 +234,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
 
 
 def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequence[Path] = ()) -> str:
-    """The sentence that says what memory is expected, with the prepared scans that are kept once they are known."""
+    """Returns the sentence on the expected memory, with the prepared scans that are kept once they are known."""
     # Both views of every item pass through the network at once.
     parts = swin_unetr(
         config.roi_size,
@@ -254,12 +254,12 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
 
 
 def weights(output: Path) -> Path:
-    """Where a run leaves its weights."""
+    """Returns the path of a run's weights."""
     return output / "checkpoints" / "weights.pt"
 
 
 def _phantoms(config: PretrainingConfig) -> Path:
-    """The folder of the pool, which is written where it isn't there."""
+    """Returns the folder of the phantoms, which are written if they don't exist."""
     from medaccel.phantoms.ct_dataset import write_pool
 
     folder = config.output / "scans"
@@ -284,7 +284,7 @@ def _save_weights(
 
 
 def _csv(losses: Mapping[str, list[float]]) -> str:
-    """Mean losses, a line an epoch."""
+    """Formats mean losses, a line per epoch."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["epoch", *losses])

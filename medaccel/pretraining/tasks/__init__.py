@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks by name, and the sets of them that the study compares.
+"""Lists the tasks by name, and the sets of them that the study compares.
 
-Every task is a `base.Task`; a loss is the sum of some, each with a weight.
+Every task is a `base.Task`; the loss is a weighted sum of some tasks' losses.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ assert tuple(TASKS) == TASK_NAMES
 def make_tasks(
     names: Sequence[str], settings: Mapping[str, Mapping[str, Any]], roi_size: Sequence[int]
 ) -> list[Task]:
-    """The tasks of these names, in the registry's order.
+    """Makes the tasks of these names, in the registry's order.
 
     Raises:
-        ValueError: unknown names; settings that a task refuses.
+        ValueError: names are unknown, or a task refuses its settings.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown:

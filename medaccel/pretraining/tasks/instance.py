@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance contrast: which view is of the same scan?"""
+"""Defines instance contrast: which view is of the same scan?"""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _LEVEL = "encoder4"
 
 
 class Instance(Task):
-    """NT-Xent on the standardised last map, through two layers; the negatives are all processes'.
+    """Contrasts views by NT-Xent on the standardised last map, through two layers, with all processes' negatives.
 
-    Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
-    two views, in nats, which can't say more than log N, N the items of a step.
+    It also logs log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the two
+    views, in nats, which can't exceed log N, where N is the number of items of a step.
 
-    Settings: `temperature` (default 0.5), `dimensions` of the embedding (128).
+    Its settings are `temperature` (default 0.5) and `dimensions` of the embedding (128).
     """
 
     name = "instance"
@@ -50,7 +50,7 @@ class Instance(Task):
         )
 
     def embed(self, net: Any, maps: Mapping[str, Tensor]) -> Tensor:
-        """(B, dimensions) of the maps of all views that are compared."""
+        """Embeds the maps of all views that are compared: (B, dimensions)."""
         embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
         return embedding
 

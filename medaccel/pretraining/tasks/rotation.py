@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotation: by how many right angles was the patient turned?"""
+"""Defines rotation: by how many right angles was the patient turned?"""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from medaccel.nets import SwinUNETR
 from medaccel.pretraining.network import elements
 from medaccel.pretraining.tasks.base import Step, Task
 
-_NOISE = 0.03  # of the window; its strength is drawn
+_NOISE = 0.03  # greatest noise, as a share of the window; its strength is drawn
 
 
 class Rotation(Task):
-    """A crop of its own, from the canonically oriented volume, turned by k · 90° in the axial plane; k is to be told.
+    """Turns a crop of its own, from the canonically oriented volume, by k · 90° in the axial plane; the network tells
+    k.
 
     The views can't serve: they may be flipped and turned already, and then no answer is right. The crop goes through
-    the transformer alone, no decoder, which keeps its cost to a fraction of the views'.
+    the transformer alone, without a decoder, so it costs a fraction of the views.
     """
 
     name = "rotation"
@@ -39,7 +40,8 @@ class Rotation(Task):
             )
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
-        # All pixels of the last map, not their mean: where the spine lies tells more than that there is one.
+        # The head sees all pixels of the last map, not their mean: where the spine lies tells more than that there is
+        # one.
         return nn.Sequential(nn.Flatten(), nn.Linear(elements("encoder4", feature_size, self.roi_size), 4))
 
     def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:
@@ -50,17 +52,17 @@ class Rotation(Task):
         item["rotation"] = torch.tensor(turns)
 
     def crop(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """(1, *roi_size) from anywhere in a volume, which is padded where it is smaller."""
+        """Cuts (1, *roi_size) from anywhere in a volume, which is padded if it is smaller."""
         cropper = RandSpatialCrop(self.roi_size, random_size=False).set_random_state(seed=int(rng.integers(2**31)))
         return torch.as_tensor(cropper(SpatialPad(self.roi_size)(image))).as_subclass(Tensor)
 
     @staticmethod
     def turned(crop: Tensor, turns: int) -> Tensor:
-        """(1, i, j, k), turned by right angles about the patient's long axis."""
+        """Turns (1, i, j, k) by right angles about the patient's long axis."""
         return torch.rot90(crop, turns, (1, 2)).contiguous()
 
     def logits(self, net: Any, x: Tensor) -> Tensor:
-        """(B, 1, *roi_size) to (B, 4)."""
+        """Maps (B, 1, *roi_size) to logits (B, 4)."""
         scores: Tensor = net.heads[self.name](net.features(x, {"encoder4"})["encoder4"])
         return scores
 

@@ -38,7 +38,8 @@ _IMAGES = ("input", "target", "noise_free", "denoised", "ct")
 
 
 class PrepareStudy(MapTransform):
-    """{"study": folder} to its volumes (1, i, j, k), body, sampling weight and the errors that losses are divided by.
+    """Turns {"study": folder} into volumes (1, i, j, k), body, sampling weight and the errors that losses are divided
+    by.
 
     Args:
         task: the task whose exposures are needed.

@@ -34,7 +34,8 @@ _STUDIES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Options of a run; the same options give the same figures (on one number of threads and one processor).
+    """Holds the options of a run; the same options give the same figures (for one number of threads and one
+    processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options continues where the first

@@ -48,7 +48,7 @@ class RunFolder(OptionsFolder):
         """Records the choices, and the hashes that reveal a later change.
 
         Args:
-            choices: by method, plain values.
+            choices: plain values by method.
             best: the method chosen among all.
         """
         content: dict[str, Any] = {

@@ -63,7 +63,7 @@ def mean_statistic(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) ->
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
-        raise ValueError(f"values has {array.ndim} dimensions (expected 1: a value a study)")
+        raise ValueError(f"values has {array.ndim} dimensions; expected 1: one value per study")
     _check_level(level)
     array = array[np.isfinite(array)]
     count = len(array)
@@ -103,7 +103,7 @@ def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LE
         )
     for name, array in (("errors", errors), ("input_errors", input_errors)):
         if not (np.isfinite(array).all() and (array >= 0).all()):
-            raise ValueError(f"{name} has values that are negative or not finite (expected sums of errors)")
+            raise ValueError(f"{name} has values that are negative or not finite; expected sums of errors")
     if not input_errors.sum() > 0:
         raise ValueError("input_errors are all 0: the input equals its target, and the score is undefined")
     realisations, blocks = errors.shape
@@ -177,7 +177,7 @@ def block_errors(
         ValueError: `distance` is unknown; the volumes' shapes differ.
     """
     if distance not in ("mse", "ssim"):
-        raise ValueError(f"distance={distance!r} (expected 'mse' or 'ssim')")
+        raise ValueError(f"distance is {distance!r}; expected 'mse' or 'ssim'")
     check_volumes(mask, image=image, target=target)
     if distance == "mse":
         error = (image.astype(np.float64) - target) ** 2
@@ -191,7 +191,7 @@ def block_starts(slices: int, spacing: tuple[float, float, float], block_length:
     """Returns the first slices of axial blocks of `block_length` mm or more; one block if the volume is shorter."""
     check_spacing(spacing)
     if not block_length > 0:
-        raise ValueError(f"block_length={block_length} (expected a positive length in mm)")
+        raise ValueError(f"block_length is {block_length}; expected a positive length in mm")
     blocks = max(int(slices * spacing[2] // block_length), 1)
     return np.unique(np.linspace(0, slices, blocks, endpoint=False).astype(np.int64))
 
@@ -230,4 +230,4 @@ def _interval(resampled: NDArray[Any], level: float) -> tuple[float, float]:
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level={level} (expected a fraction between 0 and 1, such as 0.95)")
+        raise ValueError(f"level is {level}; expected a fraction between 0 and 1, such as 0.95")

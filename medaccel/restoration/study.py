@@ -96,7 +96,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> St
         raise ValueError(f"{folder}: the writing of this study was interrupted (write it again)")
     found = _durations(folder)
     if not found:
-        raise FileNotFoundError(f"{folder}: no exposures (expected files PET_<seconds>.nii.gz, as PET_60.nii.gz)")
+        raise FileNotFoundError(f"{folder}: no exposures; expected files PET_<seconds>.nii.gz, as PET_60.nii.gz")
     required = record.get("durations_s", []) if durations is None else durations
     for seconds in required:
         if seconds not in found:
@@ -117,7 +117,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> St
         image = first if seconds == found[0] else read_nifti(path)
         array = _checked(image, path, first, not_negative=True, labels=False)
         if not array.any():
-            raise ValueError(f"{path}: zero everywhere (expected SUV)")
+            raise ValueError(f"{path}: zero everywhere; expected SUV")
         study.exposures[seconds] = array
     for attribute, (name, not_negative, labels) in _OPTIONAL.items():
         path = folder / name
@@ -205,7 +205,7 @@ def find_studies(folder: str | Path) -> list[Path]:
         else:
             warnings.warn(f"{path}: left out, the writing of this study was interrupted", stacklevel=2)
     if not studies:
-        raise FileNotFoundError(f"{folder}: no studies (expected folders with files PET_<seconds>.nii.gz)")
+        raise FileNotFoundError(f"{folder}: no studies; expected folders with files PET_<seconds>.nii.gz")
     return studies
 
 
@@ -234,9 +234,9 @@ def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: boo
     """Returns the image's voxels as float32, or as uint16 for labels."""
     array = np.asarray(image.dataobj)
     if min(array.shape) < 2:
-        raise ValueError(f"{path}: shape {array.shape} (expected at least two voxels along each axis)")
+        raise ValueError(f"{path}: shape {array.shape}; expected at least two voxels along each axis")
     if array.shape != first.shape:
-        raise ValueError(f"{path}: shape {array.shape} differs from the exposures' {first.shape} (expected one grid)")
+        raise ValueError(f"{path}: shape {array.shape} differs from the exposures' {first.shape}; expected one grid")
     if not np.allclose(image.affine, first.affine, rtol=0.0, atol=_AFFINE_TOLERANCE):
         raise ValueError(
             f"{path}: lies on another grid than the exposures, affine {np.round(image.affine, 3).tolist()} "
@@ -245,7 +245,7 @@ def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: boo
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {int((~np.isfinite(array)).sum())} voxels are NaN or infinite")
     if not_negative and array.min() < 0:
-        raise ValueError(f"{path}: the least value is {array.min():g} (expected >= 0)")
+        raise ValueError(f"{path}: the least value is {array.min():g}; expected >= 0")
     if not labels:
         return array.astype(np.float32)
     result = array.astype(np.uint16)

@@ -48,7 +48,7 @@ def body_median(volume: Array, spacing: Sequence[float]) -> float:
     blocks = _block_means(volume, spacing)
     ordered = np.sort(blocks[blocks > 0])
     if not ordered.size:
-        raise ValueError("the volume is zero everywhere (expected a PET)")
+        raise ValueError("the volume is zero everywhere; expected a PET")
     activity = np.cumsum(ordered)
     millilitres = float(np.prod([float(s) for s in spacing])) * volume.size / blocks.size / 1000
     medians = []

@@ -64,13 +64,14 @@ _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """Options of a study; the same options give the same figures (on one number of threads and one processor).
+    """Holds the options of a study; the same options give the same figures (for one number of threads and one
+    processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options continues where the first
             ended.
-        tasks: by name, each {data: folder of a Decathlon task, preset: name, settings: {…}, by_fraction: {1.0: {…}}}.
-            Without data, "spleen" and "lung" are phantom tasks. preset is one of
+        tasks: tasks by name, {data: folder of a Decathlon task, preset: name, settings: {…},
+            by_fraction: {1.0: {…}}}. Without data, "spleen" and "lung" are phantom tasks. preset is one of
             `medaccel.segmentation.model.presets`, by default the phantoms' or "generic"; settings overrides the
             preset and the training for this task alone, and by_fraction overrides further at a share of the labels,
             for every initialization alike: more labels take more steps to a plateau. check_units: false accepts data

@@ -346,7 +346,8 @@ class Study:
         settings: the settings of each task.
 
     Raises:
-        FileNotFoundError, ValueError: `read_dataset` refuses a task; or a fraction leaves no case. Phantoms may be missing.
+        FileNotFoundError, ValueError: `read_dataset` refuses a task; or a fraction leaves no case. Phantoms may
+            be missing.
     """
 
     def __init__(

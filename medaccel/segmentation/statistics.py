@@ -21,8 +21,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """Holds mean and standard deviation (n − 1) over `runs`; undefined values are NaN: the deviation of one run, both
-    of none."""
+    """Holds mean and standard deviation (n − 1) over `runs`; the deviation of one run and both of none are NaN."""
 
     mean: float
     sd: float
@@ -68,7 +67,7 @@ def compare(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison
 
     Args:
         first, second: (runs, cases), scores of the same cases by runs of the same seeds.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: the arrays don't have two axes, differ in shape, are empty, or hold values that aren't finite.

@@ -204,7 +204,7 @@ def test_a_ct_may_be_a_dicom_series(tmp_path: Path) -> None:
 
 def test_a_ct_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     path = nifti(tmp_path / "ct.nii.gz", np.full(body().shape, np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"ct\.nii\.gz: 10560 voxels are NaN or infinite \(expected HU\)"):
+    with pytest.raises(ValueError, match=r"ct\.nii\.gz: 10560 voxels are NaN or infinite; expected HU"):
         apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", ct=path, progress=False)
 
 
@@ -348,9 +348,9 @@ def test_exposures_and_samples_that_a_method_has_not_are_refused(tmp_path: Path)
     source, out = nifti(tmp_path / "pet.nii"), tmp_path / "out.nii"
     with pytest.raises(ValueError, match="smoother: seconds is 45; expected one of 60, 30"):
         apply(checkpoint(tmp_path), source, out, seconds=45, progress=False)
-    with pytest.raises(ValueError, match=r"samples is 4 \(expected none, as smoother draws no samples\)"):
+    with pytest.raises(ValueError, match=r"samples is 4; expected none, as smoother draws no samples"):
         apply(checkpoint(tmp_path), source, out, samples=4, progress=False)
-    with pytest.raises(ValueError, match=r"samples is 0 \(expected 1 or more\)"):
+    with pytest.raises(ValueError, match=r"samples is 0; expected 1 or more"):
         apply(checkpoint(tmp_path, Drawer), source, out, samples=0, progress=False)
 
 

@@ -129,7 +129,7 @@ def test_bad_input_is_refused_in_a_sentence():
         share_against_noise(["a", "b"], [NoiseLevel(0.1, 0.1)], [])
     with pytest.raises(ValueError, match="0 studies"):
         share_against_noise([], [], [])
-    with pytest.raises(ValueError, match="where='lung'"):
+    with pytest.raises(ValueError, match="where is 'lung'"):
         noise_trend([NoiseShare("a", NoiseLevel(0.1, 0.1), 0.5)], where="lung")
     with pytest.raises(ValueError, match="got no images"):
         remaining_noise({}, target, MASK, SPACING)

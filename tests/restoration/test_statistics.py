@@ -129,13 +129,13 @@ def test_bad_errors_are_refused(errors: np.ndarray, before: np.ndarray, message:
 
 def test_bad_arguments_are_refused_in_a_sentence():
     volume, mask = np.zeros((2, 2, 2)), np.ones((2, 2, 2), dtype=bool)
-    with pytest.raises(ValueError, match="distance='mae'"):
+    with pytest.raises(ValueError, match="distance is 'mae'"):
         statistics.within_patient([volume], [volume], [volume], mask, (1.0, 1.0, 1.0), distance="mae")
     with pytest.raises(ValueError, match="1 restored, 2 input and 1 target"):
         statistics.within_patient([volume], [volume] * 2, [volume], mask, (1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="level=95"):
+    with pytest.raises(ValueError, match="level is 95"):
         mean_statistic([1.0], level=95)
     with pytest.raises(ValueError, match="2 dimensions"):
         mean_statistic([[1.0]])
-    with pytest.raises(ValueError, match="block_length=0"):
+    with pytest.raises(ValueError, match="block_length is 0"):
         statistics.block_starts(3, (1.0, 1.0, 1.0), 0.0)

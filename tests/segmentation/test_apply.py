@@ -159,5 +159,5 @@ def test_checkpoints_of_another_kind_are_refused(tiny_task: Path, tiny_cell: Fin
     ):
         with pytest.raises(ValueError, match=message):
             apply(path, image, tmp_path / "a.nii.gz", progress=False)
-    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file \(expected the best\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file; expected the best\.pt"):
         apply(tmp_path / "none.pt", image, tmp_path / "a.nii.gz", progress=False)

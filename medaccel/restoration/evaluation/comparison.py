@@ -71,11 +71,11 @@ def compare_methods(
             than the first or none, or `level` is not within (0, 1).
     """
     if against not in values:
-        raise ValueError(f"against={against!r} is not among the methods (expected one of {', '.join(values)})")
+        raise ValueError(f"against={against!r} is not among the methods; expected one of {', '.join(values)}")
     counts = {method: len(row) for method, row in values.items()}
     if len(counts) < 2 or len(set(counts.values())) != 1 or 0 in counts.values():
         raise ValueError(
-            f"studies a method: {counts} (expected two methods or more, with as many studies each, at least one)"
+            f"studies a method: {counts}; expected two methods or more, with as many studies each, at least one"
         )
     base = np.asarray(values[against], dtype=np.float64)
     differences = {}
@@ -114,7 +114,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     p = np.asarray(p_values, dtype=np.float64)
     tests = np.flatnonzero(np.isfinite(p))
     if ((p < 0) | (p > 1)).any() or np.isinf(p).any():
-        raise ValueError(f"p_values={list(p_values)} (expected values of 0 to 1, or NaN)")
+        raise ValueError(f"p_values is {list(p_values)}; expected values of 0 to 1, or NaN")
     order = tests[np.argsort(p[tests], kind="stable")]
     corrected = p.copy()
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)

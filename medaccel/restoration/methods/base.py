@@ -37,7 +37,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.input_seconds:
-            raise ValueError("input_seconds is empty (expected at least one exposure in s)")
+            raise ValueError("input_seconds is empty; expected at least one exposure in s")
         for seconds in self.input_seconds:
             check_seconds(seconds, self.target_seconds)
 
@@ -95,14 +95,14 @@ class Method(abc.ABC):
     #: Settings have these defaults.
     defaults: ClassVar[Mapping[str, Any]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()  # settings that may be None
-    samples: ClassVar[bool] = False  # whether restore can draw several
-    distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
+    samples: ClassVar[bool] = False  # True if `restore` can draw several
+    distributed: ClassVar[bool] = False  # True if all processes of `torchrun` fit together
 
     def __init__(self, task: Task, settings: Mapping[str, Any] | None = None) -> None:
         unknown = set(settings or {}) - set(self.defaults)
         if unknown:
             raise ValueError(
-                f"{self.name}: settings {sorted(unknown)} are unknown (expected some of {', '.join(self.defaults)})"
+                f"{self.name}: settings {sorted(unknown)} are unknown; expected some of {', '.join(self.defaults)}"
                 f"{nearest(min(unknown), self.defaults)}"
             )
         given = {k: v for k, v in (settings or {}).items() if v is not None or k not in self.optional}
@@ -199,11 +199,11 @@ def check_volume(name: str, volume: np.ndarray, spacing: Sequence[float]) -> Non
     """Raises ValueError unless `volume` is a 3-D float array of finite SUV that can be restored."""
     check_spacing((float(spacing[0]), float(spacing[1]), float(spacing[2])))
     if volume.ndim != 3 or min(volume.shape) < 2:
-        raise ValueError(f"{name}: volume has shape {volume.shape} (expected three axes of at least two voxels)")
+        raise ValueError(f"{name}: volume has shape {volume.shape}; expected three axes of at least two voxels")
     bad = int(np.count_nonzero(~np.isfinite(volume)))
     if bad:
-        raise ValueError(f"{name}: volume has {bad} voxels that are NaN or infinite (expected SUV)")
+        raise ValueError(f"{name}: volume has {bad} voxels that are NaN or infinite; expected SUV")
     if volume.min() < 0:
-        raise ValueError(f"{name}: volume has a least value of {volume.min():g} (expected SUV >= 0)")
+        raise ValueError(f"{name}: volume has a least value of {volume.min():g}; expected SUV >= 0")
     if not volume.any():
-        raise ValueError(f"{name}: volume is zero everywhere (expected SUV)")
+        raise ValueError(f"{name}: volume is zero everywhere; expected SUV")

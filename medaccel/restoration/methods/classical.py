@@ -385,7 +385,7 @@ class BM4D(Classical):
 
         if min(mapped.shape) < min(BM4DProfile.bs_wiener):
             raise ValueError(
-                f"{self.name}: volume has shape {mapped.shape} (expected at least 5 voxels along each axis)"
+                f"{self.name}: volume has shape {mapped.shape}; expected at least 5 voxels along each axis"
             )
         assert self.correlation is not None
         profile = BM4DProfile()
@@ -417,7 +417,7 @@ def noise_level(mapped: Array, mask: Mask) -> float:
         ValueError: the volume has fewer than three slices.
     """
     if mapped.shape[2] < 3:
-        raise ValueError(f"volume has shape {mapped.shape} (expected at least three slices)")
+        raise ValueError(f"volume has shape {mapped.shape}; expected at least three slices")
     differences = np.abs(np.diff(mapped, 2, axis=2))
     inside = mask[:, :, 1:-1]
     sizes = differences[inside] if inside.any() else differences

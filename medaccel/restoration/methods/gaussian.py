@@ -55,7 +55,7 @@ class FittedMethod:
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.sigma_mm):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.sigma_mm)} Gaussians (expected one each)")
+            raise ValueError(f"{len(self.weights)} weights for {len(self.sigma_mm)} Gaussians; expected one each")
 
 
 class GaussianCascade(nn.Module):

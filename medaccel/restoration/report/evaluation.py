@@ -52,13 +52,13 @@ def calibration_blocks(
     """
     names = _names(results, labels)
     if results.keys() != calibrations.keys():
-        raise ValueError(f"results of {list(results)}, calibrations of {list(calibrations)} (expected the same)")
+        raise ValueError(f"results of {list(results)}, calibrations of {list(calibrations)}; expected the same")
     first = next(iter(results.values()))
     kinds = {(r.covers, r.level, tuple(row.label for row in r.rows)) for r in results.values()}
     if len(kinds) > 1:
         raise ValueError(
             f"results cover {sorted({(r.covers, r.level) for r in results.values()})} in "
-            f"{len(kinds)} ways (expected one truth, one level and one set of SUV bins)"
+            f"{len(kinds)} ways; expected one truth, one level and one set of SUV bins"
         )
     percent = f"{100 * first.level:g} %"
     what = (
@@ -147,7 +147,7 @@ def comparison_blocks(
     """
     against = {c.against for c in comparisons}
     if len(against) != 1:
-        raise ValueError(f"comparisons are against {sorted(against)} (expected one method)")
+        raise ValueError(f"comparisons are against {sorted(against)}; expected one method")
     names = _names({c.method: c for c in comparisons}, labels)
     base = label(next(iter(against)), labels or {})
     direction = "positive" if larger_is_better else "negative"
@@ -293,7 +293,7 @@ def resolution_blocks(
     summaries = {method: summarize_responses(found) for method, found in responses.items()}
     blobs = sorted({(summary.added_fwhm, round(summary.amplitude, 3)) for summary in summaries.values()})
     if len(blobs) > 1:
-        raise ValueError(f"responses are to blobs of (FWHM, amplitude) {blobs} (expected one kind)")
+        raise ValueError(f"responses are to blobs of (FWHM, amplitude) {blobs}; expected one kind")
     width, amplitude = blobs[0]
     columns = [Column(f"FWHM along {axis}", "mm", digits=2) for axis in AXES]
     columns += [
@@ -359,7 +359,7 @@ def _bins_table(name: str, result: Coverage, calibration: Calibration) -> Table:
 
 def _names(methods: Mapping[str, object], labels: Mapping[str, str] | None) -> dict[str, str]:
     if not methods:
-        raise ValueError("there are no results to show (expected at least one method)")
+        raise ValueError("there are no results to show; expected at least one method")
     return {method: label(method, labels or {}) for method in methods}
 
 

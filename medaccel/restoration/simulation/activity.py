@@ -76,7 +76,7 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
     if method == "gaussian":
         return gaussian_filter(activity, [_GAUSSIAN_SIGMA / step for step in spacing], mode="nearest")
     if method != "nlm":
-        raise ValueError(f"denoise={method!r} (expected one of {', '.join(DENOISE_METHODS)})")
+        raise ValueError(f"denoise is {method!r}; expected one of {', '.join(DENOISE_METHODS)}")
     from skimage.restoration import denoise_nl_means
 
     root = np.sqrt(np.maximum(activity, 0.0))

@@ -50,7 +50,7 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.n_subsets < 1 or self.n_angles % self.n_subsets:
             raise ValueError(
-                f"Geometry: n_subsets={self.n_subsets} does not divide n_angles={self.n_angles} (expected a divisor)"
+                f"Geometry: n_subsets={self.n_subsets} does not divide n_angles={self.n_angles}; expected a divisor"
             )
 
     @property

@@ -92,9 +92,9 @@ class SimulatorConfig:
     def __post_init__(self) -> None:
         durations = tuple(int(t) for t in self.durations)
         if not durations or durations != tuple(self.durations) or min(durations) < 1:
-            raise ValueError(f"durations={self.durations} (expected whole seconds, at least one, each >= 1)")
+            raise ValueError(f"durations is {self.durations}; expected whole seconds, at least one, each >= 1")
         if list(durations) != sorted(set(durations)):
-            raise ValueError(f"durations={self.durations} (expected increasing durations: exposures nest)")
+            raise ValueError(f"durations is {self.durations}; expected increasing durations: exposures nest")
         object.__setattr__(self, "durations", durations)
         for field in ("psf_fwhm", "randoms_fraction", "postfilter_fwhm", "postfilter_axial_fwhm"):
             self._check(field, 0.0, math.inf, "a finite number >= 0")
@@ -104,14 +104,14 @@ class SimulatorConfig:
         for field in ("fine_factor", "n_angles", "iterations", "n_subsets"):
             self._check(field, 1, math.inf, "a whole number >= 1")
             if getattr(self, field) != int(getattr(self, field)):
-                raise ValueError(f"{field}={getattr(self, field)} (expected a whole number >= 1)")
+                raise ValueError(f"{field} is {getattr(self, field)}; expected a whole number >= 1")
         if self.n_angles % self.n_subsets:
             raise ValueError(f"n_subsets={self.n_subsets} does not divide n_angles={self.n_angles}")
 
     def _check(self, field: str, low: float, high: float, expected: str) -> None:
         value = getattr(self, field)
         if not low <= value < high:  # NaN fails too
-            raise ValueError(f"{field}={value} (expected {expected})")
+            raise ValueError(f"{field} is {value}; expected {expected}")
 
     def to_json(self) -> dict[str, object]:
         """Returns the parameters as plain JSON values."""
@@ -313,7 +313,7 @@ def _checked(
     """Returns the arguments as float32 arrays and a tuple, or raises a sentence about the fault."""
     steps = tuple(float(step) for step in spacing)
     if len(steps) != 3 or not all(0.0 < step < math.inf for step in steps):
-        raise ValueError(f"simulate: spacing={tuple(spacing)} (expected three sizes in mm, > 0)")
+        raise ValueError(f"simulate: spacing is {tuple(spacing)}; expected three sizes in mm, > 0")
     checked: list[np.ndarray | None] = []
     for name, array, unit in (("activity", activity, "SUV"), ("attenuation", attenuation, "1/cm")):
         if array is None:
@@ -321,15 +321,15 @@ def _checked(
             continue
         array = np.asarray(array)
         if array.ndim != 3 or min(array.shape) < 2:
-            raise ValueError(f"simulate: {name} has shape {array.shape} (expected three axes of at least 2 voxels)")
+            raise ValueError(f"simulate: {name} has shape {array.shape}; expected three axes of at least 2 voxels")
         array = array.astype(np.float32)
         if not np.isfinite(array).all() or array.min() < 0.0:
-            raise ValueError(f"simulate: {name} has values that are negative or not finite (expected {unit} >= 0)")
+            raise ValueError(f"simulate: {name} has values that are negative or not finite; expected {unit} >= 0")
         checked.append(array)
     image, mu = checked
     assert image is not None
     if mu is not None and mu.shape != image.shape:
-        raise ValueError(f"simulate: attenuation has shape {mu.shape}, activity {image.shape} (expected one grid)")
+        raise ValueError(f"simulate: attenuation has shape {mu.shape}, activity {image.shape}; expected one grid")
     if not image.any():
         raise ValueError("simulate: activity is zero everywhere")
     return image, mu, (steps[0], steps[1], steps[2])

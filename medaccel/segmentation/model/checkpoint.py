@@ -68,7 +68,7 @@ def load(path: Path) -> Checkpoint:
         ValueError: the file is damaged, or has another kind or version.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file (expected the best.pt of a segmentation's cell)")
+        raise FileNotFoundError(f"{path}: no such file; expected the best.pt of a segmentation's cell")
     content = load_tensors(path, what="a checkpoint")
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{path}: no segmentation network; expected the best.pt of a segmentation's cell")

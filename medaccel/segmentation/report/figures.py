@@ -25,7 +25,7 @@ def dice_plot(groups: Sequence[Group]) -> bytes:
     the runs.
 
     Args:
-        groups: of one task.
+        groups: groups of one task.
     """
     figure = new_figure(7.5, 3.6)
     axes = figure.add_axes((0.1, 0.14, 0.62, 0.82))
@@ -56,7 +56,7 @@ def paired_plot(groups: Sequence[Group]) -> bytes:
     """Draws each run's Dice under each initialization; a grey line joins the runs of one seed.
 
     Args:
-        groups: of one task and fraction.
+        groups: groups of one task and fraction.
     """
     figure = new_figure(7.5, 3.0)
     axes = figure.add_axes((0.1, 0.12, 0.62, 0.84))
@@ -78,7 +78,7 @@ def learning_plot(groups: Sequence[Group]) -> bytes:
     """Draws Dice on validation cases over the steps: mean over the runs, and ± their standard deviation.
 
     Args:
-        groups: of one task and fraction.
+        groups: groups of one task and fraction.
     """
     figure = new_figure(7.5, 3.2)
     axes = figure.add_axes((0.1, 0.15, 0.62, 0.8))
@@ -101,7 +101,7 @@ def volume_plot(groups: Sequence[Group]) -> bytes:
     """Draws Bland and Altman's plot, a panel per initialization: difference of the volumes over their mean, mL.
 
     Args:
-        groups: of one task and fraction.
+        groups: groups of one task and fraction.
     """
     figure = new_figure(11.0, 3.1)
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]

@@ -89,7 +89,7 @@ def _known_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def body(seed: int = 0, shape: tuple[int, int, int] = (24, 22, 20)) -> np.ndarray:
-    """A warm block in air, with noise."""
+    """Makes a warm block in air, with noise."""
     volume = np.zeros(shape, dtype=np.float32)
     volume[4:-4, 4:-4, :] = 2
     noise = np.random.default_rng(seed).standard_normal(shape)
@@ -192,7 +192,7 @@ def test_a_ct_is_brought_to_the_grid_with_air_beyond_it(tmp_path: Path) -> None:
     assert (found[12, 11, ~inside] == -1000).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+@pytest.mark.filterwarnings("ignore")  # it warns of the voxel size and the noise
 def test_a_ct_may_be_a_dicom_series(tmp_path: Path) -> None:
     def edit(ds: Dataset, k: int) -> None:
         ds.Modality, ds.RescaleSlope, ds.RescaleIntercept = "CT", 1, -500
@@ -258,7 +258,7 @@ def test_another_unit_is_taken_where_that_is_asked_for(tmp_path: Path) -> None:
     assert Smoother.handed["volume"].max() > 5000
 
 
-@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+@pytest.mark.filterwarnings("ignore")  # it warns of the voxel size and the noise
 def test_the_duration_in_the_header_is_compared(tmp_path: Path) -> None:
     source = write_series(tmp_path / "d", lambda ds, k: setattr(ds, "ActualFrameDuration", 240000))
     with pytest.warns(UserWarning, match="fitted on") as record:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method's row on a study, and the table over studies."""
+"""Tests a method's row on a study, and the table over studies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    """A linear model: a truth with a liver and three lesions, and nested increments of Gaussian noise."""
+    """Makes a linear model: a truth with a liver and three lesions, and nested increments of Gaussian noise."""
     generator = np.random.default_rng(7)
     truth = np.zeros(SHAPE)
     truth[3:-3, 3:-3] = 1.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation blocks say what the results say, and stand in a report."""
+"""Tests that the evaluation blocks state the results, and appear in a report."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ FAST = SimulatorConfig(n_angles=24, n_subsets=6, iterations=1)
 
 
 def cylinder(slices: int = 6) -> np.ndarray:
-    """An elliptic cylinder of SUV 2 with a hot rod."""
+    """Makes an elliptic cylinder of SUV 2 with a hot rod."""
     x, y = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(-1, 1, 36), indexing="ij")
     disc = 2.0 * (x**2 / 0.6 + y**2 / 0.4 < 1) + 6.0 * ((x - 0.2) ** 2 + y**2 < 0.02)
     return np.repeat(disc[..., None], slices, axis=2).astype(np.float32)
@@ -30,7 +30,7 @@ def cylinder(slices: int = 6) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def studies() -> list[Study]:
-    """Phantoms of the standard generator, with the frozen defaults."""
+    """Makes phantoms of the standard generator, with the frozen defaults."""
     return [phantom_study(seed) for seed in range(3)]
 
 

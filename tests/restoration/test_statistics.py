@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals and agreement."""
+"""Tests bootstrap intervals and agreement."""
 
 from __future__ import annotations
 

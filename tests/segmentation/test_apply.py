@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cell's network on a user's CT: NIfTI, MetaImage and DICOM in, labels on the same grid and volumes out."""
+"""Applies a cell's network to a user's CT: NIfTI, MetaImage and DICOM in, labels on the same grid and volumes out."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ Finished = tuple[Path, dict[str, Any]]
 
 
 def edited(tiny_cell: Finished, path: Path, **changes: Any) -> Path:
-    """The cell's checkpoint with other entries."""
+    """Returns the cell's checkpoint with other entries."""
     torch.save(torch.load(tiny_cell[0] / "best.pt", weights_only=True) | changes, path)
     return path
 

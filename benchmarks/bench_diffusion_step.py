@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step against its peers: `python -m benchmarks.bench_diffusion_step [--quick] [--allocator warm]`.
+"""Times the diffusion step against its peers: `python -m benchmarks.bench_diffusion_step [--quick] [--allocator
+warm]`.
 
-fp32, one volume, the threads that torch has. Each row is a ratio within one run: peer's median time / ours. diffusers
-is a peer where it is installed. A step returns the new sample and the predicted x0; "in place" writes them over the
-sample and the network's output, as a sampling loop may.
+Volumes are fp32, one at a time, on torch's threads. Each row is a ratio within one run: peer's median time /
+medaccel's. diffusers is a peer if it is installed. A step returns the new sample and the predicted x0; "in place"
+writes them over the sample and the network's output, as a sampling loop may.
 """
 
 import argparse
@@ -28,14 +29,14 @@ STEPS = 50
 
 
 def check_parity(ours: Tensor, peer: Tensor, name: str) -> None:
-    """No speed is printed for results that differ."""
+    """Stops the benchmark if results differ: no speed is printed for them."""
     error = float((ours - peer).abs().max() / peer.abs().max())
     if not error <= 1e-5:
         raise SystemExit(f"{name}: differs from medaccel by {error:.2g} (expected at most 1e-5); nothing is timed")
 
 
 def diffusers_scheduler(name: str) -> Any:
-    """diffusers' scheduler with MONAI's settings, or None where it isn't installed."""
+    """Returns diffusers' scheduler with MONAI's settings, or None if it isn't installed."""
     if importlib.util.find_spec("diffusers") is None:
         return None
     import diffusers
@@ -88,7 +89,7 @@ def ddim(x: Tensor, m: Tensor, eta: float) -> list[Contender]:
 
 
 def sde_step(x: Tensor, m: Tensor, kind: str) -> list[Contender]:
-    """Euler–Maruyama's step, as one writes it in PyTorch."""
+    """Takes Euler–Maruyama's step, as one writes it in PyTorch."""
     sde = VPSDE() if kind == "VP" else VESDE()
     level, to = sde.level(500), sde.level(499)
     step = c.euler_maruyama("score", level, to)
@@ -120,7 +121,7 @@ def add_noise(x: Tensor, m: Tensor) -> list[Contender]:
 
 
 def main() -> None:
-    """Measures, prints, and writes the table where it is told to."""
+    """Measures, prints, and writes the table if an output is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one second a row")
     parser.add_argument("--size", type=int, default=128, help="of the volume's edge")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter against its peers: `python -m benchmarks.bench_gaussian [--quick] [--allocator warm]`.
+"""Times the Gaussian filter against its peers: `python -m benchmarks.bench_gaussian [--quick] [--allocator warm]`.
 
-fp32, one volume, the threads that torch has. Each row is a ratio within one run: peer's median time / ours.
+Volumes are fp32, one at a time, on torch's threads. Each row is a ratio within one run: peer's median time /
+medaccel's.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from medaccel.ops.gaussian.cases import Case
 
 
 def check_parity(ours: Tensor, peer: np.ndarray, name: str, bound: float) -> None:
-    """No speed is printed for results that differ."""
+    """Stops the benchmark if results differ: no speed is printed for them."""
     interior = (slice(24, -24),) * 3
     a, b = ours[0, 0].numpy()[interior], np.asarray(peer)[interior]
     error = float(np.abs(a - b).max() / np.abs(b).max())
@@ -55,7 +56,7 @@ def forward_contenders(size: int, sigma: float) -> list[Contender]:
     check_parity(ours, monai(x)[0, 0].numpy(), "MONAI", 1e-5)
     scipys = gaussian_filter(x, sigma, approx="sampled", normalize=True, mode="reflect")
     check_parity(scipys, scipy.ndimage.gaussian_filter(array, sigma), "scipy", 1e-5)
-    # A recursive filter only approximates a Gaussian, and white noise shows where most.
+    # A recursive filter only approximates a Gaussian, and white noise shows that the most.
     check_parity(ours, SimpleITK.GetArrayFromImage(recursive.Execute(image)), "SimpleITK", 0.1)
     return [
         Contender("medaccel", lambda: gaussian_filter(x, sigma)),
@@ -120,7 +121,7 @@ def rows_of(work: str, contenders: list[Contender], output_bytes: int) -> list[d
 
 
 def main() -> None:
-    """Measures, prints, and writes the table where it is told to."""
+    """Measures, prints, and writes the table if an output is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="128³ only, one second a row")
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")

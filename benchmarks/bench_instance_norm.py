@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance norm + residual + leaky ReLU against torch's: `python -m benchmarks.bench_instance_norm [--quick]
+"""Times instance norm + residual + leaky ReLU against torch's: `python -m benchmarks.bench_instance_norm [--quick]
 [--allocator warm]`.
 
-fp32, the maps of a Swin UNETR's decoder at 96³ with feature size 24, contiguous and channels last, the threads that
-torch has. Each row is a ratio within one run: peer's median time / ours. "copy" is what reading and writing the map
-once costs: no norm can be faster.
+The maps are those of a Swin UNETR's decoder at 96³ with feature size 24, fp32, contiguous and channels last, on
+torch's threads. Each row is a ratio within one run: peer's median time / medaccel's. "copy" is the time for reading
+and writing the map once: no norm can be faster.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SHAPES = [(1, 24, 96, 96, 96), (1, 24, 48, 48, 48), (1, 48, 24, 24, 24), (1, 96,
 
 
 class Work:
-    """One map in one memory layout, and the ways to normalise it."""
+    """Holds one map in one memory layout, and the ways to normalise it."""
 
     def __init__(self, shape: tuple[int, ...], channels_last: bool):
         view = "last" if channels_last else ""
@@ -39,7 +39,7 @@ class Work:
         return F.leaky_relu_(F.instance_norm(self.x).add_(self.residual), 0.01)
 
     def check_parity(self) -> None:
-        """No speed is printed for results that differ."""
+        """Stops the benchmark if results differ: no speed is printed for them."""
         with torch.no_grad():
             error = float((self.medaccel() - self.torchs()).abs().max())
         if not error <= 1e-4:
@@ -62,7 +62,7 @@ class Work:
 
 
 def main() -> None:
-    """Measures, prints, and writes the table where it is told to."""
+    """Measures, prints, and writes the table if an output is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first map only, one second a row")
     add_allocator(parser)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel-level contrastive loss, forward and backward, against plain PyTorch; and what culling buys.
+"""Times the pixel-level contrastive loss, forward and backward, against plain PyTorch, and measures the gain of
+culling.
 
-Plain PyTorch is the best that can be written with whole matrices: one product, a masked log-sum-exp, positives found
-once and not timed. Beyond ``--plain-up-to`` pixels a side it isn't run: its matrices no longer fit.
+Plain PyTorch is the best code with whole matrices: one product, a masked log-sum-exp, positives found once and not
+timed. Beyond ``--plain-up-to`` pixels per side it isn't run: its matrices no longer fit.
 
     python -m benchmarks.bench_pixel_contrast --output results/pixel_contrast.csv --plot results/pixel_contrast.png
 """
@@ -26,7 +27,8 @@ CHANNELS, TEMPERATURE, RADIUS = 64, 0.3, 1.0
 
 
 class Work:
-    """Two views of `batch` volumes with size³ pixels each, and the ways to compute their loss and its gradients."""
+    """Holds two views of `batch` volumes with size³ pixels each, and the ways to compute their loss and its
+    gradients."""
 
     def __init__(self, size: int, batch: int, plain: bool):
         self.name = f"{batch} × {size}³ pixels, C = {CHANNELS}"
@@ -51,7 +53,7 @@ class Work:
 
     @property
     def operations(self) -> float:
-        """One product forward, three backward."""
+        """Counts the operations of one product forward and three backward."""
         return 4 * 2 * self.batch * self.pixels**2 * CHANNELS
 
     def contenders(self) -> list[Contender]:
@@ -66,7 +68,7 @@ class Work:
 
 
 def product_rate() -> float:
-    """Operations a second of torch's own matrix product, the best of several."""
+    """Measures the operations per second of torch's own matrix product, the best of several."""
     a = torch.rand(1536, 1536)
     best = float("inf")
     for _ in range(12):
@@ -103,7 +105,7 @@ def rows_of(work: Work, contenders: list[Contender]) -> list[dict[str, object]]:
 
 
 def time_positives(size: int) -> None:
-    """Seconds that the positives take of a forward and a backward pass, with culling and without."""
+    """Measures the seconds that the positives take in a forward and a backward pass, with culling and without."""
     case = Views("", (size,) * 3, CHANNELS, batch=1, shift=0.3)
     query, key, at_query, at_key, _ = case.tensors()
     radius = torch.tensor([RADIUS])
@@ -120,7 +122,7 @@ def time_positives(size: int) -> None:
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Time and memory of one sample over its pixels, on logarithmic axes with the slopes 2 and 1."""
+    """Draws time and memory of one sample over its pixels, on logarithmic axes with the slopes 2 and 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +146,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints, and writes the table and the plot where it is told to."""
+    """Measures, prints, and writes the table and the plot if outputs are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="up to 16³ only")
     parser.add_argument("--allocator", choices=("default", "warm"), default="default", help="see harness.py")

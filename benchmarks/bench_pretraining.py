@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pixel contrast costs of a pretraining step: forward, backward, and its share of the whole.
+"""Measures the cost of the pixel contrast in a pretraining step: forward, backward, and its share of the whole.
 
-A step is both views of one volume through the backbone up to stride 4, instance and pixel contrast, and all
-gradients; at ROI 96³ the pixel contrast sees 24³ pixels a view, in both directions. Its part is timed alone, from the
-projected features of both views and their geometry to the gradients of these. The optimizer is left out, which would
-make the share smaller.
+A step passes both views of one volume through the backbone up to stride 4, and computes instance and pixel contrast
+and all gradients; at ROI 96³ the pixel contrast sees 24³ pixels per view, in both directions. Its part is timed
+alone, from the projected features of both views and their geometry to the gradients of these. The optimizer is left
+out; it would make the share smaller.
 
     python -m benchmarks.bench_pretraining --output results/pretraining.csv
 """
@@ -27,7 +27,7 @@ WEIGHTS = {"instance": 1.0, "pixel": 1.0}
 
 
 class Work:
-    """A pretraining step of `batch` pairs of views, and the pixel contrast in it."""
+    """Holds a pretraining step of `batch` pairs of views, and the pixel contrast in it."""
 
     def __init__(self, feature_size: int, size: int, dimensions: int, batch: int = 1) -> None:
         torch.manual_seed(0)
@@ -52,14 +52,14 @@ class Work:
         self.affines = task.affines(self.batch, self.features[0])
 
     def step(self) -> Tensor:
-        """Losses and all gradients."""
+        """Computes losses and all gradients."""
         self.net.zero_grad(set_to_none=True)
         loss = self.fit.losses(self.batch, 0)["loss"]
         loss.backward()
         return loss.detach()
 
     def pixel_contrast(self) -> tuple[Tensor, ...]:
-        """The loss of both directions, and the features' gradients."""
+        """Computes the loss of both directions, and the features' gradients."""
         loss = self.loss(*self.features, *self.affines)
         return loss.detach(), *torch.autograd.grad(loss, self.features)
 
@@ -91,7 +91,7 @@ def rows_of(work: Work, contenders: list[Contender]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Measures, prints, and writes the table where it is told to."""
+    """Measures, prints, and writes the table if an output is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="ROI 64³, f = 12 only")
     parser.add_argument("--dimensions", type=int, nargs="+", default=[32, 64], help="channels that are compared")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration's Swin UNETR: a training step with our layers and with MONAI's, and whole-body inference.
+"""Times the restoration's Swin UNETR: a training step with medaccel's layers and with MONAI's, and whole-body
+inference.
 
-`python -m benchmarks.bench_restoration`: a step of `swin_unetr` as it trains (patch of 64³, loss and optimizer
-included), accelerated and not, in turn; then one whole body of a clinical scanner's size at feature size 24, time and
-memory above the process's start. `--large` adds 440×440×644 voxels. Weights are untrained: they cost the same.
+`python -m benchmarks.bench_restoration` times a training step of `swin_unetr` (patch of 64³, loss and optimizer
+included), accelerated and not, in turn; then one whole body of a clinical scanner's size at feature size 24, with
+time and memory above the process's start. `--large` adds 440×440×644 voxels. Weights are untrained: they cost the
+same.
 """
 
 import argparse
@@ -23,7 +25,7 @@ SPACINGS = {"128x128x267": (4.6875, 4.6875, 3.27), "440x440x644": (1.65, 1.65, 1
 
 
 def training_step(features: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a step, by contender."""
+    """Returns the median seconds of a step, by contender."""
     from medaccel.restoration.methods import make_method
     from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 
@@ -94,7 +96,7 @@ def main() -> None:
         ratio = found["MONAI"] / found["medaccel"]
         print(f"training step, 64³, f = {features}: " + ", ".join(f"{k} {v:.2f} s" for k, v in found.items()), end="")
         print(f"; MONAI / medaccel {ratio:.2f}")
-    for name in list(BODIES)[: 1 + arguments.large]:  # in a process of its own, whose peak is its own
+    for name in list(BODIES)[: 1 + arguments.large]:  # each body has a process of its own, and so its own peak
         command = [sys.executable, "-m", "benchmarks.bench_restoration", "--body", name, "--base", arguments.base]
         subprocess.run(command, check=True)
 

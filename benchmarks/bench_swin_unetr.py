@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin UNETR, whole: MONAI, MONAI with flash attention, and medaccel.
+"""Times a whole Swin UNETR: MONAI, MONAI with flash attention, and medaccel.
 
 `python -m benchmarks.bench_swin_unetr` times the forward pass and a training step at 96³ for several widths;
-`--sizes` measures time and memory against the volume's size and draws the figure. fp32, batch 1, the threads that
-torch has. Each contender runs in a process of its own (its peak memory is the process's), the contenders in turn
-within each round. Ratios are of the medians over the rounds. What needs more than MEMORY_GIB is shown as not fitting.
+`--sizes` measures time and memory against the volume's size and draws the figure. Volumes are fp32, batch 1, on
+torch's threads. Each contender runs in a process of its own (its peak memory is the process's), the contenders in
+turn within each round. Ratios are of the medians over the rounds. A contender that needs more than MEMORY_GIB is
+shown as not fitting.
 """
 
 import argparse
@@ -21,13 +22,13 @@ import torch
 
 from benchmarks.harness import machine, write_table
 
-MEMORY_GIB = 16  # of address space for one contender
+MEMORY_GIB = 16  # address space for one contender
 SIZES = (64, 96, 128, 160)  # at 32³ a single voxel is left of the last map, which MONAI's instance norm refuses
 CONTENDERS = ("medaccel", "MONAI", "MONAI, flash attention")
 
 
 def build(contender: str, features: int) -> torch.nn.Module:
-    """The contender's network: the same weights for each."""
+    """Builds the contender's network, with the same weights for each."""
     from monai.networks.nets import SwinUNETR
 
     import medaccel
@@ -40,7 +41,8 @@ def build(contender: str, features: int) -> torch.nn.Module:
 
 
 def run(contender: str, features: int, size: int, training: bool, repeats: int) -> dict[str, Any]:
-    """In this process: the seconds of each repetition, the peak memory above the start, and a number to compare."""
+    """Returns, from this process, the seconds of each repetition, the peak memory above the start, and a number to
+    compare."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB * 2**30,) * 2)
     model = build(contender, features).train(training)
     x = torch.rand(1, 1, size, size, size, generator=torch.Generator().manual_seed(1))
@@ -65,8 +67,9 @@ def run(contender: str, features: int, size: int, training: bool, repeats: int) 
 
 
 def measure(features: int, size: int, training: bool, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """One row per contender, medaccel's first. No speed where the numbers differ."""
-    contenders = [c for c in CONTENDERS if not (training and "flash" in c)]  # which MONAI uses without gradients only
+    """Measures one row per contender, medaccel's first, without a speed if the numbers differ."""
+    # MONAI uses flash attention without gradients only
+    contenders = [c for c in CONTENDERS if not (training and "flash" in c)]
     seconds: dict[str, list[float]] = {c: [] for c in contenders}
     results: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
@@ -111,7 +114,7 @@ def measure(features: int, size: int, training: bool, rounds: int, repeats: int)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory against the volume's size, forward and training."""
+    """Draws time and memory against the volume's size, forward and training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +143,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints, and writes where it is told to."""
+    """Measures, prints, and writes the table if an output is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", action="store_true", help="against the volume's size, 64³ to 160³, 24 features")
     parser.add_argument("--features", type=int, nargs="+", default=[24, 12, 48])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shifted-window attention against its peers: `python -m benchmarks.bench_window_attention [--quick]
+"""Times shifted-window attention against its peers: `python -m benchmarks.bench_window_attention [--quick]
 [--allocator warm]`.
 
-fp32, one map of each stage of a Swin UNETR at 96³, the threads that torch has. Timed is the core: from qkv to what
-the output projection takes. MONAI's and SDPA's start from windows that are cut already, which leaves their rolling,
-padding and partition out; medaccel's works on the map. Each row is a ratio within one run: peer's median time / ours.
+The maps are those of each stage of a Swin UNETR at 96³, fp32, on torch's threads. Only the core is timed: from qkv to
+the input of the output projection. MONAI's and SDPA's start from windows that are cut already, which leaves their
+rolling, padding and partition out; medaccel's works on the map. Each row is a ratio within one run: peer's median
+time / medaccel's.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from medaccel.ops.window_attention.cases import Case
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's map: its size, channels and heads."""
+    """Describes one stage's map: its size, channels and heads."""
 
     size: int
     channels: int
@@ -57,7 +58,7 @@ STAGES = [
 
 
 class Work:
-    """One stage's tensors and the three ways to attend."""
+    """Holds one stage's tensors and the three ways to attend."""
 
     def __init__(self, stage: Stage):
         self.case = case = stage.case
@@ -95,7 +96,7 @@ class Work:
         return shifted_window_attention(self.qkv, self.table, self.index, pad_qkv=self.pad, **self.case.options())
 
     def monai(self) -> Tensor:
-        """`WindowAttention.forward` of MONAI 1.6.1, without its two linear layers."""
+        """Computes `WindowAttention.forward` of MONAI 1.6.1, without its two linear layers."""
         q, k, v = self.heads()
         attn = (q * self.case.head_dim**-0.5) @ k.transpose(-2, -1)
         attn = attn + self.bias().unsqueeze(0)
@@ -112,7 +113,7 @@ class Work:
         return self.sdpa(mask.expand(len(self.windows), -1, -1, -1))
 
     def check_parity(self) -> None:
-        """No speed is printed for results that differ."""
+        """Stops the benchmark if results differ: no speed is printed for them."""
         with torch.no_grad():
             y = self.medaccel()
             peers = {"MONAI": self.monai(), "SDPA": self.sdpa(self.ready_bias)}
@@ -145,7 +146,7 @@ class Work:
 
 
 def main() -> None:
-    """Measures, prints, and writes the table where it is told to."""
+    """Measures, prints, and writes the table if an output is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first stage only, one second a row")
     add_allocator(parser)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every benchmark here measures: interleaved runs, medians, memory beside time, no speed without parity.
+"""Measures for every benchmark here: interleaved runs, medians, memory beside time, no speed without parity.
 
 Fresh memory costs page faults, which for a 256³ output take three times as long as copying it: a table must say
-whether the C library's allocator is left as it is (what a user meets) or told to keep freed memory (`warm_allocator`,
+whether the C library's allocator is left as it is (as for a user) or told to keep freed memory (`warm_allocator`,
 which compares the arithmetic alone), for every contender alike.
 """
 
@@ -25,7 +25,8 @@ from medaccel import use_reference
 
 
 def warm_allocator() -> bool:
-    """Freed memory stays with the process, so that an output's pages are faulted in once; False where not glibc."""
+    """Keeps freed memory in the process, so that an output's pages are faulted in once; returns False without
+    glibc."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
@@ -35,7 +36,7 @@ def warm_allocator() -> bool:
 
 
 def add_allocator(parser: argparse.ArgumentParser) -> None:
-    """The option that `choose_allocator` takes."""
+    """Adds the option that `choose_allocator` takes."""
     parser.add_argument(
         "--allocator",
         choices=("default", "warm"),
@@ -45,7 +46,7 @@ def add_allocator(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_allocator(name: str) -> None:
-    """Warms the allocator where that was asked for; SystemExit where it can't be."""
+    """Warms the allocator if that was asked for; raises SystemExit if it can't be warmed."""
     if name == "warm" and not warm_allocator():
         raise SystemExit("this C library's allocator can't be told to keep memory; use --allocator default")
 
@@ -56,7 +57,7 @@ def _resident() -> int:
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """How far the process's resident memory rises above its start while `call` runs, its result included."""
+    """Returns how far the process's resident memory rises above its start while `call` runs, its result included."""
     libc = ctypes.CDLL("libc.so.6")
     libc.malloc_trim(0)
     start = peak = _resident()
@@ -80,7 +81,8 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
 
 @dataclass
 class Contender:
-    """One way to do the work: `call` does it once. `parity` says how far its result may be from medaccel's."""
+    """Describes one way to do the work: `call` does it once. `parity` says how far its result may be from
+    medaccel's."""
 
     name: str
     call: Callable[[], object]
@@ -88,7 +90,7 @@ class Contender:
     extra_bytes: int = 0
 
     def quantile(self, share: float) -> float:
-        """Seconds."""
+        """Returns a quantile of the times, in seconds."""
         ordered = sorted(self.times)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -100,7 +102,7 @@ class Contender:
 def measure(contenders: Sequence[Contender], *, seconds: float = 3.0, least: int = 5) -> None:
     """Times the contenders in turn, A B C A B C …, so that a machine that drifts slows all of them.
 
-    At least `least` rounds after one that isn't counted, and until `seconds` have gone by.
+    It takes at least `least` rounds after one that isn't counted, and goes on until `seconds` have passed.
     """
     for contender in contenders:
         contender.call()
@@ -113,7 +115,7 @@ def measure(contenders: Sequence[Contender], *, seconds: float = 3.0, least: int
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """Describes the machine that the figures were measured on."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -129,7 +131,7 @@ def machine() -> dict[str, str]:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """The rows as CSV, and beside them the machine as JSON."""
+    """Writes the rows as CSV, and beside them the machine as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -139,7 +141,8 @@ def write_table(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def rows_of(work: str, contenders: list[Contender]) -> list[dict[str, object]]:
-    """The contenders' rows of the table, printed too: time, its ratio to the first contender's, extra memory."""
+    """Returns and prints the contenders' rows of the table: time, its ratio to the first contender's, extra
+    memory."""
     ours, rows = contenders[0], []
     for c in contenders:
         c.extra_bytes = peak_extra_bytes(c.call)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pretrained features tell by themselves: a linear layer on frozen maps, pretrained against random ones.
+"""Probes pretrained features against random ones: a linear layer on frozen maps.
 
     python -m benchmarks.linear_probe --data TASK_FOLDER --weights runs/pretraining_small/checkpoints/weights.pt
 
 Both probes train on the same scans, the training half of the study's split, and are scored on its test set. Each is
-made twice: on the map that the pixel contrast trains, and on all maps together. The latter hold so many random
+trained twice: on the map that the pixel contrast trains, and on all maps together. All maps hold so many random
 functions of the image that a linear layer finds much in them without any pretraining.
 """
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once an instruction set: its name, and the module's entry point under the module's own name. The
-// bindings (module.cpp) are compiled only once, which halves the build's time.
+// This file is compiled once per instruction set: its name, and the module's entry point under the module's own name.
+// The bindings (module.cpp) are compiled only once, which halves the build's time.
 typedef struct _object PyObject;
 extern "C" PyObject* PyInit__cpu();
 

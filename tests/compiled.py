@@ -25,14 +25,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Result:
-    """How a driver ended."""
+    """Tells how a driver ended."""
 
     returncode: int
     output: str  # stdout, then stderr
 
     @property
     def finding(self) -> str | None:
-        """What was found and by whom, as in ``AddressSanitizer: use-after-poison``; None where nothing was.
+        """Returns the fault and its finder, such as ``AddressSanitizer: use-after-poison``; None if there is no
+        fault.
 
         The checkers: AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, KernelFault (the emulator),
         CudaError (the emulated runtime, through CUDA_CHECK and LAUNCH), CheckFailed (the driver's own
@@ -55,7 +56,7 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def compiler_is_missing() -> str | None:
-    """None, or the sentence that says why nothing can be compiled here."""
+    """Says why nothing can be compiled here; returns None if it can."""
     return None if shutil.which("g++") else "g++ was not found: tests of the kernels' sources compile with it"
 
 
@@ -103,8 +104,8 @@ def compiled(source: Path, flags: tuple[str, ...], root: Path = REPOSITORY) -> P
 
     Args:
         source: ``.cpp``, or ``.cu`` as C++.
-        flags: for the compiler.
-        root: of a copy of the sources; where it lies makes no other object.
+        flags: options of the compiler.
+        root: folder of a copy of the sources; its place does not change the object.
 
     Raises:
         RuntimeError: with the command and the compiler's words.

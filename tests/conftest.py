@@ -13,7 +13,7 @@ from tests.triton_interpretation.fixtures import *  # noqa: F403 (hooks and fixt
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real volumes: MEDACCEL_DATA, else shared/data beside the repository."""
+    """Returns the folder of real volumes: MEDACCEL_DATA, else shared/data beside the repository."""
     folder = Path(os.environ.get("MEDACCEL_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"the real volumes are not at {folder} (MEDACCEL_DATA names another folder)")

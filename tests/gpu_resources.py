@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nvcc's compiler reports of each kernel (registers, spills, shared memory), and the occupancy that follows."""
+"""Reads the report of nvcc's compiler on each kernel (registers, spills, shared memory), and computes the
+occupancy."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """The limits of one multiprocessor; CUDA programming guide, "Technical specifications per compute capability"."""
+    """Holds the limits of one multiprocessor; CUDA programming guide, "Technical specifications per compute
+    capability"."""
 
     shared_bytes: int
     registers: int = 65536
@@ -34,21 +36,21 @@ _WARP = 32
 _SCHEDULERS = 4  # each with a quarter of the registers
 _REGISTER_UNIT = 256  # registers are given to a warp in such units,
 _SHARED_UNIT = 128  # shared memory to a block in such bytes,
-_SHARED_RESERVED = 1024  # of which the system takes these from each block
+_SHARED_RESERVED = 1024  # the system takes these from each block
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How full a multiprocessor can be of one kernel."""
+    """Tells how full a multiprocessor can be of one kernel."""
 
     blocks: int  # at a time on one multiprocessor; 0: the kernel cannot be launched
-    fraction: float  # of the warps that the multiprocessor can hold
+    fraction: float  # share of the warps that the multiprocessor can hold
     limited_by: str  # "registers", "shared memory", "threads" or "blocks"
 
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one kernel takes on one architecture."""
+    """Holds the resources that one kernel takes on one architecture."""
 
     kernel: str  # as in ``medaccel::gaussian::march<float, 4>``
     signature: str  # demangled in full
@@ -60,12 +62,12 @@ class KernelResources:
     static_shared_bytes: int  # per block
 
     def occupancy(self, threads: int, dynamic_shared_bytes: int = 0) -> Occupancy:
-        """The occupancy with blocks of so many threads; see `occupancy`."""
+        """Returns the occupancy with blocks of so many threads; see `occupancy`."""
         return occupancy(self.arch, threads, self.registers, self.static_shared_bytes + dynamic_shared_bytes)
 
 
 def occupancy(arch: int, threads: int, registers: int, shared_bytes: int = 0) -> Occupancy:
-    """How many blocks fit on one multiprocessor, as NVIDIA's occupancy calculator (cuda_occupancy.h) counts.
+    """Computes how many blocks fit on one multiprocessor, as NVIDIA's occupancy calculator (cuda_occupancy.h) counts.
 
     Args:
         arch: 80, 90 or 100.
@@ -97,7 +99,7 @@ def occupancy(arch: int, threads: int, registers: int, shared_bytes: int = 0) ->
 
 
 def nvcc_is_missing() -> str | None:
-    """None, or the sentence that says why nothing can be compiled for a GPU here."""
+    """Says why nothing can be compiled for a GPU here; returns None if it can."""
     return None if shutil.which("nvcc") else "nvcc was not found on PATH"
 
 
@@ -108,12 +110,12 @@ def compile_for_gpu(
     extra_flags: Sequence[str] = (),
     allow_spills: bool = False,
 ) -> list[KernelResources]:
-    """Compile a ``.cu`` file to machine code, every warning an error, and report each kernel on each architecture.
+    """Compiles a ``.cu`` file to machine code, every warning an error, and reports each kernel on each architecture.
 
     Args:
         cu: the source; ``csrc`` is on its include path.
-        archs: as in 80 for sm_80.
-        extra_flags: for nvcc.
+        archs: numbers such as 80 for sm_80.
+        extra_flags: options of nvcc.
         allow_spills: report spilled registers rather than fail.
 
     Returns:
@@ -173,7 +175,7 @@ def _demangle(names: Sequence[str]) -> list[str]:
 
 
 def _short(signature: str) -> str:
-    """Without the return type, the parameters and anonymous namespaces."""
+    """Removes the return type, the parameters and anonymous namespaces."""
     name = re.sub(r"\(anonymous namespace\)::", "", signature)
     depth = 0
     for i, letter in enumerate(name):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: help with examples, configuration files, exit codes."""
+"""Tests the command line: help with examples, configuration files, exit codes."""
 
 import json
 from pathlib import Path

@@ -46,7 +46,7 @@ AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
 
 
 class Reader(HTMLParser):
-    """What a browser would load, and whether every tag is closed."""
+    """Notes everything that a browser would load, and whether every tag is closed."""
 
     VOID = ("meta", "img", "br", "link", "input")
 
@@ -290,7 +290,7 @@ def test_versions_name_packages_that_are_missing():
 
 
 def _marked_volume() -> np.ndarray:
-    """Canonical 10×8×12 volume with a mark at the patient's right front of the head."""
+    """Makes a canonical 10×8×12 volume with a mark at the patient's right front of the head."""
     volume = np.zeros((10, 8, 12), dtype=np.float32)
     volume[9, 7, 11] = 1.0
     return volume

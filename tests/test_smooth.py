@@ -35,7 +35,7 @@ def values_of(path: Path) -> np.ndarray:
 
 
 def scipy_smoothed(values: np.ndarray, sigma_voxels: np.ndarray) -> np.ndarray:
-    """SciPy in float64 with its default border, reflect."""
+    """Smooths with SciPy in float64 with its default border, reflect."""
     return ndimage.gaussian_filter(values.astype(np.float64), sigma_voxels, truncate=4.0)
 
 

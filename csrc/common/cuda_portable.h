@@ -44,7 +44,7 @@
 
 #endif
 
-// The launch itself returns nothing; what went wrong with it, or with a kernel launched before, is asked for
+// The launch itself returns nothing; its errors, and those of a kernel launched before, are queried
 // around it.
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                   \
     do {                                                                         \
@@ -69,7 +69,7 @@ class CudaError : public std::runtime_error {
 
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-// Errors of a running kernel: whichever call comes next returns them, and is not to blame.
+// The next call returns the errors of a running kernel, and is not to blame for them.
 inline bool is_asynchronous(cudaError_t error) {
     switch (error) {
         case cudaErrorECCUncorrectable:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements as they lie in a GPU's memory, and as the arithmetic takes them.
+// Converts elements between their form in a GPU's memory and the arithmetic's.
 #pragma once
 
 #include "cuda_portable.h"

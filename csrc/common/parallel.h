@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only place that knows OpenMP.
+// This is the only file that uses OpenMP.
 //
 // A job's result never depends on which thread runs it, so the number of threads changes the speed and no bit
 // of the output. One thread means no parallel region at all: libgomp's pool does not survive a fork, so a
 // child (a DataLoader worker) must not enter one. `serial_after_fork()` makes sure of that whatever the
 // caller asks for.
 //
-// MEDACCEL_PLAIN_THREADS is for ThreadSanitizer: it knows nothing of libgomp's barriers and would report what they
-// order. Plain threads, each with every so manieth job, show it all that is ordered, and a race between jobs however
-// busy the machine is.
+// MEDACCEL_PLAIN_THREADS is for ThreadSanitizer: it knows nothing of libgomp's barriers and would report the accesses
+// that they order. Plain threads, each with every so manieth job, show it all that is ordered, and a race between
+// jobs however busy the machine is.
 #pragma once
 
 #include <pthread.h>

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-// For the few functions that a CPU kernel and a CUDA kernel share.
+// Marks the few functions that a CPU kernel and a CUDA kernel share.
 #ifdef __CUDACC__
 #define MEDACCEL_HOST_DEVICE __host__ __device__
 #else

@@ -45,7 +45,7 @@ struct Vec {
     static Vec all(T x) { return {x - Native{}}; }
     static Vec load(const T* p) { return {*reinterpret_cast<const Unaligned*>(p)}; }
     void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
-    // Past the caches, for outputs that are too large to be found there again; p is aligned to kBytes. Call
+    // Stores past the caches, for outputs that are too large to be found there again; p is aligned to kBytes. Call
     // `finish_streams` before another thread may read them.
     void stream(T* p) const {
 #if defined(MEDACCEL_AVX512)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call as Python hands it over, in numbers, to the structs that both modules' kernels take.
+// Turns a call's numbers, as Python passes them, into the structs that both modules' kernels take.
 #pragma once
 
 #include <optional>

@@ -67,7 +67,7 @@ class Block {
     int count() const { return n_; }
     int padded() const { return padded_; }
 
-    // The input's elements as T, whole registers of them; null where there is no input.
+    // Returns the input's elements as T, in whole registers; null without an input.
     const T* read(const Input& input, Buffer<T>& buffer) const {
         if (!input.data) return nullptr;
         const int64_t at = sample_ * input.stride + first_;
@@ -79,7 +79,7 @@ class Block {
         return buffer.value;
     }
 
-    // Where to put the output's elements: straight where they belong, or into the buffer, which `write` then empties.
+    // Returns the place for the output's elements: the output itself, or the buffer, which `write` then empties.
     T* target(const Output& output, int64_t size, Buffer<T>& buffer) const {
         if (!output.data) return nullptr;
         const bool direct = whole_ && output.storage == kStorage<T>;
@@ -93,7 +93,7 @@ class Block {
         });
     }
 
-    // Which elements are kept: none, or a pointer to n bytes, 0 where they are.
+    // Returns n bytes that are 0 for kept elements, or null if none is kept.
     const uint8_t* kept(const Input& mask) const {
         if (!mask.data) return nullptr;
         const uint8_t* bytes = static_cast<const uint8_t*>(mask.data) + sample_ * mask.stride + first_;

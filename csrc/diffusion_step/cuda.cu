@@ -3,7 +3,7 @@
 // Philox and move in one instruction where their addresses allow. The update is bound by memory: 16 bytes an element
 // in fp32, against about 45 instructions for the normal and the update.
 //
-// Each tensor keeps its own type (a bfloat16 network's output beside a float sample): which one is asked at each
+// Each tensor keeps its own type (a bfloat16 network's output beside a float sample): it is looked up at each
 // access, the same way for all threads.
 #include "../common/cuda_portable.h"
 #include "../common/cuda_storage.h"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// What both kernels take by value.
+// The arguments that both kernels take by value.
 struct Arguments {
     int64_t batch, size, groups;  // groups of four elements in a sample
     const double* coefficients;   // as in GpuProblem
@@ -44,7 +44,7 @@ __device__ inline void load_as(const Input& input, const Place& at, T (&to)[4]) 
     for (int j = 0; j < 4; ++j) to[j] = j < at.count ? static_cast<T>(to_compute(from[j])) : T(0);
 }
 
-// Zeros where there is no input.
+// Returns zeros without an input.
 template <class T>
 __device__ inline void load(const Input& input, const Place& at, T (&to)[4]) {
     if (!input.data) {

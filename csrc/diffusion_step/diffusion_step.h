@@ -24,7 +24,7 @@ enum Coefficient : int { kA, kB, kC, kD, kE, kF, kS, kGuideScale, kGuideStd, kCo
 constexpr uint64_t kGuideBit = uint64_t{1} << 63;
 
 struct Input {
-    const void* data;  // dense samples; null: there is none
+    const void* data;  // dense samples; null: no input
     Storage storage;
     int64_t stride;  // elements between samples; 0: all share one
 };
@@ -40,14 +40,15 @@ struct Noise {
     uint32_t sample_offset;
 };
 
-// What forward and backward share. Arithmetic is double where `sample` (or the gradients) is, else float.
+// The arguments that forward and backward share. Arithmetic is double where `sample` (or the gradients) is, else
+// float.
 struct Problem {
     int64_t batch, size;         // samples, elements of one
     const double* coefficients;  // [kCoefficients][columns]
     int64_t columns;             // batch, or 1: all samples share them
     bool clip;
     double low, high;
-    int threads;  // the GPU has no use for it
+    int threads;  // ignored on the GPU
 
     double coefficient(Coefficient i, int64_t sample) const {
         return coefficients[i * columns + (columns == 1 ? 0 : sample)];

@@ -11,7 +11,7 @@ namespace medaccel::diffusion_step {
 using simd::kBytes;
 using simd::Vec;
 
-// Which numbers: those of one sample. c2 and c3 are the offset's halves.
+// Identifies the numbers of one sample. c2 and c3 are the offset's halves.
 struct Stream {
     uint64_t seed;
     uint32_t sample, offset_low, offset_high;
@@ -119,7 +119,7 @@ inline void store_interleaved<double>(const Vec<double>::Native (&normals)[4], d
         for (int i = 0; i < 4; ++i) z[4 * p + i] = normals[i][p];
 }
 
-// How many normals one go makes.
+// The number of normals that one call makes.
 template <class T>
 constexpr int kNormals = 4 * Vec<T>::width;
 

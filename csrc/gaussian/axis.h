@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What filtering along one axis means: the taps, and which source each position reads.
+// One axis of the filter: its taps, and the source that each position reads.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ struct Axis {
     bool identity() const { return radius == 0; }
     int count() const { return 2 * radius + 1; }
 
-    // Where extended position p, −radius … size − 1 + radius, is read from; −1: a zero. The adjoint's plain
+    // Returns the source of extended position p, −radius … size − 1 + radius; −1: a zero. The adjoint's plain
     // part sees zeros outside; its folded part is in `folded`.
     int64_t source(int64_t p) const { return border_source(p, size, adjoint ? Border::constant : border); }
 

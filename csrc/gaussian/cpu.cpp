@@ -76,7 +76,7 @@ Plan<T> make_plan(const Layout& layout, const double* sigma, bool adjoint, bool 
     return plan;
 }
 
-// What one thread needs; made once a thread, so that a job allocates nothing.
+// The buffers of one thread, made once per thread, so that a job allocates nothing.
 template <class T>
 struct Scratch {
     std::vector<T> zeros;

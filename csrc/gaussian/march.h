@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The three passes fused: a job filters a block of z-planes in one walk along y.
 //
-//   z   rows of the input are combined into a ring of z-filtered rows, just ahead of where y needs them
+//   z   rows of the input are combined into a ring of z-filtered rows, just before y needs them
 //   y   rows of the ring are combined into a padded line
 //   x   the line is convolved into the output
 //
@@ -125,7 +125,7 @@ class Lines {
     Lines(int64_t columns, int radius, int64_t lanes)
         : lanes_(lanes), length_((columns + 4 * radius) * lanes + simd::Vec<T>::width), padded_(kRows * length_) {}
 
-    // Where columns [xa, xb) of line i are to be written, for an axis and a block that `convolve` is called
+    // Returns the place for columns [xa, xb) of line i, for an axis and a block that `convolve` is called
     // with next.
     T* interior(const Axis<T>& x, const Block& b, int64_t i) { return line(i) + (b.xa - first(x, b)) * lanes_; }
 

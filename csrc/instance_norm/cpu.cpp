@@ -59,7 +59,7 @@ class Layout {
     // The channel of a lane, among the plane's.
     int64_t channel_of(int64_t lane) const { return channel_[lane]; }
     int64_t plane_channels() const { return channels_; }
-    // Where a plane's first channel lies in [batch][channels].
+    // Returns the place of a plane's first channel in [batch][channels].
     int64_t first_channel(int64_t plane) const { return plane * channels_; }
 
   private:
@@ -67,7 +67,7 @@ class Layout {
     std::vector<int64_t> channel_;
 };
 
-// A register of one element, for what does not fill a row.
+// A register of one element, for elements that do not fill a row.
 template <class T>
 struct One {
     static constexpr int width = 1;
@@ -116,7 +116,7 @@ double count_in(const Chunk& c, const Layout<T>& layout) {
     return static_cast<double>(c.rows * c.lanes + c.tail) / layout.plane_channels();
 }
 
-// As `chunk_statistics`, in double and one by one.
+// Does the work of `chunk_statistics` in double, one element at a time.
 template <class T>
 void exact_statistics(const T* in, const Layout<T>& layout, const Chunk& c, double* mean, double* squares) {
     const int64_t channels = layout.plane_channels(), n = c.rows * c.lanes + c.tail;
@@ -153,7 +153,7 @@ void chunk_statistics(const T* in, const Layout<T>& layout, int64_t chunk, doubl
     each<T>(c, [=](auto v, int64_t at, int64_t l) {
         using V = decltype(v);
         const V d = V::load(in + at) - V::load(m + l);
-        (V::load(sum + l) + d).store(sum + l);  // what rounding left of the mean
+        (V::load(sum + l) + d).store(sum + l);  // the mean's rounding error
         fma(d, d, V::load(square + l)).store(square + l);
     });
     fold(layout, s.a, s.rest.data());
@@ -221,7 +221,7 @@ inline V before_activation(V grad, V y, const T* signs, int64_t at, T slope) {
         return activated(grad, y + V::load(signs + at), slope);
 }
 
-// Past the caches where the output won't be found in them again.
+// Stores past the caches if the output won't be found in them again.
 template <class V, class T>
 inline void put(V v, T* to, bool stream) {
     stream ? v.stream(to) : v.store(to);
@@ -312,7 +312,7 @@ void backward(const T* grad, const T* in, const T* weight, const T* bias, const 
             fold(layout, s.e, sums.data() + (i * 2 + 1) * channels);
         });
     });
-    // Of each instance: the mean of g, and of g · (x − mean) / σ².
+    // Per instance: the mean of g, and of g · (x − mean) / σ².
     std::vector<double> weight_sum(p.channels, 0.0), bias_sum(p.channels, 0.0);
     std::vector<T> mean_g(p.batch * p.channels), mean_gx(p.batch * p.channels);
     for (int64_t plane = 0; plane < layout.count() / layout.per_plane(); ++plane)

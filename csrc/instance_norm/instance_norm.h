@@ -16,7 +16,7 @@ struct Problem {
     int threads;
 };
 
-// What tells the sign of the activation's input in the backward pass.
+// Says how the backward pass gets the sign of the activation's input.
 enum class Sign : int {
     recompute = 0,      // there was no residual: from the input
     from_output = 1,    // the output has the sign (slope >= 0), and is kept by the next layer anyway

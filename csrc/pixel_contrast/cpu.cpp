@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pixel-level contrastive loss on the CPU.
 //
-// Positives are few, so they are found and summed up on their own (near.h); what is left is a log-sum-exp over all
+// Positives are few, so they are found and summed up on their own (near.h); the rest is a log-sum-exp over all
 // pairs (all_pairs.h), and only for the pixels that have a positive: where two views overlap by half, half the work.
 // Where everything is positive, the sums over the positives take several times as long as those over all pairs.
 #include <algorithm>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which points of two sets lie within a radius of each other.
+// Finds the points of two sets that lie within a radius of each other.
 //
 // A feature map's pixels come in row-major order, so a block of consecutive ones fills a small box: most pairs of
 // blocks are too far apart to be looked into. A box's distance is computed as a point's is, step by step, and

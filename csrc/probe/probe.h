@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asks the GPU itself whether this build has code for it: what `medaccel doctor` and dispatch rely on.
+// Asks the GPU itself whether this build has code for it; `medaccel doctor` and dispatch rely on the answer.
 #pragma once
 
 #include <string>

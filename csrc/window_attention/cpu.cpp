@@ -168,9 +168,9 @@ class Attention {
         for (; c < p_.head_dim; ++c) to[c] = from[c];
     }
 
-    // Whether the regions of a cut window may be kept apart: no two of its scores differ by more than 60.
+    // Tells whether the regions of a cut window may be kept apart: no two of its scores differ by more than 60.
     bool separable(const Job& job, const Scratch& s) const {
-        if (p_.dropout_p > 0) return false;  // whose numbering of the pairs is that of the whole window
+        if (p_.dropout_p > 0) return false;  // dropout numbers the pairs of the whole window
         double largest[2] = {0, 0}, all = 0;
         const std::vector<T>* rows[3] = {&s.q, &s.k, &s.v};
         for (int part = 0; part < 3; ++part)
@@ -178,7 +178,7 @@ class Attention {
                 T square = 0;
                 for (int c = 0; c < d_; ++c) square += (*rows[part])[t * d_ + c] * (*rows[part])[t * d_ + c];
                 if (part < 2) largest[part] = std::max<double>(largest[part], square);
-                all += square;  // not finite where any is not, which max may miss
+                all += square;  // not finite if any is not, which max may miss
             }
         const double spread = 2 * std::abs(p_.scale) * std::sqrt(largest[0] * largest[1]) + bias_range_[job.head];
         return std::isfinite(all) && spread <= -kMasked - kNegligible;

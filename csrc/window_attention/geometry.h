@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a window's tokens lie on the map, and which of them see each other.
+// Finds the places of a window's tokens on the map, and the tokens that see each other.
 //
 // The map is padded at its end to whole windows, rolled by −shift and cut; all of that is arithmetic here. On a
 // shifted axis the last window holds tokens from both ends of the map, which MONAI's mask keeps apart with a score
 // of −100. Windows that are cut and padded alike are of one kind; there are at most 27 kinds (three per axis), and
-// what depends on the kind alone is worked out once.
+// values that depend on the kind alone are computed once.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@ namespace medaccel::window_attention {
 // Tokens that see each other, by their numbers in the window (row-major).
 struct Segment {
     std::vector<int32_t> keys;
-    std::vector<int32_t> queries;  // those of `keys` that are on the map: nobody reads what padding would attend to
+    std::vector<int32_t> queries;  // those of `keys` on the map: nobody reads the output of padding
     int64_t lanes = 0;             // queries, padded to whole blocks of registers
-    int64_t block = 0;             // where its [keys][lanes] block of biases starts in its kind's buffer
+    int64_t block = 0;             // start of its [keys][lanes] block of biases in its kind's buffer
     int64_t block_size() const { return static_cast<int64_t>(keys.size()) * lanes; }
 };
 
@@ -29,7 +29,7 @@ struct Kind {
     std::vector<uint8_t> region;    // of each token; they differ only where the shift brought tokens together
     std::vector<Segment> segments;  // one per region that has a query; {whole} where there is one region
     int64_t block_size = 0;         // of all segments together
-    std::vector<int64_t> windows;   // of one sample, that are of this kind
+    std::vector<int64_t> windows;   // one sample's windows of this kind
     bool cut() const { return *std::max_element(region.begin(), region.end()) > 0; }
 };
 

@@ -118,7 +118,7 @@ struct RowLayout {
         registers = d <= W ? 1 : (d + W - 1) / W;
     }
     int width() const { return registers * Vec<T>::width; }
-    // Where query i's channel 0 lies in packed rows; channel c lies c · group further on.
+    // Returns the place of query i's channel 0 in packed rows; channel c lies c · group further on.
     int64_t at(int64_t i) const { return i / group * width() + i % group; }
 };
 

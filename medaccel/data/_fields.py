@@ -116,6 +116,6 @@ def same(headers: Sequence[Dataset], name: str, value_of: Callable[[Dataset], _T
         value = value_of(header)
         if value != first:
             raise ValueError(
-                f"{source(header)}: {name} is {value!s}, but {first!s} in {source(headers[0])} (expected one value)"
+                f"{source(header)}: {name} is {value!s}, but {first!s} in {source(headers[0])}; expected one value"
             )
     return first

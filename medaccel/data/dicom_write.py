@@ -94,7 +94,7 @@ def write_derived_pet(
         raise ValueError(f"{folder}: the volume has shape {volume.shape}, expected the series' {expected}")
     bad = int(np.count_nonzero(~np.isfinite(volume)))
     if bad:
-        raise ValueError(f"{folder}: the volume has {bad} voxels that are NaN or infinite (expected SUV)")
+        raise ValueError(f"{folder}: the volume has {bad} voxels that are NaN or infinite; expected SUV")
     if template.modality != "PT":
         raise ValueError(f"{source(first)}: {label('Modality')} is {template.modality}, expected PT (PET)")
     with warnings.catch_warnings():
@@ -137,11 +137,11 @@ def _is_dicom(path: Path) -> bool:
 def _check_text(description: str, derivation: str) -> None:
     length = _MAX_LO - len(f"{RESEARCH_ONLY}: ")
     if not description.strip() or len(description) > length:
-        raise ValueError(f"description has {len(description)} characters (expected 1 to {length})")
+        raise ValueError(f"description has {len(description)} characters; expected 1 to {length}")
     for name, text in (("description", description), ("derivation", derivation)):
         # A backslash separates values; other characters depend on the source's character set.
         if not text.isascii() or not text.isprintable() or "\\" in text:
-            raise ValueError(f"{name} is {text!r} (expected printable ASCII without a backslash)")
+            raise ValueError(f"{name} is {text!r}; expected printable ASCII without a backslash")
 
 
 def _series_fields(description: str, number: int, slices: int) -> Dataset:

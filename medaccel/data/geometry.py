@@ -93,8 +93,8 @@ def _same_numbers(
 ) -> None:
     if not np.allclose(np.asarray(expected), np.asarray(found), rtol=0, atol=tolerance):
         raise ValueError(
-            f"{source(other)}: {label(keyword)} is {found}, but {expected} in {source(first)} (expected one "
-            "geometry in a series)"
+            f"{source(other)}: {label(keyword)} is {found}, but {expected} in {source(first)}; expected one "
+            "geometry in a series"
         )
 
 
@@ -123,7 +123,7 @@ def _check_spacing(ordered: Sequence[Dataset], along: np.ndarray) -> None:
     if abs(along[k] - even[k]) > _UNIFORM * spacing:
         raise ValueError(
             f"{source(ordered[k])}: {label('ImagePositionPatient')} is {abs(along[k] - even[k]):.4g} mm off "
-            f"an even spacing of {spacing:.4g} mm (expected at most {_UNIFORM:.0%} of it)"
+            f"an even spacing of {spacing:.4g} mm; expected at most {_UNIFORM:.0%} of it"
         )
 
 

@@ -70,7 +70,7 @@ def read_dataset(folder: str | Path, *, check_units: bool = True) -> MSDDataset:
     root = Path(folder)
     path = root / DATASET_JSON
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found (expected a task of the Medical Segmentation Decathlon's layout)")
+        raise FileNotFoundError(f"{path}: not found; expected a task of the Medical Segmentation Decathlon's layout")
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected an object with labels and training")

@@ -238,16 +238,16 @@ def _checked_header(header: Nifti1Header, least_offset: int, most: int) -> tuple
         raise ValueError(f"broken NIfTI header: dim says shape {tuple(shape)}, expected positive sizes")
     sizes = np.abs(header["pixdim"][1 : min(count, 3) + 1])
     if int(header["sform_code"]) == 0 and not (np.isfinite(sizes).all() and sizes.min() > 0):
-        raise ValueError(f"broken NIfTI header: pixdim has voxel sizes {sizes.tolist()} (expected positive ones)")
+        raise ValueError(f"broken NIfTI header: pixdim has voxel sizes {sizes.tolist()}; expected positive ones")
     try:
         dtype = header.get_data_dtype()
     except KeyError:
         raise ValueError(f"broken NIfTI header: datatype {int(header['datatype'])} is unknown") from None
     if dtype.kind not in "iuf":
-        raise ValueError(f"voxels of type {dtype} are not supported (expected integers or real numbers)")
+        raise ValueError(f"voxels of type {dtype} are not supported; expected integers or real numbers")
     start = float(header["vox_offset"])
     if not start.is_integer() or start < least_offset:  # at 0, nibabel would read the header as voxels
-        raise ValueError(f"broken NIfTI header: vox_offset is {start:g} (expected a whole number >= {least_offset})")
+        raise ValueError(f"broken NIfTI header: vox_offset is {start:g}; expected a whole number >= {least_offset}")
     # Python's integers, so that a broken header's sizes don't overflow or ask for terabytes of memory.
     promised = int(start) + math.prod(shape) * dtype.itemsize
     if most < promised:
@@ -318,7 +318,7 @@ def _storable(array: np.ndarray) -> np.ndarray:
             raise ValueError(f"make_nifti: {array.dtype} values outside {narrow}, which NIfTI's readers expect")
         return array.astype(narrow)
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"make_nifti: voxels of type {array.dtype} (expected integers or real numbers)")
+        raise ValueError(f"make_nifti: voxels of type {array.dtype}; expected integers or real numbers")
     return array
 
 

@@ -121,7 +121,7 @@ def _from_concentration(headers: Sequence[Dataset], corrections: set[str]) -> np
         raise ValueError(
             f"{source(headers[0])}: {label('DecayCorrection')} is {correction}, but "
             f"{label('CorrectedImage')} "
-            f"is {sorted(corrections)} (expected DECY in it exactly where the decay is corrected)"
+            f"is {sorted(corrections)}; expected DECY in it exactly where the decay is corrected"
         )
     if correction == "ADMIN":
         return np.full(len(headers), weight / dose)
@@ -155,7 +155,7 @@ def _dose(header: Dataset) -> float:
     if dose < _MIN_DOSE:
         raise ValueError(
             f"{source(header)}: {label('RadionuclideTotalDose')} is {dose:g}, which as Bq is too little to "
-            "be seen (expected Bq; is it MBq?)"
+            "be seen; expected Bq; is it MBq?"
         )
     return dose
 

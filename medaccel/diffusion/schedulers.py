@@ -98,7 +98,7 @@ class DDPMScheduler(Fused, MonaiDDPM):
             model_output, variance = model_output.split(sample.shape[1], dim=1)
         alpha_prod = self._at(self.alphas_cumprod, t)
         alpha_prod_next = self._at(self.alphas_cumprod, following) if following >= 0 else one(alpha_prod)
-        with np.errstate(all="ignore"):  # of what is undefined, just below
+        with np.errstate(all="ignore"):  # undefined values are refused just below
             coefficients = self._coefficients(t, following, alpha_prod, alpha_prod_next)
         if not all(map(math.isfinite, coefficients.values())):
             if plain and not self._mended:
@@ -205,7 +205,7 @@ class DDIMScheduler(Fused, MonaiDDIM):
             alpha_prod_next = self._at(self.alphas_cumprod, following)
         else:
             alpha_prod_next = alpha_prod.dtype.type(float(self.final_alpha_cumprod))
-        with np.errstate(all="ignore"):  # of what is undefined, just below
+        with np.errstate(all="ignore"):  # undefined values are refused just below
             coefficients = self._coefficients(alpha_prod, alpha_prod_next, eta)
         if not all(map(math.isfinite, coefficients.values())):
             if plain and not self._mended:

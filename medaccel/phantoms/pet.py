@@ -106,10 +106,10 @@ def make_phantom(
         ValueError: the generator is unknown, or the grid is smaller than 300 × 220 × 180 mm.
     """
     if generator not in GENERATORS:
-        raise ValueError(f"generator={generator!r} (expected one of {', '.join(GENERATORS)})")
+        raise ValueError(f"generator is {generator!r}; expected one of {', '.join(GENERATORS)}")
     if len(shape) != 3 or len(spacing) != 3 or min(spacing) <= 0:
         raise ValueError(
-            f"shape={tuple(shape)}, spacing={tuple(spacing)} (expected three of each, in voxels and mm > 0)"
+            f"shape={tuple(shape)}, spacing={tuple(spacing)}; expected three of each, in voxels and mm > 0"
         )
     extent = [n * step for n, step in zip(shape, spacing, strict=True)]
     if any(side < least for side, least in zip(extent, MIN_EXTENT, strict=True)):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretraining without labels: tasks that a Swin UNETR learns on unlabelled CT, and how well it learnt them.
+"""Pretrains without labels: tasks that a Swin UNETR learns on unlabelled CT, and measures of how well it learnt them.
 
-`config` says what, `pipeline.run` does it; `tasks` holds the tasks, `network` the backbone with their heads, `data`
-the volumes, `items` what a step sees, `evaluation` the figures on held-out scans.
+`config` holds the options, `pipeline.run` runs them; `tasks` holds the tasks, `network` the backbone with their
+heads, `data` the volumes, `items` the inputs of a step, `evaluation` the figures on held-out scans.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `medaccel pretraining run` is told."""
+"""Defines the options of `medaccel pretraining run`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from medaccel.studies.digest import digest
 from medaccel.studies.settings import check_keys, check_seeds_range, check_written
 from medaccel.studies.typed import Settings, nearest, plain
 
-COARSEST = 8.0  # mm, of phantoms
+COARSEST = 8.0  # coarsest voxels of phantoms, mm
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class PretrainingConfig(Settings):
     """Options of a pretraining; the same options give the same weights (on one number of threads and one processor).
 
     Args:
-        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        output: folder of the run; made if missing. A second run with the same options continues where the first
+            ended.
         scans: folders of CT scans, with folders below them: NIfTI, LUNA16's .mhd, DICOM series. Phantoms by default.
         phantoms: how many phantom CTs are made where there are no `scans`.
         phantom_spacing: voxel size of the phantoms, mm.
@@ -47,8 +48,9 @@ class PretrainingConfig(Settings):
         seed: seed of everything.
         held_out: share of the scans, at least one, that are trained on never and evaluated on.
         skip_limit: share of the scans that may be unreadable, or look like no CT; they are listed in scans.json.
-        check_units: pass over what doesn't look like a CT in HU: label maps, other modalities, scaled intensities.
-        cache_folder: where scans are kept as they are trained on; by default in the output. Runs on the same scans
+        check_units: pass over files that don't look like a CT in HU: label maps, other modalities, scaled
+            intensities.
+        cache_folder: folder that keeps scans in their prepared form; by default in the output. Runs on the same scans
             can share one.
     """
 
@@ -109,12 +111,12 @@ class PretrainingConfig(Settings):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the tasks, by name: `tasks`, or else the preset's."""
+        """Returns the weights of the tasks, by name: `tasks`, or else the preset's."""
         return dict(self.tasks or PRESETS[self.preset])
 
     @property
     def title(self) -> str:
-        """The preset's name, or the tasks'."""
+        """Returns the preset's name, or the tasks'."""
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
@@ -128,15 +130,15 @@ class PretrainingConfig(Settings):
         return found
 
     def digest(self) -> str:
-        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        """Identifies the options by 12 hexadecimal digits of SHA-256."""
         return digest(self.plain())
 
     @classmethod
     def of(cls, output: Path, plain: Mapping[str, Any]) -> PretrainingConfig:
-        """What `plain` gave, in a folder.
+        """Rebuilds the options from the result of `plain` and a folder.
 
         Raises:
-            ValueError: options that this version does not know.
+            ValueError: this version does not know some of the options.
         """
         values = dict(plain)
         check_written(output / "config.yaml", values, cls)

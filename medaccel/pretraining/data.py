@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scans as they are trained on: canonical, at one spacing, cropped to the body, kept on disk as whole HU."""
+"""Prepares scans for training: canonical, at one spacing, cropped to the body, kept on disk as whole HU."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from medaccel.data.files import atomic_path, is_full_disk
 from medaccel.data.tensors import check_tensors, first_line, load_tensors
 from medaccel.studies.digest import digest
 
-# Of what a cached scan holds and what was checked of it; another one makes new files.
+# This is the version of a cached scan's content and checks; another version makes new files.
 _FORMAT = 2
 _HELD_OUT_SEED = 7
 
 
 @dataclass(frozen=True)
 class Scans:
-    """What of some folders is trained on (`training`) and what is not (`held_out`), as files of the cache."""
+    """Lists the prepared files of some folders that are trained on (`training`) and those that are not
+    (`held_out`)."""
 
     training: tuple[Path, ...]
     held_out: tuple[Path, ...]
 
     @classmethod
     def of(cls, plain: dict[str, Any], cache: Path) -> Scans:
-        """From what `prepare` gave."""
+        """Builds the lists from the result of `prepare`."""
         training, held_out = (
             tuple(cache / entry["cached"] for entry in plain[part]) for part in ("training", "held_out")
         )
@@ -56,26 +57,26 @@ def prepare(
     """Finds scans, fills the cache, and sets some aside.
 
     Args:
-        folders: of scans.
-        cache: folder of prepared scans; what is there and whole is not made again. Files are written atomically, and
-            any number of runs may share them.
-        spacing: mm.
-        held_out: share that is set aside: at least one, and at least one is left. Which, depends on the seed and the
-            order of the paths.
+        folders: folders of scans.
+        cache: folder of prepared scans; whole files in it are not made again. Files are written atomically, and any
+            number of runs may share them.
+        spacing: voxel size, mm.
+        held_out: share that is set aside: at least one scan, and at least one is left. Seed and order of the paths
+            decide which.
         skip_limit: share of the scans that may be unreadable, or look like no CT in HU.
-        seed: of the split.
-        check_units: False takes label maps, other modalities and scaled intensities too.
+        seed: seed of the split.
+        check_units: if False, accept label maps, other modalities and scaled intensities too.
         workers: processes that fill the cache; 0 and 1: this one.
         progress: show a bar.
-        found: what `find_scans` gave for the folders, where that is known.
+        found: the result of `find_scans` for the folders, if it is known.
 
     Returns:
         Plain values: "training" and "held_out", lists of {"path", "uid", "cached"}; "skipped", "duplicates" and
         "no_ct", of {"path", "reason"}.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: a folder that is none.
-        ValueError: no scans, fewer than two that can be read, or more unreadable ones than the limit.
+        FileNotFoundError, NotADirectoryError: a path is no folder.
+        ValueError: there are no scans, fewer than two can be read, or more are unreadable than the limit.
     """
     found = found or find_scans(*folders, check_units=check_units)
     cache.mkdir(parents=True, exist_ok=True)
@@ -114,12 +115,12 @@ def prepare(
 
 
 def cached(scan: Scan, cache: Path, spacing: Sequence[float], *, check_units: bool = True) -> Path:
-    """The prepared scan's file in the cache, which is made if it is missing or damaged.
+    """Returns the prepared scan's file in the cache, which is made if it is missing or damaged.
 
-    It is named by the scan's path, size and time of change, and by what is done to it.
+    Its name depends on the scan's path, size and time of change, and on the preparation.
 
     Raises:
-        OSError, ValueError: as `medaccel.data.ct.read_scan`.
+        OSError, ValueError: `medaccel.data.ct.read_scan` refuses the scan.
     """
     what = [_FORMAT, _identity(scan), [float(step) for step in spacing], *([] if check_units else ["unchecked"])]
     path = cache / f"{digest(what)}.pt"
@@ -135,20 +136,20 @@ def cached(scan: Scan, cache: Path, spacing: Sequence[float], *, check_units: bo
 
 
 def load(path: Path, *, mapped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """A prepared scan: HU (1, i, j, k), int16, and its affine to RAS mm, (4, 4), fp64.
+    """Loads a prepared scan: HU (1, i, j, k), int16, and its affine to RAS mm, (4, 4), fp64.
 
-    mapped: leave the file on disk, and read what is looked at.
+    mapped: leave the file on disk, and read the parts that are used.
     """
     content = load_tensors(path, mmap=mapped)
     return content["hu"], content["affine"]
 
 
 class Volumes:
-    """Prepared scans by number: MetaTensors (1, i, j, k), float32 HU.
+    """Returns prepared scans by number: MetaTensors (1, i, j, k), float32 HU.
 
     Args:
-        paths: of the cache's files.
-        cache: "memory" keeps all of them there, two bytes a voxel; "disk" reads them each time.
+        paths: the cache's files.
+        cache: "memory" keeps all of them in memory, two bytes per voxel; "disk" reads them each time.
     """
 
     def __init__(self, paths: Sequence[Path], cache: str = "memory") -> None:
@@ -172,27 +173,27 @@ def _whole(path: Path) -> bool:
 
 
 def _try(scan: Scan, cache: Path, spacing: Sequence[float], check_units: bool) -> Path | Exception:
-    """The cache's file, or why there is none, which is `sift`'s to count; a full disk ends the run."""
+    """Returns the cache's file, or the error for `sift` to count; a full disk ends the run."""
     try:
         return cached(scan, cache, spacing, check_units=check_units)
     except (ValueError, OSError) as error:
         if is_full_disk(error):
             raise
         return error
-    except (RuntimeError, MemoryError) as error:  # of a header that makes MONAI's resampling ask for too much
+    except (RuntimeError, MemoryError) as error:  # a header can make MONAI's resampling ask for too much
         return ValueError(f"{scan.path}: can't be resampled ({first_line(error)})")
 
 
 def _identity(scan: Scan) -> list[Any]:
-    """A scan's path, and size and time of its files."""
+    """Returns a scan's path, and size and time of its files."""
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(scan)]
     return [os.path.realpath(scan.path), scan.uid, stats]
 
 
 def files_of(scan: Scan) -> list[Path]:
-    """A scan's files; of a DICOM series all of its folder."""
+    """Lists a scan's files: the whole folder of a DICOM series."""
     files = sorted(scan.path.iterdir()) if scan.path.is_dir() else [scan.path]
-    raw = scan.path.with_suffix(".raw")  # beside LUNA16's .mhd
+    raw = scan.path.with_suffix(".raw")  # lies beside LUNA16's .mhd
     if raw.is_file() and raw not in files:
         files.append(raw)
     return [file for file in files if file.is_file()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well each task was learnt, on scans that were never trained on, each figure with its chance level."""
+"""Measures how well each task was learnt, on scans that were never trained on, each figure with its chance level."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PIXEL_PAIRS = 16
 
 @dataclass
 class HeldOut:
-    """Figures by task, plain values, and pictures of one item.
+    """Holds figures by task, as plain values, and pictures of one item.
 
     Args:
-        figures: by task. Of each: what was measured, "chance" or what it is compared with, "target" that the study
-            asks for, "reached".
+        figures: figures by task, each with the measurement, "chance" or another value to compare with, the study's
+            "target", and "reached".
         pictures: arrays (i, j, k) by name.
     """
 
@@ -58,16 +58,18 @@ def evaluate(
     seed: int = 0,
     pairs: int = PAIRS,
 ) -> HeldOut:
-    """Each task's figure on held-out scans, seen in the first window; instance retrieval is of every window.
+    """Computes each task's figure on held-out scans, seen in the first window; instance retrieval covers every
+    window.
 
     Args:
-        net: as trained, on any device.
+        net: the trained network, on any device.
         tasks: its tasks.
-        volumes: held out.
-        windows, roi_size, views: as trained with.
-        seed: of crops and views.
-        pairs: of views for instance retrieval. Where there are fewer scans, some give several pairs, and one of
-            another pair of the same scan counts as wrong; the others' figures are of at most 16 scans or 64 crops.
+        volumes: held-out scans.
+        windows, roi_size, views: the training's.
+        seed: seed of crops and views.
+        pairs: number of pairs of views for instance retrieval. If there are fewer scans, some give several pairs, and
+            a view from another pair of the same scan counts as wrong; the other figures use at most 16 scans or 64
+            crops.
     """
     device = next(net.parameters()).device
     result = HeldOut()
@@ -80,7 +82,7 @@ def evaluate(
                 result.pictures.update(pictures)
         retrieving = [task for task in tasks if isinstance(task, Instance | PixelContrast | PixPro)]
         if retrieving:
-            # Views as in training, less the holes of inpainting: it isn't among the tasks here.
+            # Views are those of training without the holes of inpainting, which isn't among the tasks here.
             options: Any = {"roi_size": roi_size, "views": views, "seed": seed}
             shown = windows if any(isinstance(task, Instance) for task in retrieving) else windows[:1]
             drawn = [_pairs(Items(volumes, retrieving, windows=[limits], **options), pairs, seed) for limits in shown]
@@ -95,7 +97,7 @@ def evaluate(
 
 
 def _pairs(items: Items, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """Held-out items, the scans in turn."""
+    """Draws held-out items, the scans in turn."""
     numbered = ((n, np.random.default_rng([seed, _FIRST_ITEM + n])) for n in range(count))
     return [items.item(n % len(items.volumes), rng) for n, rng in numbered]
 
@@ -103,7 +105,7 @@ def _pairs(items: Items, count: int, seed: int) -> list[dict[str, Tensor]]:
 def rotation_accuracy(
     net: PretrainingNet, task: Rotation, volumes: Volumes, limits: Sequence[float], seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """The share of right answers for a crop of each scan (of 64 at most), in all four rotations."""
+    """Returns the share of right answers for a crop of each scan (of 64 at most), in all four rotations."""
     right = []
     for number in range(min(len(volumes), PAIRS)):
         rng = np.random.default_rng([seed, _FIRST_ITEM + number])
@@ -123,10 +125,10 @@ def rotation_accuracy(
 def inpainting_error(
     net: PretrainingNet, task: Inpainting, volumes: Volumes, limits: Sequence[float], seed: int, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Mean |error| in HU on the hidden voxels of the body, the network's and the harmonic fill's.
+    """Returns the mean |error| in HU on the hidden voxels of the body, the network's and the harmonic fill's.
 
-    Crops are as they were scanned: neither turned nor changed in intensity. Body: above −500 HU. Chance is the error
-    of an untrained head, which leaves the smooth fill as it is.
+    Crops are neither turned nor changed in intensity. The body is everything above −500 HU. Chance is the error of an
+    untrained head, which leaves the smooth fill as it is.
     """
     width = float(limits[1]) - float(limits[0])
     cropper = _Crop(task.roi_size)
@@ -174,10 +176,10 @@ def instance_retrieval(
     scans: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """How often the second view nearest to a first one is its own, and the other way round.
+    """Measures how often the second view nearest to a first one is its own, and the reverse.
 
-    Among views of one window, then the mean over windows: views of different windows are told apart too easily. The
-    head standardises among them, as in training among a step's.
+    Views of one window are compared, and the result is averaged over windows: views of different windows are told
+    apart too easily. The head standardises among them, as it does among a step's views in training.
     """
     by_window = [_top1(net, task, pairs, device) for pairs in drawn]
     top1, pairs = float(np.mean(by_window)), len(drawn[0])
@@ -210,10 +212,11 @@ def pixel_retrieval(
     limits: Sequence[float],
     device: torch.device,
 ) -> dict[str, Any]:
-    """The share of pixels whose most alike pixel of the other view lies within the radius, in both directions.
+    """Returns the share of pixels whose most similar pixel of the other view lies within the radius, in both
+    directions.
 
-    Counted are pixels that have one there at all. "body": those whose mean over the view's voxels is above −500 HU,
-    which leaves out the air, where all places look alike.
+    Only pixels that have a pixel within the radius count. "body" counts only those whose mean over the view's voxels
+    is above −500 HU, which leaves out the air, where all places look alike.
     """
     level = (BODY_HU - float(limits[0])) / (float(limits[1]) - float(limits[0]))
     found: dict[str, list[Tensor]] = {"all": [], "body": [], "chance": []}
@@ -246,7 +249,7 @@ def pixel_retrieval(
 
 
 class _Crop:
-    """The middle of a volume in a view's size, moved at random where there is room; padded with air."""
+    """Cuts the middle of a volume in a view's size, moved at random where there is room, and padded with air."""
 
     def __init__(self, roi_size: Sequence[int]) -> None:
         from monai.transforms import RandSpatialCrop, SpatialPad
@@ -261,7 +264,7 @@ class _Crop:
 
 @contextmanager
 def _evaluating(net: torch.nn.Module) -> Iterator[None]:
-    """Without gradients, and as the network was afterwards."""
+    """Switches the network to evaluation without gradients, and restores its mode afterwards."""
     training = net.training
     net.eval()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weighted sum of the tasks' losses, for `medaccel.training.fit`."""
+"""Sums the tasks' weighted losses, for `medaccel.training.fit`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from medaccel.training.fit import NetworkFit
 
 
 class PretrainingFit(NetworkFit):
-    """Both views of all items pass through the backbone as one batch: its norms are a sample's own, so that changes
-    nothing, and only the levels that some task asks for are computed.
+    """Passes both views of all items through the backbone as one batch; its norms are computed per sample, so this
+    changes nothing. Only the levels that some task needs are computed.
 
     Args:
         network: with the tasks' heads.
@@ -57,7 +57,7 @@ def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """A training's settings: what was given, and the others' defaults.
 
     Raises:
-        ValueError: a setting that is unknown, of another type or out of range, a cache that there is none of.
+        ValueError: a setting is unknown, has another type or is out of range, or the cache is unknown.
     """
     settings = converted("trainer", trainer, PretrainingTrainerSettings).whole()
     if settings["steps"] % settings["steps_per_epoch"]:

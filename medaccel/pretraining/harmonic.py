@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fill of a hole that knows nothing about anatomy: Laplace's equation between the hole's borders."""
+"""Fills a hole without any knowledge of anatomy: solves Laplace's equation between the hole's borders."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def harmonic_fill(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Fills a hole so that each of its voxels is the mean of its neighbours: the smoothest continuation.
 
     Args:
-        image: any number of axes; what it holds in the hole is not looked at.
-        mask: bool, of its shape, True in the hole. The image's own border is a mirror.
+        image: any number of axes; its values in the hole are ignored.
+        mask: bool, the image's shape, True in the hole. The image's own border is a mirror.
 
     Returns:
-        float64, of its shape.
+        The filled image, float64.
 
     Raises:
-        ValueError: shapes differ, or a hole that is everything.
+        ValueError: shapes differ, or the hole is the whole image.
     """
     if image.shape != mask.shape:
         raise ValueError(f"harmonic_fill: mask has shape {mask.shape}; expected the image's, {image.shape}")

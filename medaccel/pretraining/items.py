@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step sees: numbered items of two views with their geometry, and of what the tasks add.
+"""Draws the inputs of a step: numbered items of two views with their geometry, and the tasks' own additions.
 
 Item n is the same whatever the number of workers and processes, and whenever it is drawn: its random numbers come
-from (seed, n) alone. So a run that was killed goes on with the items that it would have had.
+from (seed, n) alone. So a run that was killed continues with the items that it would have had.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from medaccel.data.views import TwoViews, intensity_transforms
 from medaccel.pretraining.data import Volumes
 from medaccel.pretraining.tasks import PretextTask
 
-# Tells a batch's random numbers from an item's.
+# This tells a batch's random numbers from an item's.
 _OF_A_BATCH = 1
 
 
 class Items(torch.utils.data.Dataset):
-    """Endless numbered items.
+    """Yields endless numbered items.
 
     A view is a window of HU, 0 … 1, cut, turned and scaled by `medaccel.data.TwoViews`, with its changes of
-    intensity; outside the scan there is 0. Where inpainting is among the tasks, its blocks take the place of
-    `TwoViews`' own, and what it is to give back is the view before noise is added.
+    intensity; voxels outside the scan are 0. If inpainting is among the tasks, its blocks take the place of
+    `TwoViews`' own, and its target is the view before noise is added.
 
     Args:
-        volumes: what items are drawn from.
-        tasks: that the items are for.
-        windows: HU limits; an item has one of them, both views the same, and so do all items of a batch: what is
-            shown in another window is told apart by its grey alone, and no negative to learn from.
-        batch_size: items of a step, of all processes together; step n has the items from n · batch_size on.
+        volumes: the scans that items are drawn from.
+        tasks: the tasks that the items serve.
+        windows: HU limits; both views of an item, and all items of a batch, have the same window: views in different
+            windows differ in grey level alone, so they are useless negatives.
+        batch_size: items of a step, over all processes; step n has the items from n · batch_size on.
         roi_size: voxels of a view.
         views: options of `medaccel.data.TwoViews`.
-        seed: with an item's number, of all that is random in it.
+        seed: together with an item's number, it seeds all randomness of the item.
 
     Raises:
-        ValueError: options that `TwoViews` does not take.
+        ValueError: `TwoViews` refuses the options.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Items(torch.utils.data.Dataset):
         self.noise = Compose([c for c in changes if isinstance(c, RandGaussianNoise)])
 
     def __len__(self) -> int:
-        return 1 << 62  # as many as are asked for
+        return 1 << 62  # the dataset is endless
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, index])
@@ -80,11 +80,11 @@ class Items(torch.utils.data.Dataset):
         return self.item(int(rng.integers(len(self.volumes))), rng, int(shared.integers(len(self.windows))))
 
     def item(self, number: int, rng: np.random.Generator, shown: int = 0) -> dict[str, Tensor]:
-        """An item of one volume, in one of the windows.
+        """Draws an item of one volume, in one of the windows.
 
         Returns:
-            "view1", "view2" (1, *roi_size), "affine1", "affine2" (4, 4), where a task needs views; and what the tasks
-            add.
+            "view1", "view2" (1, *roi_size), "affine1", "affine2" (4, 4), if a task needs views; and the tasks' own
+            additions.
         """
         volume = self.volumes[number]
         image = window(volume.as_tensor(), self.windows[shown])
@@ -97,7 +97,7 @@ class Items(torch.utils.data.Dataset):
                 for n in (1, 2):
                     item[f"clean{n}"] = item[f"view{n}"]
                     item[f"view{n}"] = self.noise(item[f"view{n}"])
-        # MONAI's transforms give MetaTensors; what follows needs no more than the affines, which are apart.
+        # MONAI's transforms give MetaTensors; only their affines are needed from here on, and these are kept apart.
         item = {key: value.as_subclass(Tensor) for key, value in item.items()}
         for task in self.tasks:
             task.prepare(item, image, rng)

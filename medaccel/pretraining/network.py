@@ -14,14 +14,14 @@ from medaccel.pretraining.tasks.base import PretextTask
 
 
 class PretrainingNet(nn.Module):
-    """A Swin UNETR and the heads of some tasks.
+    """Joins a Swin UNETR and the heads of some tasks.
 
-    What no task needs of the backbone is frozen, and no part of `trained_state`.
+    Parts of the backbone that no task needs are frozen, and left out of `trained_state`.
 
     Args:
-        tasks: whose heads are made.
+        tasks: the tasks whose heads are made.
         feature_size: f of the backbone. Default 48.
-        options: further ones of `medaccel.nets.SwinUNETR`, such as `use_checkpoint`.
+        options: further options of `medaccel.nets.SwinUNETR`, such as `use_checkpoint`.
 
     Attributes:
         backbone: SwinUNETR of one input channel. heads: by task.
@@ -40,11 +40,11 @@ class PretrainingNet(nn.Module):
             self.heads[task.name] = task.head(self.backbone, feature_size)
 
     def features(self, x: Tensor, levels: Collection[str]) -> dict[str, Tensor]:
-        """`features` of the backbone."""
+        """Computes `features` of the backbone."""
         return features(self.backbone, x, levels)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The backbone's state_dict, on the CPU, less what no task has trained."""
+        """Returns the backbone's state_dict, on the CPU, without tensors that no task has trained."""
         parts = parts_for(self.levels)
         state = self.backbone.state_dict()
         return {name: value.detach().cpu().clone() for name, value in state.items() if within(name, parts)}

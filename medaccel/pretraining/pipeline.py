@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel pretraining run`: prepare scans, train, evaluate on held-out ones, write weights and a report.
+"""Runs `medaccel pretraining run`: prepares scans, trains, evaluates on held-out ones, writes weights and a report.
 
 See `run_folder` for what lies where.
 """
@@ -47,7 +47,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
         The path of report.html; beside it is `weights(output)`.
 
     Raises:
-        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else.
+        ValueError, OSError: options or data are bad, or the folder is unwritable or holds something else.
     """
     folder = PretrainingFolder(config.output)
     with before_work():
@@ -68,7 +68,7 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
 
 @dataclass(frozen=True)
 class Plan:
-    """What `check` has made of the options: settings, tasks, the network, and the scans that are given."""
+    """Holds the objects that `check` has made from the options: settings, tasks, the network, and the given scans."""
 
     settings: Mapping[str, Any]
     tasks: Sequence[PretextTask]
@@ -77,14 +77,14 @@ class Plan:
 
 
 def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
-    """Refuses what can be refused before anything is made: settings, devices, scans.
+    """Refuses bad settings, devices and scans before anything is made.
 
     Args:
         config: the options.
-        with_scans: look for the scans too.
+        with_scans: search the scans too.
 
     Raises:
-        ValueError, OSError: so.
+        ValueError, OSError: something is refused.
     """
     from medaccel.data.ct import find_scans
     from medaccel.data.views import TwoViews
@@ -109,7 +109,7 @@ def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
 
 
 def _refuse_changed_scans(config: PretrainingConfig) -> None:
-    """Refuses to call a run of other scans the same; scans that are gone since it ended are no reason to."""
+    """Refuses to continue a run with other scans; scans that are gone since it ended don't matter."""
     record = config.output / INPUTS
     if record.exists():
         before = read(record)
@@ -199,7 +199,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
 
 
 def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequence[Path] = ()) -> str:
-    """The sentence that says what memory is expected, with the prepared scans that are kept once they are known."""
+    """Returns the sentence on the expected memory, with the prepared scans that are kept once they are known."""
     # Both views of every item pass through the network at once.
     parts = swin_unetr(
         config.roi_size,
@@ -219,7 +219,7 @@ def _expected(config: PretrainingConfig, settings: Mapping[str, Any], kept: Sequ
 
 
 def _phantoms(config: PretrainingConfig) -> Path:
-    """The folder of the pool, which is written where it isn't there."""
+    """Returns the folder of the phantoms, which are written if they don't exist."""
     from medaccel.phantoms.ct_dataset import write_pool
 
     folder = config.output / "scans"

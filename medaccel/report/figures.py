@@ -194,7 +194,7 @@ def line_plot(series: Mapping[str, Sequence[float]], *, x_label: str, y_label: s
         ValueError: no curve has a point.
     """
     if not any(len(values) for values in series.values()):
-        raise ValueError(f"curves {list(series)} have no points (expected at least one)")
+        raise ValueError(f"curves {list(series)} have no points; expected at least one")
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(7.5, 3.2)
@@ -225,7 +225,7 @@ class HistogramPanel:
 def histogram_plot(panels: Sequence[HistogramPanel], *, x_label: str) -> bytes:
     """Draws histograms side by side on common axes, as outlines, so that overlapping ones all show."""
     if not panels:
-        raise ValueError("histogram_plot got no panel (expected at least one)")
+        raise ValueError("histogram_plot got no panel; expected at least one")
     figure = new_figure(11.0, 3.1)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.06, right=0.99, bottom=0.16, top=0.9, wspace=0.08)

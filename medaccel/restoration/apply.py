@@ -117,7 +117,7 @@ def apply(
         check_output(deviation, force=force)
     if samples is not None and (samples < 1 or not method.samples):
         expected = "1 or more" if method.samples else f"none, as {method.name} draws no samples"
-        raise ValueError(f"samples is {samples} (expected {expected})")
+        raise ValueError(f"samples is {samples}; expected {expected}")
     read = _read(input, exposure, series_uid, progress)
     spacing = voxel_spacing(read.image)
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
@@ -253,13 +253,13 @@ def _ct_on_grid(
     image = read_dicom_series(path, progress=progress) if path.is_dir() else read_nifti(path)
     values = np.asanyarray(image.dataobj).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
-        raise ValueError(f"{path}: {int((~np.isfinite(values)).sum())} voxels are NaN or infinite (expected HU)")
+        raise ValueError(f"{path}: {int((~np.isfinite(values)).sum())} voxels are NaN or infinite; expected HU")
     if check_units:
         check_hu(values, path, stacklevel=3)
     moved = resample(image, pet, outside=AIR_HU)
     resampled = np.asanyarray(moved.dataobj).astype(np.float32, copy=False)
     if resampled.max() <= AIR_HU:
-        raise ValueError(f"{path}: the CT has no tissue where the PET lies (expected one in HU, in the same space)")
+        raise ValueError(f"{path}: the CT has no tissue where the PET lies; expected one in HU, in the same space")
     body = body_mask(volume, spacing)
     missing = float((resampled[body] <= AIR_HU).mean()) if body.any() else 0.0
     if missing > _MISSING_CT:

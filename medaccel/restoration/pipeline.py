@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel restoration run`: fit the methods, choose on validation studies, freeze; `score`: on test studies, once.
+"""Runs the study: `run` fits the methods, chooses on validation studies and freezes the choice; `score` scores it on
+test studies, once.
 
-Nothing that is chosen has seen a test study: `run` ends with config.yaml holding what was chosen and the hashes of
-the checkpoints, and `score` refuses a folder where either has changed. See `run_folder` for what lies where.
+No choice has seen a test study: `run` ends with config.yaml holding the choices and the hashes of the checkpoints,
+and `score` refuses a folder in which either has changed. `run_folder` lists the files.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def run(config: RestorationConfig, *, force: bool = False, resume: bool = False,
         The path of report.html.
 
     Raises:
-        ValueError, OSError: bad options or data, an unwritable folder, a folder that holds something else, more
-            memory expected than is free.
+        ValueError, OSError: options or data are bad, the folder is unwritable or holds something else, or the run
+            needs more memory than is free.
     """
     with before_work():
         check(config)
@@ -85,10 +86,10 @@ def check(config: RestorationConfig) -> None:
     """Refuses what can be refused before anything is made: settings, devices, packages, studies.
 
     Raises:
-        ValueError, OSError: so.
+        ValueError, OSError: something is refused.
     """
     for name in METHODS:
-        # Also the settings of methods that this run leaves out: a mistake in them would be found by the next one.
+        # Settings of methods that this run leaves out are checked too: the next run would find a mistake in them.
         if name in config.methods or name in config.settings:
             settings = make_method(name, task_of(config), settings_of(config, name)).settings
             if name in config.methods and "accelerator" in settings:
@@ -145,8 +146,8 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
         The path of the report, in the run's `scored` folder.
 
     Raises:
-        FileNotFoundError: no finished run there, or no studies.
-        ValueError: what was chosen has changed since; a test patient was fitted to; a method that the run lacks.
+        FileNotFoundError: the folder holds no finished run, or there are no studies.
+        ValueError: the choices have changed since; a test patient was fitted to; the run lacks a method.
     """
     folder = RunFolder(chosen.run)
     with before_work():
@@ -247,11 +248,11 @@ def settings_of(config: RestorationConfig, name: str) -> dict[str, Any]:
 
 
 def choose_best(scored: Sequence[Scored]) -> str:
-    """The method with the highest mean, over exposures and studies, of both scores' shares of what they can be.
+    """Returns the method with the highest mean, over exposures and studies, of both scores' shares of their maximum.
 
-    MSE score / limit and 1 − SSIM score / ceiling count alike, so that neither is bought with the other, nor the
-    truth with looking noisy: a method that is no better than the input against the noise-free image is passed over,
-    unless all are.
+    MSE score / limit and 1 − SSIM score / ceiling count alike, so that neither is improved at the other's cost, nor
+    the noisy look at the truth's: a method that is no better than the input against the noise-free image is passed
+    over, unless all are.
     """
     criteria: dict[str, float] = {}
     honest: set[str] = set()
@@ -280,10 +281,10 @@ def _fit(
     trained_on: Callable[[], dict[str, Any]],
     say: Say,
 ) -> Method:
-    """A method from its checkpoint, or fitted and stored there."""
+    """Loads a method from its checkpoint, or fits it and stores it there."""
     checkpoint = folder.checkpoint(name)
     done = checkpoint.exists()
-    ranks.barrier()  # all have looked before the first process writes
+    ranks.barrier()  # all processes have looked before the first one writes
     if done:
         say(f"{name}: fitted before")
         return load_method(checkpoint, name)
@@ -312,7 +313,8 @@ def _discard_other_rows(output: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _check_same_scoring(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Rows of another scoring are not mixed with this one's; True where this is the first."""
+    """Refuses a folder with the rows of another scoring, which are not mixed with this one's; returns True if this is
+    the first."""
     from medaccel.data.files import write_text
 
     record, text = output / "scoring.json", json.dumps(identity, indent=1, sort_keys=True) + "\n"

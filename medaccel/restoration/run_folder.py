@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: its options, its split, what it chose, and a record of every time that it was scored.
+"""Keeps the folder of a run: its options, its split, its choices, and a record of every scoring.
 
-config.yaml          the options and, once the choices are made, `frozen`: what was chosen, and hashes of it
+config.yaml the options and, once they are made, the choices and their hashes (`frozen`)
 splits.json          which studies were fitted on and chosen on, and `inputs`: size, time and SHA-256 of their files
 studies/             simulated ones, in the layout of `medaccel.restoration.study`
 fits/<method>/       logs and what an interrupted fit goes on from
@@ -47,7 +47,7 @@ class RunFolder(OptionsFolder):
         """Records what was chosen, and the hashes that hold it fast.
 
         Args:
-            choices: by method, plain values.
+            choices: plain values by method.
             best: the method chosen among all.
         """
         content: dict[str, Any] = {
@@ -66,7 +66,7 @@ class RunFolder(OptionsFolder):
         """The options and what was chosen.
 
         Raises:
-            FileNotFoundError: no run here, or its fits have not ended.
+            FileNotFoundError: the folder holds no run, or its fits have not ended.
             ValueError: a checkpoint or a choice is not the one that was frozen.
         """
         if not self.record.exists():
@@ -95,9 +95,10 @@ class RunFolder(OptionsFolder):
         return self.path / "checkpoints" / f"{method}.pt"
 
     def note_score(self, entry: Mapping[str, Any]) -> int:
-        """Adds to scored.json that the run was scored, with the time; returns how often on these studies by now."""
+        """Adds an entry to scored.json with the time; returns how often the run has been scored on these studies by
+        now."""
         path = self.path / "scored.json"
-        # Scorings of other names may end at the same time.
+        # Scorings under other names may end at the same time.
         lock = self.path / "scored" / LOCK
         with FileLock(lock, timeout=60):
             entries = read_json(path) if path.exists() else []

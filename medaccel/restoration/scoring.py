@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method on every study: rows that are kept as they are made, so that an interrupted scoring goes on.
+"""Scores every method on every study; rows are kept as they are made, so that an interrupted scoring continues.
 
-In the folder: rows/<study>_<seconds>s.json, and volumes/ with what is needed again: the restored images of the first
-studies (pictures, noise), and the mean and deviation of drawn samples in every study's body (coverage). A study of
-which one of these is damaged is scored again.
+The folder holds rows/<study>_<seconds>s.json, and volumes/ with images that are needed again: the restored images of
+the first studies (pictures, noise), and the mean and deviation of drawn samples in every study's body (coverage). If
+one of a study's files is damaged, the study is scored again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ EXAMPLES = 3  # studies whose restored images are kept
 
 @dataclass
 class Scored:
-    """What scoring found of one exposure; lists have one entry a study.
+    """Holds the results of scoring at one exposure; lists have one entry per study.
 
     Attributes:
-        seconds, target_seconds: what was restored to what.
+        seconds, target_seconds: exposures of input and target.
         paths: study folders.
         rows: method: rows of `StudyEvaluator.evaluate`; of a study that a method was not asked for, NaN.
         noise: how noisy each input is.
@@ -60,7 +60,7 @@ class Scored:
 
     @property
     def studies(self) -> list[str]:
-        """Names."""
+        """Returns the studies' names."""
         return [path.name for path in self.paths]
 
 
@@ -68,10 +68,10 @@ class Scorer:
     """Scores methods on studies into a folder.
 
     Args:
-        methods: fitted, by name.
-        folder: for rows and volumes.
+        methods: fitted methods by name.
+        folder: holds rows and volumes.
         samples: how many the drawing methods draw; None: their setting.
-        sampled_studies: on how many of the studies they are asked, the first ones; None: all.
+        sampled_studies: number of studies, from the first on, that they are applied to; None: all.
         one_patient: all studies are realisations of one patient; errors are kept by axial block.
         progress: show bars.
     """
@@ -92,7 +92,7 @@ class Scorer:
         (folder / "volumes").mkdir(exist_ok=True)
 
     def score(self, paths: Sequence[Path], seconds: int, target_seconds: int) -> Scored:
-        """All methods, and the references, on all studies at one exposure."""
+        """Scores all methods, and the references, on all studies at one exposure."""
         result = Scored(seconds, target_seconds, list(paths))
         label = f"scoring {seconds} s"
         for position, path in enumerate(tqdm(paths, desc=label, unit="study", disable=not self.progress)):
@@ -108,7 +108,7 @@ class Scorer:
         return result
 
     def volumes(self, path: Path, seconds: int) -> dict[str, np.ndarray]:
-        """The restored images of one of the first studies, by method."""
+        """Returns the restored images of one of the first studies, by method."""
         return {
             name: read_volume(self._volume(path, seconds, name))
             for name in self.methods
@@ -116,7 +116,7 @@ class Scorer:
         }
 
     def items(self, method: str, paths: Sequence[Path], seconds: int) -> Iterator[Item]:
-        """Truth λ, mean, deviation and body of each study that the method drew samples of."""
+        """Yields truth λ, mean, deviation and body of each study that the method drew samples of."""
         for path in paths:
             kept = self._volume(path, seconds, f"{method}_samples")
             if kept.exists():
@@ -134,7 +134,7 @@ class Scorer:
         return self.folder / "volumes" / f"{path.name}_{seconds}s_{name}.pt"
 
     def _study(self, path: Path, position: int, seconds: int, target_seconds: int) -> dict[str, Any]:
-        """A study's record, from its file where it is there."""
+        """Returns a study's record, from its file if it exists."""
         file = self.folder / "rows" / f"{path.name}_{seconds}s.json"
         if file.exists():
             try:
@@ -159,7 +159,7 @@ class Scorer:
         if study.noise_free is not None:
             images[ORACLE] = metrics.oracle(image, study.noise_free, seconds, target_seconds)
             images[NOISE_FREE] = study.noise_free
-        # SciPy's filters, which take the time, release the interpreter's lock.
+        # SciPy's filters, which take most of the time, release the interpreter's lock.
         with ThreadPoolExecutor(max_workers=2) as pool:
             rows = dict(zip(images, pool.map(evaluator.evaluate, images.values()), strict=True))
         nothing = dict.fromkeys(rows[IDENTITY], math.nan)
@@ -186,7 +186,8 @@ class Scorer:
         return dict(json.loads(json_text(record)))
 
     def _kept(self, file: Path, path: Path, seconds: int) -> dict[str, Any]:
-        """A study's record in its file. Raises ValueError where that, or a volume that belongs to it, is damaged."""
+        """Returns a study's record in its file; raises ValueError if the file, or a volume that belongs to it, is
+        damaged."""
         record = read_json(file)
         try:
             NoiseLevel(**record["noise"])
@@ -227,13 +228,14 @@ class Scorer:
 
 
 def read_volume(path: Path) -> np.ndarray:
-    """A volume that scoring kept."""
+    """Reads a volume that scoring kept."""
     volume: np.ndarray = load_tensors(path).numpy()
     return volume
 
 
 def fit_calibrations(scorer: Scorer, scored: Sequence[Scored]) -> dict[str, dict[str, Calibration]]:
-    """For each drawing method and exposure, factors that make its intervals cover 90 % of λ on these studies."""
+    """Fits, for each drawing method and exposure, factors that make its intervals cover 90 % of λ on these
+    studies."""
     found: dict[str, dict[str, Calibration]] = {}
     for name, method in scorer.methods.items():
         if not method.samples:

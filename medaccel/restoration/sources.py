@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's studies come from, folders, phantoms or a measured PET; and who is fitted to, and who not."""
+"""Provides a run's studies from folders, phantoms or a measured PET, and separates the patients that are fitted to
+from the others."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ from medaccel.studies.inputs import record as inputs_of
 from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 
-VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds are drawn from here on, so that no person is in two sets
+VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds of these sets start here, so that no person is in two sets
 
 
 def check_sources(config: RestorationConfig) -> None:
     """Fails before the fits at what would fail after them: options and folders that can't be used."""
     simulator_of(config)
     if config.train_studies is not None:
-        # A study that lacks an exposure is found now, and not where a worker draws it after hours.
+        # A study that lacks an exposure is found here, and not by a worker that draws it after hours.
         paths = [p for role in split(config) for p in role]
         exposures = (*config.exposures, config.target_seconds)
         for path in paths:
@@ -47,10 +48,10 @@ def check_sources(config: RestorationConfig) -> None:
 
 
 def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None:
-    """Refuses studies that can't be in SUV, or whose CT is none in HU; one image is in memory at a time.
+    """Refuses studies that can't be in SUV, or whose CT is not in HU; one image is in memory at a time.
 
     Raises:
-        OSError, ValueError: as `read_nifti`, `check_suv` and `check_hu`.
+        OSError, ValueError: `read_nifti`, `check_suv` or `check_hu` refuses a study.
     """
     for folder in tqdm(studies, desc="units of the studies", unit="study", leave=False):
         for seconds in exposures:
@@ -62,7 +63,7 @@ def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None
         ct = folder / "CT.nii.gz"
         if os.path.lexists(ct):
             values = np.asarray(read_nifti(ct).dataobj)
-            if np.isfinite(values).all():  # else `load_study` tells
+            if np.isfinite(values).all():  # `load_study` refuses other values
                 check_hu(values, ct)
 
 
@@ -100,8 +101,8 @@ def split(config: RestorationConfig) -> tuple[list[Path], list[Path]]:
     """Training and validation studies of `train_studies` and `validation_studies`; no patient is in both.
 
     Raises:
-        ValueError: a patient in both folders, or a single patient to split.
-        FileNotFoundError: no studies.
+        ValueError: a patient is in both folders, or a single patient is to be split.
+        FileNotFoundError: there are no studies.
     """
     assert config.train_studies is not None
     train = find_studies(config.train_studies)
@@ -126,7 +127,7 @@ def split(config: RestorationConfig) -> tuple[list[Path], list[Path]]:
 
 
 def patient(study: Path) -> str:
-    """Whose study it is: `patient` of the parameters in its study.json, else its folder's name."""
+    """Names a study's patient: `patient` of the parameters in its study.json, else its folder's name."""
     return str(read_parameters(study).get("patient", study.resolve().name))
 
 
@@ -134,7 +135,7 @@ def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> t
     """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json.
 
     Raises:
-        ValueError: given studies are others than those which splits.json has.
+        ValueError: the given studies differ from those in splits.json.
     """
     record = config.output / "splits.json"
     if config.train_studies is not None:
@@ -153,7 +154,7 @@ def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> t
     files = [file for path in (*train, *validation) for file in _files(path, config)]
     before = read_json(record) if record.exists() else {}
     inputs: Record = {}
-    if config.train_studies is not None:  # simulated ones are the run's own
+    if config.train_studies is not None:  # simulated studies belong to the run
         if "inputs" in before:
             said, inputs = differences(before["inputs"], files)
             refuse_changes(config.output, "run", said)
@@ -177,8 +178,8 @@ def given_to_score(config: RestorationConfig, chosen: ScoreConfig) -> list[Path]
     """The files of the studies, or of the series, that are given to score on; none where phantoms are made.
 
     Raises:
-        ValueError: one of their patients was fitted to or chosen on; no PET series.
-        FileNotFoundError: no studies.
+        ValueError: one of their patients was fitted to or chosen on; the folder holds no PET series.
+        FileNotFoundError: there are no studies.
     """
     if chosen.dicom is not None:
         return [Path(header.filename) for header in open_series(chosen.dicom).headers]
@@ -280,7 +281,7 @@ def _real_patient(
 
 @contextmanager
 def _percent(description: str) -> Iterator[Progress]:
-    """A bar for work that reports its share done and a word about itself."""
+    """Shows a bar for work that reports the share done and a word about itself."""
     with tqdm(total=100, desc=description, unit="%", bar_format="{desc}: {bar} {n:.0f} % {postfix}") as bar:
 
         def report(share: float, message: str) -> None:
@@ -291,7 +292,7 @@ def _percent(description: str) -> Iterator[Progress]:
 
 
 def describe(chosen: ScoreConfig) -> str:
-    """What the test studies are, to complete "scored on … studies: "."""
+    """Describes the test studies, to complete "scored on … studies: "."""
     if chosen.dicom is not None:
         return "simulated noise realisations of one measured PET"
     if chosen.test_studies is not None:
@@ -300,7 +301,7 @@ def describe(chosen: ScoreConfig) -> str:
 
 
 def notes_on(chosen: ScoreConfig) -> list[str]:
-    """What a reader must know of where the truth comes from."""
+    """Returns the notes that a reader needs about the origin of the truth."""
     if chosen.dicom is None:
         return []
     return [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study on disk: one folder with the exposures of one patient and what is known of it.
+"""Reads and writes a study on disk: one folder with the exposures of one patient and further data.
 
     PET_30.nii.gz, PET_60.nii.gz, …   exposures in SUV, named by their duration in s
     CT.nii.gz                         optional, HU
@@ -9,9 +9,9 @@
     organs.nii.gz                     simulated studies: labels, named in study.json
     study.json                        durations, organ names, parameters; written by `save_study`
 
-All volumes lie on one grid, but for the CT, which is resampled to it when it is read. A folder with nothing but PET
+All volumes lie on one grid, except the CT, which is resampled to it when it is read. A folder with nothing but PET
 files is a study too. `save_study` marks the folder incomplete before it writes and complete when it is done, so that
-an interrupted writing shows.
+interrupted writing is noticed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OPTIONAL = {
     "activity": ("activity.nii.gz", True, False),
     "organs": ("organs.nii.gz", True, True),
 }
-# Affines of one grid may differ by what float32 headers lose, mm.
+# Affines of one grid may differ by the rounding of float32 headers, mm.
 _AFFINE_TOLERANCE = 1e-2
 
 
@@ -50,9 +50,9 @@ class PETStudy:
     """One patient; all arrays (i, j, k) on one grid.
 
     Args:
-        name: of the study, its folder's name.
-        spacing: mm.
-        affine: (4, 4), voxel indices to RAS, mm.
+        name: the study's name, which is its folder's.
+        spacing: voxel size, mm.
+        affine: (4, 4), maps voxel indices to RAS, mm.
         exposures: duration in s -> SUV, float32, in increasing order.
         ct: HU, float32.
         lesions: instance labels, uint16, 0 is none.
@@ -84,7 +84,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PE
         durations: exposures in s that must be there; None: those that study.json names, if it exists.
 
     Raises:
-        FileNotFoundError: no folder, no exposures, or a required one is missing.
+        FileNotFoundError: the folder, all exposures, or a required one are missing.
         ValueError: the writing was interrupted, a file is damaged, a grid differs from the others', or values are not
             possible (SUV negative, not finite or zero everywhere; one slice; labels that are not whole numbers).
     """
@@ -96,7 +96,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PE
         raise ValueError(f"{folder}: the writing of this study was interrupted (write it again)")
     found = _durations(folder)
     if not found:
-        raise FileNotFoundError(f"{folder}: no exposures (expected files PET_<seconds>.nii.gz, as PET_60.nii.gz)")
+        raise FileNotFoundError(f"{folder}: no exposures; expected files PET_<seconds>.nii.gz, as PET_60.nii.gz")
     required = record.get("durations_s", []) if durations is None else durations
     for seconds in required:
         if seconds not in found:
@@ -117,7 +117,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PE
         image = first if seconds == found[0] else read_nifti(path)
         array = _checked(image, path, first, not_negative=True, labels=False)
         if not array.any():
-            raise ValueError(f"{path}: zero everywhere (expected SUV)")
+            raise ValueError(f"{path}: zero everywhere; expected SUV")
         study.exposures[seconds] = array
     for attribute, (name, not_negative, labels) in _OPTIONAL.items():
         path = folder / name
@@ -159,7 +159,7 @@ def save_study(folder: str | Path, study: PETStudy, *, force: bool = False) -> N
     for name, array in arrays.items():
         if array is not None:
             save_nifti(folder / name, make_nifti(array, study.affine), force=True)
-        else:  # of the study that is replaced
+        else:  # a file of the replaced study
             (folder / name).unlink(missing_ok=True)
     for seconds in set(_durations(folder)) - set(study.exposures):
         (folder / f"PET_{seconds}.nii.gz").unlink()
@@ -167,7 +167,7 @@ def save_study(folder: str | Path, study: PETStudy, *, force: bool = False) -> N
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether `save_study` has finished here and its files are still there."""
+    """Tells whether `save_study` has finished here and its files still exist."""
     folder = Path(folder)
     try:
         record = _read_record(folder)
@@ -177,18 +177,19 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def read_parameters(folder: str | Path) -> dict[str, Any]:
-    """How a study was made, from its study.json; empty without one. Raises ValueError where that is damaged."""
+    """Returns how a study was made, from its study.json; empty without one. Raises ValueError if the file is
+    damaged."""
     parameters: dict[str, Any] = _read_record(Path(folder)).get("parameters", {})
     return parameters
 
 
 def find_studies(folder: str | Path) -> list[Path]:
-    """The study folders directly under ``folder``, sorted by name; or ``folder`` alone where it is a study itself.
+    """Lists the study folders directly under ``folder``, sorted by name; or ``folder`` alone if it is a study itself.
 
-    Warns of studies whose writing was interrupted, and leaves them out.
+    It warns of studies whose writing was interrupted, and leaves them out.
 
     Raises:
-        FileNotFoundError: no folder, or no study in it.
+        FileNotFoundError: the folder does not exist, or holds no study.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -204,18 +205,18 @@ def find_studies(folder: str | Path) -> list[Path]:
         else:
             warnings.warn(f"{path}: left out, the writing of this study was interrupted", stacklevel=2)
     if not studies:
-        raise FileNotFoundError(f"{folder}: no studies (expected folders with files PET_<seconds>.nii.gz)")
+        raise FileNotFoundError(f"{folder}: no studies; expected folders with files PET_<seconds>.nii.gz")
     return studies
 
 
 def _durations(folder: Path) -> list[int]:
-    """Seconds of the exposures in a folder, increasing."""
+    """Returns the seconds of the exposures in a folder, increasing."""
     matches = (_PET_NAME.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """Content of study.json, empty where there is none."""
+    """Returns the content of study.json, empty if there is none."""
     path = folder / STUDY_JSON
     if not path.exists():
         return {}
@@ -230,12 +231,12 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: bool) -> np.ndarray:
-    """The image's voxels as float32, or as uint16 where they are labels."""
+    """Returns the image's voxels as float32, or as uint16 for labels."""
     array = np.asarray(image.dataobj)
     if min(array.shape) < 2:
-        raise ValueError(f"{path}: shape {array.shape} (expected at least two voxels along each axis)")
+        raise ValueError(f"{path}: shape {array.shape}; expected at least two voxels along each axis")
     if array.shape != first.shape:
-        raise ValueError(f"{path}: shape {array.shape} differs from the exposures' {first.shape} (expected one grid)")
+        raise ValueError(f"{path}: shape {array.shape} differs from the exposures' {first.shape}; expected one grid")
     if not np.allclose(image.affine, first.affine, rtol=0.0, atol=_AFFINE_TOLERANCE):
         raise ValueError(
             f"{path}: lies on another grid than the exposures, affine {np.round(image.affine, 3).tolist()} "
@@ -244,7 +245,7 @@ def _checked(image: Any, path: Path, first: Any, not_negative: bool, labels: boo
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {int((~np.isfinite(array)).sum())} voxels are NaN or infinite")
     if not_negative and array.min() < 0:
-        raise ValueError(f"{path}: the least value is {array.min():g} (expected >= 0)")
+        raise ValueError(f"{path}: the least value is {array.min():g}; expected >= 0")
     if not labels:
         return array.astype(np.float32)
     result = array.astype(np.uint16)

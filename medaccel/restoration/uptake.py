@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a PET is in SUV, judged by the body's typical uptake.
+"""Judges by the body's typical uptake whether a PET is in SUV.
 
-Divided by the dose a gram of body, uptake is about 1 on average wherever all of it is in view; the median over the
-body of an FDG PET is 0.3 to 1, since excretion and hot organs take their part. Only a brain's is far higher, 3 to 8.
-So a factor of five is seen in most scans, and Bq/mL, counts or a rescaled image for certain. The field of view says
-nothing: its mean depends on how much air is in it.
+Divided by the dose per gram of body, uptake is about 1 on average if the whole body is in view; the median over the
+body of an FDG PET is 0.3 to 1, since excretion and hot organs take their share. Only a brain's is far higher, 3 to 8.
+So a factor of five is noticed in most scans, and Bq/mL, counts or a rescaled image for certain. The mean over the
+field of view says nothing, because it depends on the amount of air.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import numpy as np
 
 from medaccel.restoration.evaluation.metrics import Array, check_spacing
 
-# SUV, of the body's median: what passes without a word, and what can't be.
+# Body medians, SUV: values in the first range give no warning, values outside the second are impossible.
 _USUAL = (0.15, 2.2)
 _POSSIBLE = (0.03, 25.0)
 _BLOCK_MM = 8.0  # averages over this length have little noise
-_BODY_SHARE = 0.15  # of the typical uptake: fat and lungs have more, air less
-_ACTIVITY = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of it that lie above the typical uptake
-_LEAST_ML, _LEAST_SHARE = 1000.0, 0.05  # of a body, and of the field of view: bladders and kidneys have less
+_BODY_SHARE = 0.15  # share of the typical uptake: fat and lungs have more, air less
+_ACTIVITY = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of the activity that lie above the typical uptake
+# least size of a body, in mL and as a share of the field of view: bladders and kidneys are smaller
+_LEAST_ML, _LEAST_SHARE = 1000.0, 0.05
 _OVERRIDE = "check_units: false takes it all the same"
 
 
 def body_median(volume: Array, spacing: Sequence[float]) -> float:
-    """The body's median uptake, whatever the unit, the air around the body and the hottest organ are.
+    """Returns the body's median uptake, whatever the unit, the air around the body and the hottest organ.
 
     The uptake above which half of all activity lies is the typical one, since air has next to no activity however
     much of it there is, and the body is the largest connected part above a share of that. A hot bladder may have more
@@ -39,7 +40,7 @@ def body_median(volume: Array, spacing: Sequence[float]) -> float:
         spacing: mm.
 
     Raises:
-        ValueError: nothing in it is above 0; spacing that is none.
+        ValueError: no voxel is above 0, or spacing isn't three positive lengths.
     """
     from scipy import ndimage
 
@@ -47,7 +48,7 @@ def body_median(volume: Array, spacing: Sequence[float]) -> float:
     blocks = _block_means(volume, spacing)
     ordered = np.sort(blocks[blocks > 0])
     if not ordered.size:
-        raise ValueError("the volume is zero everywhere (expected a PET)")
+        raise ValueError("the volume is zero everywhere; expected a PET")
     activity = np.cumsum(ordered)
     millilitres = float(np.prod([float(s) for s in spacing])) * volume.size / blocks.size / 1000
     medians = []
@@ -68,11 +69,12 @@ def check_suv(volume: Array, spacing: Sequence[float], path: Path, *, stacklevel
     Args:
         volume: (i, j, k), finite, not negative.
         spacing: mm.
-        path: that it was read from.
-        stacklevel: of the warning, as `warnings.warn` counts.
+        path: the file that it was read from.
+        stacklevel: the warning's, as `warnings.warn` counts.
 
     Raises:
-        ValueError: the body's median is no SUV, or there is no body; the message says how it is read all the same.
+        ValueError: the body's median is no SUV, or there is no body; the message says which option reads it all the
+            same.
 
     Warns:
         UserWarning: the median is a rare one, or all values are whole numbers.
@@ -94,7 +96,7 @@ def check_suv(volume: Array, spacing: Sequence[float], path: Path, *, stacklevel
 
 
 def _block_means(volume: Array, spacing: Sequence[float]) -> Array:
-    """Means over whole blocks of about 8 mm, float64; what is left over at the far ends is left out."""
+    """Returns means over whole blocks of about 8 mm, float64; incomplete blocks at the far ends are left out."""
     sizes = [min(max(round(_BLOCK_MM / float(s)), 1), n) for s, n in zip(spacing, volume.shape, strict=True)]
     whole = volume[tuple(slice(n // size * size) for n, size in zip(volume.shape, sizes, strict=True))]
     split = [part for n, size in zip(whole.shape, sizes, strict=True) for part in (n // size, size)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained network on a user's own CT: the command `medaccel segmentation apply`."""
+"""Applies a trained network to a user's own CT: the command `medaccel segmentation apply`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from medaccel.studies.digest import file_sha256
 from medaccel.studies.tables import write_json
 
 _META_IMAGE = (".mhd", ".mha")
-# A scan may have voxels that much smaller or larger than those of the training, and its body's mean that far off, HU.
+# A scan's voxels may be smaller or larger than the training's by this factor, and its body's mean may differ by so
+# many HU.
 _SPACING_FACTOR = 1.5
 _BODY_MARGIN = 100.0
 
@@ -39,37 +40,37 @@ def apply(
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
-    """Segment one CT with a trained network. For research only.
+    """Segments one CT with a trained network. For research only.
 
     Args:
         checkpoint: best.pt of a cell.
         input: a .nii, .nii.gz, .mhd or .mha file in HU, or a folder with a CT DICOM series.
         output: a .nii or .nii.gz file: the label map, on the input's grid.
-        keep_largest: components that are kept of each structure, 0 is all; by default as in the training's settings.
-        report: a JSON file: the volume of each structure, mL, and its components; by default beside the output, with
-            its name.
-        series_uid: SeriesInstanceUID, where the folder has several series.
-        check_units: refuse an input that doesn't look like a CT in HU, but like a label map, MR, another unit.
-        force: overwrite what exists.
-        progress: say on stderr what is done.
+        keep_largest: number of components to keep of each structure, 0 keeps all; by default the training's setting.
+        report: a JSON file with the volume of each structure, mL, and its components; by default beside the output,
+            with its name.
+        series_uid: SeriesInstanceUID, if the folder has several series.
+        check_units: refuse an input that doesn't look like a CT in HU, but like a label map, MR or another unit.
+        force: overwrite existing files.
+        progress: report the progress on stderr.
 
     Returns:
         The paths that were written: the label map and the report.
 
     Raises:
-        ValueError: a checkpoint that is damaged, of another kind or format; an output of another format; an input
-            that is damaged or no CT in HU; several series in the folder; `keep_largest` below 0; more memory is
-            expected than is free.
-        OSError: no input or checkpoint; an output exists, or can't be written, and an old one stays as it was.
+        ValueError: the checkpoint is damaged or has another kind or format; the output has another format; the input
+            is damaged or no CT in HU; the folder holds several series; `keep_largest` is below 0; the work needs more
+            memory than is free.
+        OSError: input or checkpoint is missing; an output exists or can't be written, and an old one stays as it was.
 
     Warns:
-        UserWarning: the scan's voxels or CT numbers are unlike those of the training.
+        UserWarning: the scan's voxels or CT numbers differ from the training's.
     """
     checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
     if not is_nifti_name(output):
         raise ValueError(f"{output}: the output's name must end in .nii or .nii.gz")
     report = _beside(output) if report is None else Path(report)
-    for path in (output, report):  # what can be refused is refused before anything is read
+    for path in (output, report):  # outputs are checked before anything is read
         check_output(path, force=force)
     if keep_largest is not None and keep_largest < 0:
         raise ValueError(f"keep_largest is {keep_largest}; expected 0 for all components, or how many are kept")
@@ -108,7 +109,7 @@ def apply(
 
 
 def volumes(image: Nifti1Image, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Of each structure of a label map: "label", "name", "volume_ml" and its 26-connected "components".
+    """Returns "label", "name", "volume_ml" and 26-connected "components" of each structure of a label map.
 
     Components are given by their volumes, mL, the largest first.
     """
@@ -125,7 +126,7 @@ def volumes(image: Nifti1Image, names: Mapping[int, str]) -> list[dict[str, Any]
 
 
 def _beside(output: Path) -> Path:
-    """`a.json` of `a.nii.gz`."""
+    """Returns the path `a.json` for `a.nii.gz`."""
     return output.with_name(output.name[: output.name.lower().rindex(".nii")] + ".json")
 
 
@@ -153,7 +154,7 @@ def _scan(path: Path, series_uid: str | None, check_units: bool) -> Scan:
 
 
 def _unlike(scan: Nifti1Image, seen: Mapping[str, Any]) -> list[str]:
-    """What a user should know before trusting the labels, a sentence each."""
+    """Returns the warnings that a user needs before trusting the labels, a sentence each."""
     sentences = []
     steps, extent = voxel_spacing(scan), seen["spacing_mm"]
     low, high = min(axis[0] for axis in extent), max(axis[1] for axis in extent)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One cell of the study: fine-tune from an initialization on a share of the labels, choose on validation, test once.
+"""Runs one cell of the study: fine-tunes from an initialization on a share of the labels, chooses on validation,
+tests once.
 
-    last.ckpt     while it trains; a cell that was killed goes on from there
-    best.pt       the network that was chosen (`medaccel.segmentation.model.checkpoint`)
-    result.json   everything that was found; where it is, the cell is finished
+    last.ckpt exists during training; a cell that was killed continues from it
+    best.pt the chosen network (`medaccel.segmentation.model.checkpoint`)
+    result.json all results; a cell that has this file is finished
     csv/, tensorboard/
 
-What a cell starts from is all that an initialization changes: a seed has the same split, the same crops in the same
-order and, where weights leave any, the same random ones.
+An initialization changes only the weights that a cell starts from: a seed has the same split, the same crops in the
+same order and the same random values for tensors that the weights leave out.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from medaccel.training import ranks
 from medaccel.training.fit import train
 
 _LAST = "last.ckpt"
-# Of the network's tensors, those that give the classes: never taken from elsewhere.
+# These tensors of the network give the classes, and are never taken from elsewhere.
 _HEAD = "out."
 # Settings that change where and how it is computed, not what.
 _MACHINE = ("accelerator", "strategy", "num_workers", "cache", "checkpoint_minutes", "sw_batch_size")
@@ -63,22 +64,23 @@ def run_cell(
     weights: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains, chooses and tests, or reads what an earlier call found.
+    """Trains, chooses and tests, or reads the result of an earlier call.
 
-    Started by torchrun, each process calls it: they share the batch, the validation cases and the test cases, and
-    the first one writes.
+    Under torchrun, each process calls it: they share the batch, the validation cases and the test cases, and the
+    first one writes.
 
     Args:
-        cell: its seed is the crops' and the random weights'.
+        cell: the cell; its seed also seeds the crops and the random weights.
         dataset: the task.
-        split: of the dataset's cases.
-        folder: of the cell; made if missing.
-        settings: of `medaccel.segmentation.model.presets.make_settings`, or overrides for it.
-        weights: to start from, any file that `medaccel.nets.load_pretrained` reads; None for random initialization.
+        split: the split of the dataset's cases.
+        folder: the cell's folder; made if missing.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`, or overrides for it.
+        weights: the weights to start from, any file that `medaccel.nets.load_pretrained` reads; None for random
+            initialization.
         progress: show bars.
 
     Returns:
-        What result.json holds: "cell", "settings", "labels", "cases" (how many trained, chose and tested),
+        The content of result.json: "cell", "settings", "labels", "cases" (numbers for training, choice and test),
         "initialization" (None, or file, SHA-256, dialect and numbers of tensors loaded, skipped and missing),
         "steps", "best" (step, dice), "curve" (step, dice of the validation, mean training loss since the point
         before), "dice" (mean over the test cases, by structure), "rows" (case, structure, `CaseScores`), "seconds"
@@ -86,9 +88,9 @@ def run_cell(
         "test_seconds", and "seconds_per_step".
 
     Raises:
-        ValueError: settings or weights that don't fit the cell; a result or a checkpoint in the folder of others; a
-            fraction that leaves no case; as `load_case`.
-        RuntimeError: weights of which none fits, as `load_pretrained`.
+        ValueError: settings or weights don't fit the cell; the folder holds another cell's result or checkpoint; the
+            fraction leaves no case; `load_case` refuses a case.
+        RuntimeError: `load_pretrained` finds no weight that fits.
     """
     s, folder = make_settings(settings), Path(folder)
     if (weights is None) != (cell.init == RANDOM):
@@ -110,7 +112,7 @@ def run_cell(
     crops = Crops(dataset, training, s, seed=cell.seed, progress=progress)
     known = [validation_case(*load_case(dataset, case), s) for case in validation]
     check = Validation(known, len(dataset.labels), s)
-    # What the training depends on, beside its settings: a checkpoint of others is refused.
+    # The training depends on these beside its settings: a checkpoint with others is refused.
     whose = {"cell": asdict(cell), "initialization": sha256, "cases": [c.name for c in (*training, *validation)]}
     _, trained, _ = train(
         SegmentationFit(network, len(dataset.labels), s | {"whose": whose}),
@@ -154,7 +156,7 @@ def run_cell(
 
 
 def _finished(path: Path, cell: Cell, settings: Mapping[str, Any], sha256: str | None) -> dict[str, Any]:
-    """The result that is there, if it is this cell's."""
+    """Returns an existing result, if it is this cell's."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         stored, its_settings = result["cell"], result["settings"]
@@ -168,14 +170,14 @@ def _finished(path: Path, cell: Cell, settings: Mapping[str, Any], sha256: str |
     if differing:
         raise ValueError(f"{path}: of another {', '.join(differing)}; delete it to run the cell anew")
     if ranks.rank() == 0:
-        path.with_name(_LAST).unlink(missing_ok=True)  # of a cell that was killed behind its last line
+        path.with_name(_LAST).unlink(missing_ok=True)  # left by a cell that was killed just before its end
     return result
 
 
 def _initialized(
     s: Mapping[str, Any], classes: int, seed: int, weights: Path | None, sha256: str | None
 ) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The network as the training starts, and what was loaded into it."""
+    """Returns the network at the start of the training, and a report of the weights loaded into it."""
     network = make_network(s, classes, seed)
     if weights is None:
         return network, None
@@ -194,7 +196,7 @@ def _initialized(
 
 
 def _tested(network: nn.Module, dataset: MSDDataset, case: Case, s: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each structure of a test case, on the case's own grid."""
+    """Returns a row for each structure of a test case, on the case's own grid."""
     scan, label = load_case(dataset, case)
     predicted = np.asarray(segment(network, scan, s).dataobj)
     truth = np.asarray(label.dataobj)
@@ -207,13 +209,13 @@ def _tested(network: nn.Module, dataset: MSDDataset, case: Case, s: Mapping[str,
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean Dice over the cases, by structure."""
+    """Returns the mean Dice over the cases, by structure."""
     names = dict.fromkeys(row["structure"] for row in rows)
     return {name: float(np.mean([row["dice"] for row in rows if row["structure"] == name])) for name in names}
 
 
 def _seen(dataset: MSDDataset, cases: Sequence[Case]) -> dict[str, Any]:
-    """See `checkpoint.Checkpoint`."""
+    """Returns the range of the scans that were trained on; see `checkpoint.Checkpoint`."""
     sizes, means = [], []
     for case in cases:
         scan, _ = load_case(dataset, case)
@@ -227,7 +229,7 @@ def _seen(dataset: MSDDataset, cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def _device(accelerator: str) -> torch.device:
-    """Where a process tests: where Lightning trained."""
+    """Returns the device on which a process tests, the one that Lightning trained on."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

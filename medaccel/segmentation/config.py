@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `medaccel segmentation run` is told."""
+"""Defines the options of `medaccel segmentation run`."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ from medaccel.studies.settings import check_seeds_range
 from medaccel.studies.typed import UnfitError, check_fields, nearest, plain
 
 BACKENDS = ("loky", "dask", "ray", "sequential")
-#: Pretraining on the labels of another task.
+#: This initialization pretrains on the labels of another task.
 SUPERVISED = "supervised"
-# How the work is done and what is shown beside it; figures don't depend on them.
+# These options say how the work is done and what is shown beside it; figures don't depend on them.
 _NO_OPTIONS = ("output", "jobs", "backend", "scheduler", "select", "illustration")
 _NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """Options of a study; the same options give the same figures (on one number of threads and one processor).
+    """Holds the options of a study; the same options give the same figures (for one number of threads and one
+    processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
@@ -115,17 +116,17 @@ class SegmentationConfig:
             raise ValueError("backend is dask and scheduler is missing; expected its address, as tcp://10.0.0.1:8786")
         if self.scheduler is not None and self.backend not in ("dask", "ray"):
             raise ValueError(f"scheduler is {self.scheduler} and backend {self.backend}; expected dask or ray")
-        self.chosen()  # refuses a grid with nothing in it, and an unknown selection
+        self.chosen()  # refuses an empty grid, and an unknown selection
         self._check_primary()
         self._check_illustration()
 
     def cells(self) -> list[Cell]:
-        """The whole grid, in its fixed order."""
+        """Returns the whole grid, in its fixed order."""
         counts = {init: len(self.weights.get(init, ())) or self.pretraining_seeds for init in self.inits}
         return make_grid(list(self.tasks), self.inits, self.fractions, self.seeds, counts)
 
     def chosen(self) -> list[Cell]:
-        """The cells to run now; `--cell i` is the i-th of them, from 0."""
+        """Returns the cells to run now; `--cell i` is the i-th of them, from 0."""
         return select(self.cells(), self.select)
 
     @property
@@ -136,15 +137,15 @@ class SegmentationConfig:
         return {name: value for name, value in self.primary.whole().items() if name != "none"}
 
     def pretraining_of(self, init: str, number: int, output: Path, more: Mapping[str, Any]) -> PretrainingConfig:
-        """The options of a preset's pretraining.
+        """Returns the options of a preset's pretraining.
 
         Args:
-            number: of it, which is its seed.
+            number: the pretraining's number, which is its seed.
             output: folder of the run.
-            more: options that hold where `pretraining` doesn't say otherwise.
+            more: options that `pretraining` may override.
 
         Raises:
-            ValueError: options that pretraining doesn't have, or that the study sets.
+            ValueError: pretraining doesn't have the options, or the study sets them.
         """
         own = set(self.set_elsewhere["pretraining"]) & set(self.pretraining)
         if own:
@@ -156,7 +157,8 @@ class SegmentationConfig:
             raise ValueError(f"pretraining: {error}") from error
 
     def overrides(self, task: str, fraction: float | None = None) -> dict[str, Any]:
-        """The settings of a task's cells that differ from its preset's: of all, or of those at one fraction."""
+        """Returns the settings of a task's cells that differ from its preset's: for all, or for those at one
+        fraction."""
         options = self.tasks[task]
         found = {**self.settings, **options.settings}
         for key, values in options.by_fraction.items():
@@ -165,7 +167,7 @@ class SegmentationConfig:
         return found
 
     def donor(self, task: str) -> str:
-        """The task whose labels `supervised` pretrains on, for a task: the next one."""
+        """Returns the task whose labels `supervised` pretrains on for a task: the next one."""
         names = list(self.tasks)
         return names[(names.index(task) + 1) % len(names)]
 
@@ -182,7 +184,7 @@ class SegmentationConfig:
         return json.loads(json.dumps(values, default=str))
 
     def digest(self) -> str:
-        """Identifies the options: 12 hexadecimal digits of SHA-256."""
+        """Identifies the options by 12 hexadecimal digits of SHA-256."""
         return digest(self.plain())
 
     def _of_task(self, unfit: UnfitError) -> ValueError:
@@ -294,7 +296,7 @@ def check_fractions(names: Sequence[str], fractions: Sequence[float], whose: str
     """Refuses fractions that leave no case to train on.
 
     Raises:
-        ValueError: so, or too few cases to split.
+        ValueError: a fraction leaves no case, or there are too few cases to split.
     """
     try:
         split = split_cases(names, 0)

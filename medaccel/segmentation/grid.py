@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cells of a study, run through joblib: on this machine's processes, on a cluster, or one after the other.
+"""Runs the cells of a study through joblib: on this machine's processes, on a cluster, or one after the other.
 
-A cell leaves all that it makes in its folder, and result.json last. Where that is there, the cell isn't run again, so
-a grid that was killed, or whose cluster lost a machine, goes on when it is started again. A cell that fails leaves
+A cell writes all its files into its folder, result.json last. A cell that has this file isn't run again, so a grid
+that was killed, or whose cluster lost a machine, continues when it is started again. A cell that fails leaves
 error.txt, and the others run on.
 """
 
@@ -27,18 +27,18 @@ from medaccel.training import ranks
 
 # There while a cell is run, and afterwards where its process was killed.
 _BEGUN = "begun"
-#: As `medaccel.segmentation.cell.run_cell`.
+#: It has the signature of `medaccel.segmentation.cell.run_cell`.
 RunCell = Callable[..., Mapping[str, Any]]
-_PATIENCE = "20s"  # until a scheduler is said not to answer
+_PATIENCE = "20s"  # a scheduler must answer within this time
 
 
 @dataclass(frozen=True)
 class Work:
-    """A cell with all that it needs; can be sent to another process.
+    """Holds a cell with everything that it needs; it can be sent to another process.
 
     Args:
-        cell, dataset, split, settings, weights: as `run_cell` takes them.
-        folder: of the cell.
+        cell, dataset, split, settings, weights: the arguments of `run_cell`.
+        folder: the cell's folder.
     """
 
     cell: Cell
@@ -62,24 +62,23 @@ def run_grid(
     run: RunCell | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Runs those that have no result yet.
+    """Runs the cells that have no result yet.
 
     Args:
-        works: in the order in which they are begun.
-        jobs: how many at a time on this machine, one in this process, more in processes of their own; each computes
-            with as many threads as that leaves it. A cluster runs as many as it has threads, with the threads that
-            its workers are given.
+        works: the cells, in the order in which they are begun.
+        jobs: how many run at a time on this machine, one in this process, more in processes of their own, which share
+            its threads. A cluster runs as many as it has threads, with its workers' own threads.
         backend: "loky", "dask", "ray" or "sequential".
         scheduler: address of the cluster, for dask and ray.
-        run: stands for `medaccel.segmentation.cell.run_cell`.
+        run: replaces `medaccel.segmentation.cell.run_cell`.
         progress: show a bar over the cells.
 
     Returns:
-        Of the cells that failed, by name, the error in a sentence; the whole is in their error.txt.
+        The errors of the cells that failed, by name, in a sentence each; error.txt has the whole error.
 
     Raises:
-        ValueError: a backend whose package isn't installed.
-        OSError: no cluster at that address.
+        ValueError: the backend's package isn't installed.
+        OSError: no cluster answers at that address.
     """
     from tqdm import tqdm
 
@@ -88,7 +87,7 @@ def run_grid(
     with tqdm(total=len(works), initial=len(works) - len(waiting), desc="cells", disable=not progress) as bar:
 
         def run_some(some: Sequence[Work]) -> list[Work]:
-            """Those that neither ended nor failed."""
+            """Returns the cells that neither ended nor failed."""
             for name, error in _in_parallel(some, jobs, backend, scheduler, run):
                 bar.update()
                 if error is not None:
@@ -96,8 +95,9 @@ def run_grid(
             return [work for work in some if not work.finished and work.cell.name not in failed]
 
         while waiting := run_some(waiting):
-            # A process that is killed from outside, as for want of memory, takes joblib's pool with it. What was
-            # run at that moment is run alone: it may be what asks for too much, or have stood beside it.
+            # A process that is killed from outside, for instance for lack of memory, takes joblib's pool with it.
+            # Cells that were running at that moment are run alone: one may have asked for too much, or may only have
+            # run beside it.
             alone = [work for work in waiting if (work.folder / _BEGUN).exists()] or waiting
             for work in alone:
                 for lost in run_some([work]):
@@ -110,7 +110,7 @@ def run_grid(
 def _in_parallel(
     works: Sequence[Work], jobs: int, backend: str, scheduler: str | None, run: RunCell | None
 ) -> Iterator[tuple[str, str | None]]:
-    """Names of cells as they end, with their errors; ends early where the pool breaks."""
+    """Yields the names of cells as they end, with their errors; ends early if the pool breaks."""
     if backend == "sequential":
         yield from (attempt(work, run) for work in works)
         return
@@ -123,9 +123,9 @@ def _in_parallel(
             count, threads = jobs, max((os.cpu_count() or 1) // jobs, 1)
             stack.enter_context(joblib.parallel_config(backend="loky", inner_max_num_threads=threads))
         else:
-            count, threads = -1, None  # the workers' own
+            count, threads = -1, None  # the workers keep their own threads
             broken += stack.enter_context(_dask(scheduler) if backend == "dask" else _ray(scheduler))
-        # One cell at a time: a process that took several would leave the others without at the end.
+        # Each process takes one cell at a time: one that took several would leave the others idle at the end.
         # joblib's ray backend has no generator: its cells are counted when all have ended.
         order = "list" if backend == "ray" else "generator_unordered"
         parallel = joblib.Parallel(n_jobs=count, batch_size=1, pre_dispatch="all", return_as=order, verbose=0)
@@ -138,14 +138,14 @@ def _in_parallel(
 def attempt(
     work: Work, run: RunCell | None = None, threads: int | None = None, *, progress: bool = False
 ) -> tuple[str, str | None]:
-    """Runs a cell and returns its name, and what went wrong in a sentence, None where nothing did.
+    """Runs a cell and returns its name, and the error in a sentence, or None if it succeeded.
 
     Args:
-        run: as `run_grid`'s.
-        threads: of torch in this process; None leaves them.
+        run: the `run` of `run_grid`.
+        threads: torch's threads in this process; None leaves their number.
         progress: show the cell's own bars.
     """
-    if work.finished:  # a cluster repeats what ended on a worker that died before it was asked for the result
+    if work.finished:  # a cluster repeats cells of a worker that died before it delivered their results
         return work.cell.name, None
     if threads is not None:
         import torch
@@ -153,7 +153,7 @@ def attempt(
         torch.set_num_threads(threads)
     work.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if ranks.rank() == 0:  # of torchrun's processes, which work on the same cell
+        if ranks.rank() == 0:  # only one of torchrun's processes, which work on the same cell
             try:
                 stack.enter_context(locked(work.folder, "cell"))
             except ValueError as error:
@@ -178,13 +178,13 @@ def _attempt(work: Work, run: RunCell | None, progress: bool) -> tuple[str, str 
             weights=work.weights,
             progress=progress,
         )
-    except Exception as error:  # whatever it is: the other cells are to run
+    except Exception as error:  # the other cells run after any error
         sentence = str(error).strip().partition("\n")[0] or type(error).__name__
         _note(work, traceback.format_exc())
         return work.cell.name, sentence
     finally:
         (work.folder / _BEGUN).unlink(missing_ok=True)
-    (work.folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
+    (work.folder / ERROR).unlink(missing_ok=True)  # left by an earlier attempt
     return work.cell.name, None
 
 
@@ -193,7 +193,7 @@ def _note(work: Work, text: str) -> None:
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError where the package of a backend isn't installed."""
+    """Raises ValueError if the package of a backend isn't installed."""
     package = {"dask": "distributed", "ray": "ray"}.get(backend)
     if package is not None and find_spec(package) is None:
         raise ValueError(f"backend is {backend}, and {package} is not installed here: pip install {package}")
@@ -201,7 +201,8 @@ def check_backend(backend: str) -> None:
 
 @contextmanager
 def _dask(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
-    """joblib's jobs to a dask cluster that is there; yields what is raised where a cell took worker after worker."""
+    """Sends joblib's jobs to an existing dask cluster; yields the errors that mean a cell took down worker after
+    worker."""
     try:
         from distributed import Client, KilledWorker
     except ImportError as error:
@@ -220,7 +221,7 @@ def _dask(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
 
 @contextmanager
 def _ray(scheduler: str | None) -> Iterator[tuple[type[Exception], ...]]:
-    """joblib's jobs to a ray cluster that is there; yields what is raised where a cell took its worker."""
+    """Sends joblib's jobs to an existing ray cluster; yields the errors that mean a cell took down its worker."""
     try:
         import ray
         from ray.exceptions import RayActorError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What memory the segmentation commands expect to need: see `medaccel.training.memory`."""
+"""Estimates the memory that the segmentation commands need; see `medaccel.training.memory`."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from medaccel.segmentation.config import SegmentationConfig
 from medaccel.training import memory, ranks
 from medaccel.training.memory import Part
 
-# Bytes a voxel: of a scan while it is read and brought to the network's grid; of a training case that is kept; of a
-# validation case, image and labels.
+# These are bytes per voxel: of a scan while it is read and brought to the network's grid; of a training case that is
+# kept; of a validation case, image and labels.
 _READ, _KEPT, _VALIDATED = 24.0, 6.0, 8.0
-# Copies of the planes that `inference.to_grid` works on, about: logits, probabilities, padded ones, resampled ones.
+# `inference.to_grid` works on about so many copies of its planes: logits, probabilities, padded ones, resampled ones.
 _PLANE_COPIES, _PLANES = 3, 18
-# Sides of a torso phantom, mm: `phantom_ct`'s.
+# A torso phantom has these sides, mm, as in `medaccel.phantoms.ct`.
 _PHANTOM_MM = (384.0, 304.0, 272.0)
 
 
 @dataclass(frozen=True)
 class Size:
-    """A scan's voxels, and its shape on the network's grid, not yet cropped to the body."""
+    """Holds a scan's voxels, and its shape on the network's grid, not yet cropped to the body."""
 
     voxels: int
     grid: tuple[int, int, int]
 
     @classmethod
     def of(cls, scan: Nifti1Image, spacing: Sequence[float]) -> Size:
-        """By the header alone."""
+        """Reads the size from the header alone."""
         shape, affine = scan.shape[:3], np.asarray(scan.affine, dtype=np.float64)
         lengths = np.linalg.norm(affine[:3, :3], axis=0) * shape
-        axes = nibabel.orientations.io_orientation(affine)[:, 0]  # which of the patient's axes each one is
+        axes = nibabel.orientations.io_orientation(affine)[:, 0]  # the patient's axis that each array axis follows
         grid = [1, 1, 1]
         for length, axis in zip(lengths, axes, strict=True):
             if np.isfinite(axis):
@@ -47,7 +47,7 @@ class Size:
 
 
 def expected_of_scan(size: Size, settings: Mapping[str, Any], classes: int) -> list[Part]:
-    """One scan that is segmented."""
+    """Returns the memory for one scan that is segmented."""
     roi = settings["roi_size"]
     depth, *across = (max(n, r) for n, r in zip((roi[0], *size.grid[1:]), roi, strict=True))
     plane = 4.0 * math.prod(across)
@@ -63,14 +63,14 @@ def expected_of_scan(size: Size, settings: Mapping[str, Any], classes: int) -> l
 
 
 def expected_of_study(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[list[Part]]:
-    """The stages of a cell of each task that is chosen."""
+    """Returns the stages of a cell of each chosen task."""
     stages = []
     for name in {cell.task for cell in config.chosen()}:
         s = settings[name]
         sizes, classes = _sizes(config, name, s["spacing"])
         if not sizes:
             continue
-        # A third is the test set; of the rest, one half is trained on and the other one chosen on.
+        # A third of the cases is the test set; half of the rest is trained on and the other half chosen on.
         half = math.ceil(len(sizes) / 3)
         largest = sorted(sizes, key=lambda size: math.prod(size.grid))[-half:]
         held = [
@@ -114,7 +114,7 @@ def _sizes(config: SegmentationConfig, task: str, spacing: Sequence[float]) -> t
 
 
 def on_gpu(settings: Mapping[str, Any]) -> bool:
-    """Whether a cell's network is computed on a GPU."""
+    """Tells whether a cell's network is computed on a GPU."""
     import torch
 
     return torch.cuda.is_available() and settings["accelerator"] != "cpu"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all that is there.
+"""Runs `medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all finished cells.
 
 Each part is resumed where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
 cluster without dask or ray, the cells are an array of jobs:
@@ -37,7 +37,7 @@ from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
 
 Say = Callable[[str], None]
-#: As `pretrain_preset`.
+#: It has the signature of `pretrain_preset`.
 Pretrain = Callable[[SegmentationConfig, str, int, StudyFolder, int, Say], None]
 _NAMED = 5  # of many failed cells, this many are named
 
@@ -52,7 +52,7 @@ def run(
     run_cell: RunCell | None = None,
     pretrain: Pretrain | None = None,
 ) -> Path:
-    """Prepares data and pretraining, runs the chosen cells, and reports on all that are there.
+    """Prepares data and pretraining, runs the chosen cells, and reports on all finished ones.
 
     Args:
         config: the options.
@@ -65,12 +65,11 @@ def run(
         pretrain: stands for `pretrain_preset`.
 
     Returns:
-        The path of report.html; of result.json where one cell was run; of the folder where there is nothing to
-        report yet.
+        The path of report.html; of result.json if one cell was run; of the folder if no cell has ended yet.
 
     Raises:
-        ValueError, OSError: bad options or data, a folder that holds something else, no cluster; cells that failed,
-            after the others have run and the report was written.
+        ValueError, OSError: options or data are bad, the folder holds something else, no cluster answers; or cells
+            failed, which is raised after the others have run and the report is written.
     """
     with before_work():
         settings = check(config, cell=cell)
@@ -92,17 +91,17 @@ def run(
 
 
 def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, dict[str, Any]]:
-    """Refuses what can be refused before anything is made: settings, devices, packages, data, weights.
+    """Refuses bad settings, devices, packages, data and weights before anything is made.
 
     Args:
         config: the options.
-        cell: as `run`'s.
+        cell: the `cell` of `run`.
 
     Returns:
-        Of each task, the settings of its cells.
+        The settings of each task's cells.
 
     Raises:
-        ValueError, OSError: so.
+        ValueError, OSError: something is refused.
     """
     settings = {name: settings_of(config, name) for name in config.tasks}
     for name in config.tasks:
@@ -136,10 +135,10 @@ def check(config: SegmentationConfig, *, cell: int | None = None) -> dict[str, d
 
 
 def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]], cell: int | None) -> str:
-    """The sentence that says what memory is expected; empty where no cell is run on this machine."""
+    """Returns the sentence on the expected memory; empty if no cell is run on this machine."""
     if cell is None and not config.jobs:
         return ""
-    beside = config.jobs if cell is None and config.backend == "loky" else 1  # on this machine
+    beside = config.jobs if cell is None and config.backend == "loky" else 1  # cells at a time on this machine
     return expect(
         "the study" if cell is None else "a cell of the study",
         *expected_of_study(config, settings),
@@ -149,7 +148,7 @@ def _expected(config: SegmentationConfig, settings: Mapping[str, Mapping[str, An
 
 
 def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[Path]:
-    """The files that a study is given: volumes and labels of its tasks, and weights."""
+    """Lists the files that a study is given: volumes and labels of its tasks, and weights."""
     files = [Path(file) for name, given in config.weights.items() if name in config.inits for file in given]
     for name, dataset in data.items():
         if config.tasks[name].data is not None:
@@ -191,7 +190,7 @@ def _run(
         say(f"pretraining {one.init}, number {one.pretraining}: {study.weights(one)}")
         width = settings[one.task]["feature_size"]
         (pretrain or pretrain_preset)(config, one.init, one.pretraining, folder, width, say)
-        ranks.join(accelerator)  # where a pretraining ended by taking leave
+        ranks.join(accelerator)  # needed if a pretraining has left the group at its end
     donors = dict.fromkeys(study.donor(one) for one in chosen if study.supervised(one))
     failed = _run_cells(study, list(donors), say, run_cell, "to be fine-tuned from")
     if not failed and config.jobs:
@@ -268,14 +267,14 @@ def _failures(failed: Mapping[str, str], path: Path, say: Say) -> str:
 def pretrain_preset(
     config: SegmentationConfig, init: str, number: int, folder: StudyFolder, width: int, say: Say
 ) -> None:
-    """Pretrains a preset; one that has ended returns at once.
+    """Pretrains a preset; returns at once if it has ended already.
 
     Args:
         init: the preset.
-        number: of the pretraining, which is its seed.
-        folder: of the study.
-        width: channels of the network, where the options say nothing of it.
-        say: told what happens.
+        number: the pretraining's number, which is its seed.
+        folder: the study's folder.
+        width: channels of the network, unless the options set them.
+        say: a function that is called with each line of progress.
     """
     from medaccel.pretraining.pipeline import run as pretrain
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is trained on, who chosen on, who tested on, and the grid of runs that compares initializations.
+"""Splits cases into training, validation and test sets, and lists the grid of runs that compares initializations.
 
 A third of the labelled cases, the same for ever, is the test set (the Decathlon's own has no public labels). A run's
 seed splits the rest into halves, one to train and one to validate; 20, 50 or 100 % of the training half is used.
@@ -17,18 +17,18 @@ import numpy as np
 
 from medaccel.studies.tables import write_json
 
-#: Of the study: initializations × fractions × seeds × tasks.
+#: The study crosses initializations × fractions × seeds × tasks.
 INITIALIZATIONS = ("random", "nvidia", "instance", "instance_pixel")
 FRACTIONS = (0.2, 0.5, 1.0)
 SEEDS = (0, 1, 2, 3, 4, 5)
 RANDOM = "random"
-# The test set's own: no run's seed moves it.
+# The test set has its own seed: no run's seed changes it.
 _TEST_SEED = 20_240_101
 
 
 @dataclass(frozen=True)
 class Split:
-    """Names of cases; `training` in the order in which fractions take them."""
+    """Names the cases of each set; `training` is in the order in which fractions take them."""
 
     seed: int
     training: tuple[str, ...]
@@ -36,10 +36,10 @@ class Split:
     test: tuple[str, ...]
 
     def subset(self, fraction: float) -> tuple[str, ...]:
-        """The first share of the training half; a smaller fraction's cases are among a larger one's.
+        """Returns the first share of the training half; a smaller fraction's cases are among a larger one's.
 
         Raises:
-            ValueError: a fraction out of range, or one that leaves no case.
+            ValueError: the fraction is out of range, or leaves no case.
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction is {fraction:g}; expected above 0 and at most 1")
@@ -53,11 +53,11 @@ def split_cases(names: Sequence[str], seed: int) -> Split:
     """Splits a task's labelled cases.
 
     Args:
-        names: of all cases, in any order; at least six.
-        seed: of the run; it moves cases between training and validation alone.
+        names: names of all cases, in any order; at least six.
+        seed: the run's seed; it moves cases between training and validation alone.
 
     Raises:
-        ValueError: fewer than six cases, or a name twice.
+        ValueError: there are fewer than six cases, or a name occurs twice.
     """
     ordered = sorted(names)
     if len(set(ordered)) != len(ordered):
@@ -69,12 +69,12 @@ def split_cases(names: Sequence[str], seed: int) -> Split:
     tested = round(len(ordered) / 3)
     test, others = shuffled[:tested], shuffled[tested:]
     rest = [others[i] for i in np.random.default_rng([_TEST_SEED, seed]).permutation(len(others))]
-    half = (len(rest) + 1) // 2  # the odd case trains
+    half = (len(rest) + 1) // 2  # an odd number gives the extra case to training
     return Split(seed, tuple(rest[:half]), tuple(sorted(rest[half:])), tuple(sorted(test)))
 
 
 def write_splits(path: str | Path, splits: Mapping[str, Sequence[Split]], fractions: Sequence[float]) -> None:
-    """Writes, as JSON, each task's splits and which cases each fraction trains on."""
+    """Writes, as JSON, each task's splits and the cases that each fraction trains on."""
     content = {
         task: [
             asdict(split) | {"subsets": {f"{fraction:g}": split.subset(fraction) for fraction in fractions}}
@@ -87,7 +87,7 @@ def write_splits(path: str | Path, splits: Mapping[str, Sequence[Split]], fracti
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One run: a task, an initialization, a fraction of the labels, a seed.
+    """Identifies one run: a task, an initialization, a fraction of the labels, a seed.
 
     Args:
         pretraining: number of the pretrained weights that are fine-tuned; 0 for random initialization.
@@ -101,7 +101,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Such as spleen-instance_pixel-020-seed3: its folder's name."""
+        """Returns the name of its folder, such as spleen-instance_pixel-020-seed3."""
         return f"{self.task}-{self.init}-{round(100 * self.fraction):03d}-seed{self.seed}"
 
 
@@ -112,15 +112,15 @@ def make_grid(
     seeds: Sequence[int] = SEEDS,
     pretrainings: Mapping[str, int] | None = None,
 ) -> list[Cell]:
-    """All cells, in a fixed order, so that a cell's number means the same in every process.
+    """Returns all cells in a fixed order, so that a cell's number means the same in every process.
 
     Args:
-        tasks, inits, fractions, seeds: what is crossed.
-        pretrainings: how many pretrained weights an initialization has; seeds take them in turn, so that their own
-            spread is in the comparison. 1 by default.
+        tasks, inits, fractions, seeds: the values to cross.
+        pretrainings: how many pretrained weights an initialization has, 1 by default; seeds take them in turn, so
+            that their own spread is in the comparison.
 
     Raises:
-        ValueError: nothing to cross, or something named twice.
+        ValueError: a list is empty, or holds something twice.
     """
     for name, values in (("tasks", tasks), ("inits", inits), ("fractions", fractions), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
@@ -140,10 +140,10 @@ def make_grid(
 
 
 def select(cells: Sequence[Cell], wanted: Mapping[str, Collection[object]]) -> list[Cell]:
-    """Those cells whose fields are among the wanted values, such as {"fraction": [0.2], "init": ["random"]}.
+    """Selects the cells whose fields are among the wanted values, such as {"fraction": [0.2], "init": ["random"]}.
 
     Raises:
-        ValueError: a field that cells don't have, or a value that none has.
+        ValueError: cells don't have a field, or no cell has a value.
     """
     fields = ("task", "init", "fraction", "seed")
     for field, values in wanted.items():
@@ -159,7 +159,7 @@ def select(cells: Sequence[Cell], wanted: Mapping[str, Collection[object]]) -> l
 
 
 def check_seeds(found: Collection[int], expected: Sequence[int] = SEEDS) -> None:
-    """Refuses an average over fewer runs than it is said to be of.
+    """Refuses an average over other runs than it claims to cover.
 
     Raises:
         ValueError: seeds are missing or too many.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a segmentation study.
+"""Describes the folder of a segmentation study.
 
 config.yaml                       the options, and all settings of the cells that follow from them
 inputs.json                       size, time and SHA-256 of the tasks' files and of given weights
@@ -38,7 +38,7 @@ class StudyFolder(OptionsFolder):
     parts = ("cells/*", "pretraining/*")
 
     def task(self, name: str) -> Path:
-        """Of a phantom task."""
+        """Returns the folder of a phantom task."""
         return self.path / "data" / name
 
     @property
@@ -56,11 +56,11 @@ class StudyFolder(OptionsFolder):
         return self.cell(cell.name) / BEST
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Refuses to run one cell where the study was not prepared, or with other options.
+        """Refuses to run one cell if the study was not prepared, or has other options.
 
         Raises:
-            FileNotFoundError: no study here.
-            ValueError: one with other options.
+            FileNotFoundError: the folder holds no study.
+            ValueError: the study has other options.
         """
         if not self.record.exists():
             raise FileNotFoundError(

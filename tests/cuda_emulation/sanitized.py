@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a CUDA kernel's C++ driver against the emulator, with or without sanitizers, and run it."""
+"""Compiles a CUDA kernel's C++ driver against the emulator, with or without sanitizers, and runs it."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def build(
     extra_flags: tuple[str, ...] = (),
     shared: bool = False,
 ) -> Path:
-    """Compile the sources (``.cu``, ``.cpp``) and the emulator, and link them.
+    """Compiles the sources (``.cu``, ``.cpp``) and the emulator, and links them.
 
     Args:
         sources: the op's ``cuda.cu`` files and the driver with its ``main``.
         sanitizer: ``"address,undefined"``, ``"thread"`` or None.
-        extra_flags: for the compiler, of the sources (not of the emulator).
+        extra_flags: options of the compiler for the sources (not for the emulator).
         shared: link a shared object (a Python module) rather than a program.
 
     Returns:
@@ -95,7 +95,7 @@ def load_module(name: str, path: Path) -> ModuleType:
 
 
 def run(program: Path, args: Sequence[str] = (), *, order: str = "fwd", timeout_s: float = 240.0) -> Result:
-    """Run a driver that `build` made, its blocks and threads in the given order; see `ORDERS`."""
+    """Runs a driver that `build` made, its blocks and threads in the given order; see `ORDERS`."""
     return execute([str(program), *args], timeout_s, MEDACCEL_EMU_ORDER=order)
 
 
@@ -108,6 +108,6 @@ def build_and_run(
     extra_flags: Sequence[str] = (),
     timeout_s: float = 240.0,
 ) -> Result:
-    """`build`, then `run`."""
+    """Calls `build`, then `run`."""
     program = build(tuple(sources), sanitizer, extra_flags=tuple(extra_flags))
     return run(program, args, order=order, timeout_s=timeout_s)

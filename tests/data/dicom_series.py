@@ -19,7 +19,7 @@ Edit = Callable[[Dataset, int], None]
 
 
 def stored_pixels(k: int) -> np.ndarray:
-    """The int16 pixels of slice k, all different."""
+    """Returns the int16 pixels of slice k, all different."""
     return (np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS) + 100 * k).astype(np.int16)
 
 
@@ -28,12 +28,12 @@ def slope(k: int) -> float:
 
 
 def volume() -> np.ndarray:
-    """The series in Bq/mL, (columns, rows, slices)."""
+    """Returns the series in Bq/mL, (columns, rows, slices)."""
     return np.stack([stored_pixels(k).T * slope(k) for k in range(SLICES)], axis=-1)
 
 
 def pet_slice(k: int, series_uid: str) -> Dataset:
-    """A static FDG PET slice as scanners write it: injected at 10:00:00, scanned at 11:00:00."""
+    """Makes a static FDG PET slice as scanners write it: injected at 10:00:00, scanned at 11:00:00."""
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -80,7 +80,7 @@ def injection(ds: Dataset) -> Dataset:
 
 
 def slices(edit: Edit | None = None, *, count: int = SLICES, series_uid: str = "1.2.3") -> list[Dataset]:
-    """The slices of one series, in order, each changed by `edit(slice, k)`."""
+    """Makes the slices of one series, in order, each changed by `edit(slice, k)`."""
     result = [pet_slice(k, series_uid) for k in range(count)]
     for k, ds in enumerate(result):
         if edit is not None:

@@ -11,7 +11,7 @@ from medaccel.data.ct_transforms import canonical, window
 
 
 def _scan(affine: np.ndarray) -> tuple[Nifti1Image, Nifti1Image]:
-    """A block of water in air, and a small organ in it."""
+    """Makes a block of water in air, and a small organ in it."""
     hu = np.full((20, 24, 18), -1000.0, dtype=np.float32)
     hu[4:16, 5:20, 3:15] = 0.0
     organ = np.zeros(hu.shape, dtype=np.uint8)
@@ -21,7 +21,7 @@ def _scan(affine: np.ndarray) -> tuple[Nifti1Image, Nifti1Image]:
 
 
 def _middle(volume: torch.Tensor, affine: torch.Tensor) -> np.ndarray:
-    """Where a mask's middle lies, mm."""
+    """Returns the middle of a mask, mm."""
     index = torch.nonzero(volume[0] > 0.5).double().mean(dim=0)
     return (affine[:3, :3].double() @ index + affine[:3, 3].double()).numpy()
 

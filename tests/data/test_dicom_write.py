@@ -20,7 +20,7 @@ STUDY_UID, FRAME_UID = "1.2.3.9", "1.2.3.8"
 
 
 def series(folder: Path, edit: Edit | None = None) -> DicomSeries:
-    """A series of a patient, with some of what scanners add."""
+    """Makes a series of a patient, with some of the fields that scanners add."""
 
     def patient(ds: Dataset, k: int) -> None:
         ds.StudyInstanceUID, ds.FrameOfReferenceUID = STUDY_UID, FRAME_UID

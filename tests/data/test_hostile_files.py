@@ -35,7 +35,7 @@ def voxels(shape: tuple[int, ...] = (9, 8, 7)) -> np.ndarray:
 
 
 def nifti(kind: type = nib.Nifti1Image, **fields: Any) -> bytearray:
-    """A file's bytes, with header fields overwritten."""
+    """Returns a file's bytes, with header fields overwritten."""
     image = kind(voxels(), AFFINE)
     image.set_qform(AFFINE, code=1)
     content = bytearray(image.to_bytes())
@@ -260,7 +260,7 @@ def _mutated(rng: random.Random, content: bytearray, dtype: np.dtype) -> bytearr
 
 
 def _fuzzed(path: Path, read: Callable[[Path], Any]) -> str:
-    """What became of a file: "read", or the start of the sentence that refused it."""
+    """Tells what became of a file: "read", or the start of the sentence that refused it."""
     try:
         with warnings.catch_warnings(), little_memory():
             warnings.simplefilter("ignore")
@@ -358,7 +358,7 @@ def test_no_memory_is_taken_for_a_length_that_a_slice_does_not_have(tmp_path: Pa
     victim = sorted(write_series(tmp_path / "series").iterdir())[2]
     content = bytearray(victim.read_bytes())
     start = content.index(keyword, 200)
-    content[start : start + 2] = b"OB"  # whose length has four bytes: what follows makes gigabytes of it
+    content[start : start + 2] = b"OB"  # its length has four bytes: the next ones make gigabytes of it
     content[start + 4 : start + 8] = b"\xf0\xff\xff\xff"
     victim.write_bytes(content)
     with little_memory(), pytest.raises(ValueError, match="series/"):

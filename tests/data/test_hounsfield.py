@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no CT in HU is refused and told what it looks like; what is one passes, however it was taken or cropped."""
+"""Files that are no CT in HU are refused with a description; a CT passes, however it was taken or cropped."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def array(dtype: type = np.float32, shape: tuple[int, ...] = (5, 6, 7)) -> np.nd
 
 
 def write(path: Path, values: np.ndarray | None = None, **fields: object) -> Path:
-    """A file made by nibabel alone, with header fields overwritten in its bytes."""
+    """Writes a file by nibabel alone, with header fields overwritten in its bytes."""
     image = nib.Nifti1Image(array() if values is None else values, AFFINE)
     content = bytearray(image.to_bytes())
     header = np.frombuffer(content, nib.nifti1.header_dtype, count=1)

@@ -65,7 +65,7 @@ def test_a_tensor_that_the_directory_calls_a_folder_is_not_taken(tmp_path: Path)
     """torch reads nothing of it then, and returns memory that nobody wrote."""
     path = stored(tmp_path / "a.pt")
     content = bytearray(path.read_bytes())
-    name = content.rindex(b"a/data/0PK")  # of the directory's entry, whose attributes are 8 bytes before
+    name = content.rindex(b"a/data/0PK")  # place in the directory's entry, whose attributes are 8 bytes before
     content[name - 8] |= 0x10
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.pt: not .* that can be read \(damaged: a/data/0 is a folder in it\)"):

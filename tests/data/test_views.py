@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two views: that their affines tell the truth, that they repeat, overlap, and feed the losses."""
+"""Two views have true affines, repeat, overlap, and feed the losses."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def coordinates(sizes: tuple[int, ...], affine: Tensor) -> Tensor:
 
 
 def inside(view: Tensor) -> Tensor:
-    """Where no voxel of a view comes from outside the volume, nor its neighbours."""
+    """Marks the voxels of a view that, like their neighbours, come from inside the volume."""
     return view[-1] > 1 - 1e-5
 
 
@@ -38,7 +38,7 @@ def test_a_views_affine_leads_to_where_its_voxels_come_from(seed: int):
         kept = inside(view)
         assert kept.float().mean() > 0.5
         error = (view[:3] - said)[:, kept].abs().max()
-        assert error < 0.02, f"{error} mm"  # of voxels of about 2 mm
+        assert error < 0.02, f"{error} mm"  # voxels are about 2 mm
 
 
 @pytest.mark.parametrize("seed", range(3))

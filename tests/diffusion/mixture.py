@@ -11,7 +11,7 @@ from medaccel.diffusion.sde import _Sde
 
 @dataclass(frozen=True)
 class Mixture:
-    """Σ w_k · N(mean_k, std_k²)."""
+    """Describes the mixture Σ w_k · N(mean_k, std_k²)."""
 
     weights: tuple[float, ...] = (0.3, 0.7)
     means: tuple[float, ...] = (-1.0, 0.5)
@@ -25,14 +25,14 @@ class Mixture:
         return second - self.mean() ** 2
 
     def draw(self, n: int, seed: int) -> Tensor:
-        """(1, n) in float64."""
+        """Draws (1, n) in float64."""
         generator = torch.Generator().manual_seed(seed)
         k = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=generator)
         means, stds = torch.tensor(self.means).double(), torch.tensor(self.stds).double()
         return (means[k] + stds[k] * torch.randn(n, generator=generator, dtype=torch.float64))[None]
 
     def score(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """∇ log p of alpha · data + sigma · ε at x."""
+        """Returns ∇ log p of alpha · data + sigma · ε at x."""
         logs, slopes = [], []
         for w, m, s in zip(self.weights, self.means, self.stds, strict=True):
             variance = (alpha * s) ** 2 + sigma**2
@@ -43,7 +43,7 @@ class Mixture:
         return (shares * torch.stack(slopes)).sum(dim=0)
 
     def model(self, sde: _Sde, prediction: str):
-        """The perfect network for that prediction: (x, time) → output."""
+        """Returns the perfect network for that prediction: (x, time) → output."""
         by_time = {sde.time(i): sde.level(i) for i in range(len(sde))}
 
         def predict(x: Tensor, time: Tensor) -> Tensor:

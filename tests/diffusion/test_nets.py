@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time-conditioned networks: what they compute, learn and refuse, and the running average of their weights."""
+"""Tests what time-conditioned networks compute, learn and refuse, and the running average of their weights."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def run(sde: VPSDE | VESDE, prediction: str = "epsilon", steps: int | None = Non
 
 
 def assert_moments(x: Tensor, bias: float) -> None:
-    """Mean and variance within five standard errors, and the bias of the steps, of the data's."""
+    """Checks that mean and variance are the data's within five standard errors and the bias of the steps."""
     data, n = Mixture(), x.numel()
     assert abs(float(x.mean()) - data.mean()) < 5 * math.sqrt(data.variance() / n) + bias
     fourth = float((x - x.mean()).pow(4).mean())
@@ -67,7 +67,7 @@ def exact_flow(x: Tensor, mean: float, std: float, levels: tuple[Level, Level]) 
 
 @pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm_solver_2m", 2)])
 def test_order_of_convergence_is_the_theorys(method: str, order: int):
-    """Between two levels of a VP diffusion, in steps of equal log-SNR; the error falls as steps^−order."""
+    """The error between two levels of a VP diffusion falls as steps^−order, in steps of equal log-SNR."""
     mean, std = 0.4, 0.5
     x = torch.linspace(-2, 2, 50, dtype=torch.float64)[None]
     errors = []
@@ -100,7 +100,7 @@ def test_the_ancestral_step_is_ddpms_and_ddim_with_eta_one_has_its_variance():
 
 
 def test_the_variance_exploding_step_is_sdedits():
-    """x + ε² · score + ε · z with ε² = σ² − σ′²."""
+    """The step is x + ε² · score + ε · z with ε² = σ² − σ′²."""
     step = c.euler_maruyama("score", Level(1.0, 3.0), Level(1.0, 2.0))
     assert (step["d"], step["e"], step["s"]) == pytest.approx((1.0, 5.0, math.sqrt(5.0)))
 
@@ -112,7 +112,7 @@ def test_rectified_flow_follows_straight_lines_exactly_and_curved_ones_better_wi
     mean, std = 0.4, 0.5
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
-        """E[x0 − noise | x] for Gaussian data and x = (1 − t) · x0 + t · noise."""
+        """Returns E[x0 − noise | x] for Gaussian data and x = (1 − t) · x0 + t · noise."""
         t = time[0].double() / 1000
         variance = ((1 - t) * std) ** 2 + t * t
         return mean + ((1 - t) * std**2 - t) / variance * (x - (1 - t) * mean)

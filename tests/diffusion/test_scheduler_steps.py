@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which step a scheduler takes: timesteps not listed, edited tables, levels without signal, odd arguments."""
+"""Tests which step a scheduler takes: timesteps not listed, edited tables, levels without signal, odd arguments."""
 
 import copy
 import itertools
@@ -294,7 +294,7 @@ def test_ddim_from_no_signal_with_all_noise_is_defined(eta: float):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_that_have_no_step_between_them(kind: str, prediction: str):
-    """The last two levels without signal, or the first one without noise."""
+    """The last two levels have no signal, or the first one has no noise."""
     ours, monai = KINDS[kind]
     x, m = torch.randn(SHAPE), torch.randn(SHAPE)
 

@@ -21,7 +21,7 @@ SHAPE = (2, 3, 5, 6, 7)
 
 
 def pair(ours: Any, monai: Any, **options: Any) -> tuple[Any, Any]:
-    """Our scheduler with MONAI's behaviour, and MONAI's."""
+    """Returns medaccel's scheduler with MONAI's behaviour, and MONAI's."""
     return ours(skipped_steps="training", kernel_noise=False, **options), monai(**options)
 
 
@@ -36,7 +36,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def assert_close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], amplified: float = 1.0) -> None:
-    """amplified: what x0's formula multiplies a rounding of the sample by, 1 / √ᾱ."""
+    """Compares results; `amplified` is the factor by which x0's formula multiplies a rounding of the sample, 1 /
+    √ᾱ."""
     for a, b, factor in zip(ours, theirs, (1.0, amplified), strict=True):
         assert a.dtype == b.dtype
         assert float((a - b).abs().max()) <= BOUND[a.dtype] * max(1.0, float(b.abs().max())) * factor
@@ -139,7 +140,7 @@ def test_accelerate_finds_schedulers_in_a_model_and_revert_gives_monais_back():
 
 # --- what is mended --------------------------------------------------------------------------------------------
 def gaussian_noise_prediction(scheduler: Any, x: Tensor, t: int, mean: float, std: float) -> Tensor:
-    """ε of data N(mean, std²): exact."""
+    """Returns ε of data N(mean, std²), exactly."""
     alpha = scheduler.alphas_cumprod[t].double()
     return (1 - alpha).sqrt() * (x - alpha.sqrt() * mean) / (alpha * std**2 + 1 - alpha)
 
@@ -157,7 +158,7 @@ def test_ddpm_with_fewer_steps_than_training_samples_the_data():
     mended = sampled(DDPMScheduler(**options), 100, mean, std, seed=3)
     faulty = sampled(DDPMScheduler(skipped_steps="training", **options), 100, mean, std, seed=3)
     assert float(mended.mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(1e5))
-    assert float(mended.std()) == pytest.approx(std, rel=0.1)  # of the 100 steps
+    assert float(mended.std()) == pytest.approx(std, rel=0.1)  # one of the 100 steps
     assert abs(float(faulty.std()) - std) > 0.3  # MONAI's way ends in noise
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SDEdit: posterior samples of known data, masks, windows, the paper's conventions, interruption, refusals."""
+"""Tests SDEdit: posterior samples of known data, masks, windows, the paper's conventions, interruption, refusals."""
 
 import math
 from pathlib import Path
@@ -27,13 +27,13 @@ def quiet(edit: SDEdit, guide: Tensor = GUIDE, mask: Tensor | None = None, **opt
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE(0.01, 10.0, steps=400)], ids=["VP", "VE"])
 def test_samples_are_draws_of_the_datas_posterior(sde: VPSDE | VESDE):
-    """Of one Gaussian, noised at level t0 and denoised by its exact score: mean and variance are known."""
+    """Mean and variance are known for one Gaussian, noised at level t0 and denoised by its exact score."""
     mean, std, t0 = 0.3, 0.5, sde.suggest_t0(0.8)
     data = Mixture((1.0,), (mean,), (std,))
     guide = torch.full((1, 1, 100, 200), 1.1, dtype=torch.float64)
     x = quiet(SDEdit(data.model(sde, "epsilon"), sde, t0), guide, seeds=[4]).samples
     alpha, sigma = sde.level(t0 - 1)
-    gain = alpha * std**2 / ((alpha * std) ** 2 + sigma**2)  # of E[x0 | x] = mean + gain · (x − alpha · mean)
+    gain = alpha * std**2 / ((alpha * std) ** 2 + sigma**2)  # E[x0 | x] = mean + gain · (x − alpha · mean)
     expected_mean = mean + gain * alpha * (1.1 - mean)
     expected_variance = std**2 - gain * alpha * std**2 + (gain * sigma) ** 2
     n = x.numel()
@@ -65,7 +65,8 @@ def test_kept_voxels_end_as_the_guide_and_the_others_do_not(conventions: str, sd
 
 
 def test_the_papers_code_is_reproduced():
-    """Its loop (ermongroup/SDEdit, `image_editing_sample`) in plain PyTorch, with the same random numbers."""
+    """The paper's loop (ermongroup/SDEdit, `image_editing_sample`) is repeated in plain PyTorch, with the same random
+    numbers."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     a = (1 - betas).cumprod(0)
     seed, t0, mask = 5, 12, (torch.rand(GUIDE.shape) < 0.4).double()

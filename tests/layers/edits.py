@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers to edit, the edits, and the comparison with MONAI's layer edited in the same way."""
+"""Provides layers to edit, the edits, and the comparison with MONAI's layer edited in the same way."""
 
 import warnings
 from collections.abc import Callable
@@ -92,7 +92,7 @@ LAYERS: dict[str, tuple[Build, type[nn.Module]]] = {
 
 
 class Scaled(nn.Module):
-    """A user's own module in a child's place: it changes the result."""
+    """Stands for a user's own module in a child's place: it changes the result."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class OfPosition(nn.Module):
 
 
 class Halved(nn.Module):
-    """A parametrization."""
+    """Is a parametrization."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return 0.5 * weight
@@ -270,7 +270,7 @@ def running(norm: str) -> Callable[[nn.Module], None]:
 
 
 def shadow(path: str) -> Callable[[nn.Module], None]:
-    """An attribute of the instance hides the registered child."""
+    """Hides the registered child behind an attribute of the instance."""
 
     def edit(layer: nn.Module) -> None:
         parent, name = child_of(layer, path)
@@ -284,7 +284,7 @@ def without_third_norm(layer: nn.Module) -> None:
 
 
 def outcome(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    """The output and the gradients to the input and every parameter, or the class of what was raised."""
+    """Returns the output and the gradients to the input and every parameter, or the class of the raised error."""
     x = inputs[0].detach().clone().requires_grad_()
     try:
         y = layer(x, *inputs[1:])

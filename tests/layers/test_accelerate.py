@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`accelerate` and `revert`, and the drop-in layers: MONAI's numbers, parameters and state_dict."""
+"""Tests `accelerate`, `revert` and the drop-in layers: MONAI's numbers, parameters and state_dict."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from medaccel.layers import GaussianFilter
 
 
 class Net(nn.Module):
-    """A user's own network with MONAI layers inside."""
+    """Is a user's own network with MONAI layers inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerated models under TorchScript, torch.export and ONNX: the outputs of eager mode, or a sentence."""
+"""Accelerated models under TorchScript, torch.export and ONNX give the outputs of eager mode, or a sentence."""
 
 import io
 import subprocess

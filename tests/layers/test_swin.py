@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's Swin layers on medaccel's attention: same weights, same numbers, in training too."""
+"""MONAI's Swin layers on medaccel's attention have the same weights and the same numbers, in training too."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from medaccel.layers import BasicLayer, SwinTransformerBlock, WindowAttention
 
 
 def stage(rank: int = 3, window: int = 4, depth: int = 2, **options) -> monai_swin.BasicLayer:
-    """MONAI's stage of 12 channels and 3 heads, in fp64, its biases not zero."""
+    """Builds MONAI's stage of 12 channels and 3 heads, in fp64, its biases not zero."""
     torch.manual_seed(0)
     options.setdefault("qkv_bias", True)
     layer = monai_swin.BasicLayer(12, depth, 3, (window,) * rank, [0.0] * depth, **options).double()
@@ -26,7 +26,7 @@ def stage(rank: int = 3, window: int = 4, depth: int = 2, **options) -> monai_sw
 
 
 def outcome(model: nn.Module, *inputs: Tensor | None) -> list[Tensor]:
-    """The output and the gradients to the first input and to every parameter."""
+    """Returns the output and the gradients to the first input and to every parameter."""
     x = inputs[0].detach().requires_grad_()
     y = model(x, *inputs[1:])
     return [y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()], allow_unused=True)]
@@ -86,7 +86,7 @@ def test_no_mask_is_built_where_nobody_reads_it(monkeypatch: pytest.MonkeyPatch)
 
 
 class OwnAttention(monai_swin.WindowAttention):
-    """A user's subclass."""
+    """Is a user's subclass."""
 
 
 def test_a_block_that_cant_be_served_stays_with_its_mask_and_says_why():
@@ -118,7 +118,7 @@ def stage_with_own_attention(hook: bool) -> nn.Module:
 
 def test_an_adapter_around_a_projection_keeps_its_block_on_monais_windows():
     class Adapter(nn.Module):
-        """A low-rank adapter around the projection; it hides the projection's bias."""
+        """Wraps the projection in a low-rank adapter, which hides the projection's bias."""
 
         def __init__(self, linear: nn.Linear):
             super().__init__()

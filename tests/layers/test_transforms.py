@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerated layers under torch.func, forward mode and vmap: MONAI's own derivatives."""
+"""Accelerated layers have MONAI's own derivatives under torch.func, forward mode and vmap."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 import medaccel
 
-# Of the blocks, maps so large and channels so many that they are brought to channels last.
+# The blocks' maps are so large, with so many channels, that they are brought to channels last.
 LAYERS: dict[str, tuple[Any, tuple[int, ...], torch.dtype]] = {
     "UnetResBlock": (lambda: UnetResBlock(3, 12, 16, 3, 1, "instance"), (1, 12, 14, 12, 130), torch.float32),
     "UnetBasicBlock": (lambda: UnetBasicBlock(3, 12, 12, 3, 1, "instance"), (2, 12, 3, 4, 5), torch.float32),

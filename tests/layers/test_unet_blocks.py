@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI's convolution blocks with norm, residual and activation in one pass: same weights, same numbers."""
+"""MONAI's convolution blocks with norm, residual and activation in one pass have the same weights and numbers."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ PAIRS = {
 
 
 def pair(kind: str, rank: int = 3, channels: tuple[int, int] = (3, 4), **options: Any) -> tuple[Any, Any]:
-    """MONAI's block and the same one, accelerated, in fp64."""
+    """Returns MONAI's block and the same one, accelerated, in fp64."""
     torch.manual_seed(0)
     options = {"kernel_size": 3, "stride": 1, "norm_name": ("instance", {"affine": True})} | options
     monais = PAIRS[kind][0](rank, *channels, **options).double()
@@ -36,7 +36,7 @@ def pair(kind: str, rank: int = 3, channels: tuple[int, int] = (3, 4), **options
 
 
 def outcome(block: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and the gradients to the input and every parameter."""
+    """Returns the output and the gradients to the input and every parameter."""
     x = x.detach().requires_grad_()
     y = block(x)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]

@@ -134,7 +134,7 @@ def gradients(loss: Any, a: Tensor, b: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_temperature_that_is_learnt_gets_its_gradient(shape: tuple[int, ...]):
-    """Whenever it became one: in the constructor, before accelerate, after it."""
+    """The temperature may have become learnt in the constructor, before accelerate or after it."""
 
     def parameter(**options: bool) -> nn.Parameter:
         return nn.Parameter(torch.full(shape, 0.4), **options)

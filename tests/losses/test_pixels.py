@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses on two feature maps: geometry to coordinates and radius, both directions, refusals."""
+"""Tests the losses on two feature maps: geometry to coordinates and radius, both directions, refusals."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drivers of csrc's CPU kernels: compiled without torch or Python, as they stand or with a line exchanged."""
+"""Compiles the drivers of csrc's CPU kernels without torch or Python, as they stand or with a line exchanged."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SANITIZED = {
 
 
 def build(op: str, sanitizer: str | None, *flags: str, root: Path = REPOSITORY) -> Path:
-    """The driver of an op's CPU kernel.
+    """Builds the driver of an op's CPU kernel.
 
     Args:
         op: a folder of csrc.
         sanitizer: one of the above, or None.
         flags: more of them, for the compiler.
-        root: of the sources; see `exchanged`.
+        root: folder of the sources; see `exchanged`.
     """
     every = (*_FLAGS, *_SANITIZED[sanitizer], *flags)
     sources = (root / f"tests/native/{op}_driver.cpp", root / f"csrc/{op}/cpu.cpp")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the package builds: sdist, wheel, clear refusals; with build isolation, without torch."""
+"""Tests how the package builds: sdist, wheel, clear refusals; with build isolation, without torch."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which compiled module is loaded: torch's capability, MEDACCEL_ISA, and what the processor can run."""
+"""Tests which compiled module is loaded: torch's capability, MEDACCEL_ISA, and the processor's abilities."""
 
 import os
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the build finds nvcc: the environment's, the toolkit's, or NVIDIA's PyPI packages, which suffice."""
+"""The build finds nvcc in the environment, the toolkit, or NVIDIA's PyPI packages, which suffice."""
 
 import importlib.util
 import os

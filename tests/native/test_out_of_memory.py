@@ -56,7 +56,8 @@ print("after:", torch.equal(call(), truth))
 
 
 def run_limited(threads: int, spare_mib: int) -> tuple[list[str], int]:
-    """What each attempt gave with so much address space to spare, and how much of it was never given back."""
+    """Returns the result of each attempt with so much address space to spare, and how much of it was never given
+    back."""
     command = [sys.executable, "-c", LIMITED, str(threads), str(spare_mib)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""csrc's CPU kernels without torch: under sanitizers, and on an emulated old processor."""
+"""Runs csrc's CPU kernels without torch: under sanitizers, and on an emulated old processor."""
 
 import shutil
 import subprocess

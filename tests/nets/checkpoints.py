@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small nets, and their weights in each dialect that people publish them in."""
+"""Makes small nets, and their weights in each dialect that people publish them in."""
 
 import warnings
 from collections.abc import Callable

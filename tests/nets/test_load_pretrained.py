@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load_pretrained`: every dialect of published weights into every model, and its report."""
+"""Tests `load_pretrained`: every dialect of published weights into every model, and its report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_file_of_either_makes_the_other_compute_the_same(tmp_path: Path):
 
 
 class Module(lightning.LightningModule):
-    """A user's training module: the net under a name of the user's, and something else with tensors."""
+    """Is a user's training module: the net under a name of the user's, and something else with tensors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `load_pretrained` refuses, each in a sentence and with the model unchanged; and what it must not refuse."""
+"""Tests the refusals of `load_pretrained`, each in a sentence and with the model unchanged, and their limits."""
 
 import argparse
 import os

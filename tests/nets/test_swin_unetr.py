@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin UNETR on medaccel's layers: MONAI's weights, numbers and gradients, and the order of merging of 2022."""
+"""Swin UNETR on medaccel's layers has MONAI's weights, numbers and gradients, and the order of merging of 2022."""
 
 import copy
 import inspect
@@ -35,13 +35,13 @@ def pair(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[SwinUNETR,
 
 
 def outcome(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and the gradient to every parameter."""
+    """Returns the output and the gradient to every parameter."""
     y = net(x)
     return [y.detach(), *torch.autograd.grad(y.square().mean(), list(net.parameters()))]
 
 
 def worst_error(ours: list[Tensor], monais: list[Tensor]) -> float:
-    """Largest error, each relative to its tensor's maximum.
+    """Returns the largest error, each relative to its tensor's maximum.
 
     A gradient that is zero but for rounding (a bias before a norm) is measured against the largest gradient instead.
     """
@@ -296,7 +296,7 @@ def test_the_pretraining_models_tensors_have_the_published_names():
 
 
 def published(upsample: str) -> list[nn.Module]:
-    """ssl_head.py's layers from 192 channels to 1."""
+    """Builds ssl_head.py's layers from 192 channels to 1."""
     if upsample == "large_kernel_deconv":
         return [nn.ConvTranspose3d(192, 1, 32, stride=32)]
     if upsample == "deconv":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small things that several tests here pretrain on: phantoms of 8 mm, and the smallest network."""
+"""Makes small things that several tests here pretrain on: phantoms of 8 mm, and the smallest network."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ TRAINER: dict[str, Any] = {
 
 
 def prepared(folder: Path, count: int = 4) -> Scans:
-    """Phantoms below a folder, and a quarter of them held out."""
+    """Prepares phantoms below a folder, and holds a quarter of them out."""
     write_pool(folder / "scans", count, spacing=SPACING, progress=False)
     cache = folder / "cache"
     found = prepare([folder / "scans"], cache, SPACING, held_out=0.25, skip_limit=0.0, seed=0, progress=False)
@@ -34,7 +34,7 @@ def prepared(folder: Path, count: int = 4) -> Scans:
 
 
 def training(scans: Scans, weights: dict[str, float], **trainer: Any) -> tuple[PretrainingFit, Items]:
-    """What `medaccel.training.fit.train` takes."""
+    """Returns the arguments of `medaccel.training.fit.train`."""
     tasks = make_tasks(list(weights), {}, ROI)
     torch.manual_seed(5)
     net = PretrainingNet(tasks, feature_size=12)

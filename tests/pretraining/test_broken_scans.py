@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no scan is passed over and listed, and one broken file ends no pretraining."""
+"""Files that are no scans are passed over and listed, and one broken file ends no pretraining."""
 
 from __future__ import annotations
 

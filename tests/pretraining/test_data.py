@@ -145,7 +145,7 @@ def test_views_are_padded_where_a_scan_is_smaller_and_only_made_where_they_are_n
 
 
 def test_both_views_show_the_scan_where_their_affines_say(scans: Scans):
-    """Without changes of intensity a view is the windowed scan, read where its affine leads to."""
+    """A view without changes of intensity is the windowed scan, read where its affine leads to."""
     tasks = make_tasks(["pixel"], {}, ROI)
     plain = {"rotate": 0.0, "shear": 0.0, "scale": (1.0, 1.0), "region": 1.0, "flip": 0.5, "rotate90": 0.0}
     items = Items(Volumes(scans.training), tasks, windows=[WINDOW], roi_size=ROI, views=plain)

@@ -101,7 +101,7 @@ def test_pixels_that_say_where_they_are_find_each_other(volumes: Volumes, monkey
     drawn = _drawn(task, volumes, 3)
 
     def places(net: Any, maps: Any) -> torch.Tensor:
-        """Of the places in mm, features that are most alike where these are nearest."""
+        """Returns features of the places in mm that are most alike where these are nearest."""
         item = drawn[next(counter)]
         found = []
         for number in (1, 2):

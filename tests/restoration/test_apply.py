@@ -98,7 +98,7 @@ def test_a_ct_is_brought_to_the_grid_with_air_beyond_it(tmp_path: Path) -> None:
     assert (found[12, 11, ~inside] == -1000).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+@pytest.mark.filterwarnings("ignore")  # it warns of the voxel size and the noise
 def test_a_ct_may_be_a_dicom_series(tmp_path: Path) -> None:
     def edit(ds: Dataset, k: int) -> None:
         ds.Modality, ds.RescaleSlope, ds.RescaleIntercept = "CT", 1, -500
@@ -110,7 +110,7 @@ def test_a_ct_may_be_a_dicom_series(tmp_path: Path) -> None:
 
 def test_a_ct_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     path = nifti(tmp_path / "ct.nii.gz", np.full(body().shape, np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"ct\.nii\.gz: 10560 voxels are NaN or infinite \(expected HU\)"):
+    with pytest.raises(ValueError, match=r"ct\.nii\.gz: 10560 voxels are NaN or infinite; expected HU"):
         apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", ct=path, progress=False)
 
 
@@ -164,7 +164,7 @@ def test_another_unit_is_taken_where_that_is_asked_for(tmp_path: Path) -> None:
     assert Smoother.handed["volume"].max() > 5000
 
 
-@pytest.mark.filterwarnings("ignore")  # of the voxel size and the noise
+@pytest.mark.filterwarnings("ignore")  # it warns of the voxel size and the noise
 def test_the_duration_in_the_header_is_compared(tmp_path: Path) -> None:
     source = write_series(tmp_path / "d", lambda ds, k: setattr(ds, "ActualFrameDuration", 240000))
     with pytest.warns(UserWarning, match="fitted on") as record:
@@ -254,9 +254,9 @@ def test_exposures_and_samples_that_a_method_has_not_are_refused(tmp_path: Path)
     source, out = nifti(tmp_path / "pet.nii"), tmp_path / "out.nii"
     with pytest.raises(ValueError, match="smoother: seconds is 45; expected one of 60, 30"):
         apply(checkpoint(tmp_path), source, out, seconds=45, progress=False)
-    with pytest.raises(ValueError, match=r"samples is 4 \(expected none, as smoother draws no samples\)"):
+    with pytest.raises(ValueError, match=r"samples is 4; expected none, as smoother draws no samples"):
         apply(checkpoint(tmp_path), source, out, samples=4, progress=False)
-    with pytest.raises(ValueError, match=r"samples is 0 \(expected 1 or more\)"):
+    with pytest.raises(ValueError, match=r"samples is 0; expected 1 or more"):
         apply(checkpoint(tmp_path, Drawer), source, out, samples=0, progress=False)
 
 

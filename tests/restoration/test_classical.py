@@ -22,7 +22,7 @@ METHODS = [NonLocalMeans, TotalVariation]
 
 
 def make_truth() -> np.ndarray:
-    """A warm cylinder with a hot ball in it, SUV."""
+    """Makes a warm cylinder with a hot ball in it, SUV."""
     i, j, k = np.indices((24, 24, 16))
     truth = np.where((i - 12) ** 2 + (j - 12) ** 2 < 81, 1.0, 0.02)
     truth[(i - 12) ** 2 + (j - 12) ** 2 + (k - 8) ** 2 < 10] = 8.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method's row on a study, and the table over studies."""
+"""Tests a method's row on a study, and the table over studies."""
 
 from __future__ import annotations
 

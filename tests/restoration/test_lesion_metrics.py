@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lesions measured, lost and created, on volumes made by hand."""
+"""Lesions are measured, lost and created on volumes made by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASK = np.ones(SHAPE, dtype=bool)
 
 
 def _study() -> tuple[np.ndarray, np.ndarray]:
-    """Background of 1 SUV with a lesion of 3³ voxels at 5 (one voxel 8) and one cold lesion of 0.2."""
+    """Makes a background of 1 SUV with a lesion of 3³ voxels at 5 (one voxel 8) and one cold lesion of 0.2."""
     image, labels = np.ones(SHAPE), np.zeros(SHAPE, dtype=np.int16)
     labels[8:11, 8:11, 8:11] = 1
     labels[22:25, 22:25, 22:25] = 4

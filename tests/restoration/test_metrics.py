@@ -206,5 +206,5 @@ def test_a_spacing_of_two_is_refused():
 
 
 def test_a_range_of_zero_is_refused():
-    with pytest.raises(ValueError, match="data_range=0"):
+    with pytest.raises(ValueError, match="data_range is 0"):
         metrics.ssim_map(np.zeros((3, 3, 3)), np.zeros((3, 3, 3)), data_range=0)

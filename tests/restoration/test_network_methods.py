@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods with a network: what they restore, choose, draw and store; calibrated samples; report of their fits."""
+"""Tests the methods with a network: what they restore, choose, draw and store; calibration; report of their fits."""
 
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def test_the_prior_is_shown_the_noise_of_smooth_volumes_and_no_more_of_edges_tha
 
 
 class _FirstChannel(torch.nn.Module):
-    """Of blocks of two voxels a side, what the first of the shuffled channels holds."""
+    """Returns the content of the first shuffled channel, for blocks of two voxels per side."""
 
     def forward(self, blocks: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         assert blocks.shape[1] == 16

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What networks see and are trained on: scalings, losses, conditioning, patches that depend on their number alone."""
+"""Tests the inputs and losses of networks: scalings, losses, conditioning, patches that depend on their number
+alone."""
 
 import itertools
 from pathlib import Path

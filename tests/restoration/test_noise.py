@@ -77,7 +77,7 @@ def test_equal_images_have_no_noise_to_analyse():
 
 
 def test_a_distance_of_zero_is_refused():
-    with pytest.raises(ValueError, match=r"distances=\(0,\)"):
+    with pytest.raises(ValueError, match=r"distances is \(0,\)"):
         analyse_noise(np.ones(SHAPE), np.zeros(SHAPE), MASK, SPACING, distances=(0,))
 
 

@@ -26,7 +26,7 @@ MASK[3:-3, 3:-3, 3:-3] = True
 
 
 def _exposures(seed: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
-    """60 and 90 s of white noise on 2 SUV; `strength`: deviation of one second."""
+    """Makes 60 and 90 s of white noise on 2 SUV; `strength` is the deviation of one second."""
     generator = np.random.default_rng(seed)
     parts = [2 + strength / math.sqrt(30) * generator.normal(size=SHAPE) for _ in range(3)]
     return (parts[0] + parts[1]) / 2, sum(parts) / 3
@@ -129,7 +129,7 @@ def test_bad_input_is_refused_in_a_sentence():
         share_against_noise(["a", "b"], [NoiseLevel(0.1, 0.1)], [])
     with pytest.raises(ValueError, match="0 studies"):
         share_against_noise([], [], [])
-    with pytest.raises(ValueError, match="where='lung'"):
+    with pytest.raises(ValueError, match="where is 'lung'"):
         noise_trend([NoiseShare("a", NoiseLevel(0.1, 0.1), 0.5)], where="lung")
     with pytest.raises(ValueError, match="got no images"):
         remaining_noise({}, target, MASK, SPACING)

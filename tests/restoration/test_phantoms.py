@@ -76,7 +76,7 @@ def test_the_shifted_generator_makes_other_people(standard: list[Phantom], shift
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"generator": "other"}, "generator='other'"),
+        ({"generator": "other"}, "generator is 'other'"),
         ({"shape": (20, 20, 20)}, "expected at least"),
         ({"spacing": (4.0, -4.0, 4.0)}, "expected three of each"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation blocks say what the results say, and stand in a report."""
+"""Tests that the evaluation blocks state the results, and appear in a report."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_share_stands_against_noise_with_its_trend():
     assert "sd(PET<sub>t</sub> − PET<sub>T</sub>)" in _html(blocks)
     (liver,) = _tables(noise_share_blocks({"net": rising}, where="liver"))
     assert _cell(liver, "net", "Studies") == 0
-    with pytest.raises(ValueError, match="where='lung'"):
+    with pytest.raises(ValueError, match="where is 'lung'"):
         noise_share_blocks({"net": rising}, where="lung")
     with pytest.raises(ValueError, match="there are no results"):
         noise_share_blocks({})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scoring keeps of a study is taken up where it is whole, and made again where it is damaged."""
+"""A study's scores are reused if they are whole, and computed again if they are damaged."""
 
 from pathlib import Path
 from typing import Any

@@ -22,7 +22,7 @@ FAST = SimulatorConfig(n_angles=24, n_subsets=6, iterations=1)
 
 
 def cylinder(slices: int = 6) -> np.ndarray:
-    """An elliptic cylinder of SUV 2 with a hot rod."""
+    """Makes an elliptic cylinder of SUV 2 with a hot rod."""
     x, y = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(-1, 1, 36), indexing="ij")
     disc = 2.0 * (x**2 / 0.6 + y**2 / 0.4 < 1) + 6.0 * ((x - 0.2) ** 2 + y**2 < 0.02)
     return np.repeat(disc[..., None], slices, axis=2).astype(np.float32)
@@ -149,7 +149,7 @@ def test_denoising_a_real_volume_lowers_its_noise_and_keeps_its_uptake():
     cleaned = denoise_activity(noisy.astype(np.float32), SPACING, "nlm")
     assert np.square(cleaned - truth).mean() < 0.7 * np.square(noisy - truth).mean()
     assert cleaned.sum() == pytest.approx(noisy.sum(), rel=0.03)
-    with pytest.raises(ValueError, match="denoise='median'"):
+    with pytest.raises(ValueError, match="denoise is 'median'"):
         denoise_activity(noisy, SPACING, "median")
 
 
@@ -174,7 +174,7 @@ BAD = {
     "spacing": (lambda: simulate(cylinder(), None, (1.0, 0.0, 1.0), FAST), "spacing"),
     "durations": (lambda: SimulatorConfig(durations=(60, 30)), "expected increasing durations"),
     "subsets": (lambda: SimulatorConfig(n_angles=10, n_subsets=4), "does not divide"),
-    "scatter": (lambda: SimulatorConfig(scatter_fraction=1.0), r"scatter_fraction=1.0"),
+    "scatter": (lambda: SimulatorConfig(scatter_fraction=1.0), r"scatter_fraction is 1.0"),
 }
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How noisy one PET is, told from itself; and whether it is like the images that a method was fitted on."""
+"""The noise of a PET is measured in that PET alone, and tells whether it is like the images that a method was fitted
+on."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
 def run_tiny(
     task: Path, folder: Path, *, init: str = "random", weights: Path | None = None, seed: int = 1, **overrides: Any
 ) -> dict[str, Any]:
-    """A cell of all the training cases."""
+    """Runs a cell on all the training cases."""
     dataset = read_dataset(task)
     split = split_cases([case.name for case in dataset.cases], seed)
     cell = Cell(dataset.name, init, 1.0, seed)

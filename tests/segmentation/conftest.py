@@ -20,7 +20,7 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_cell(tiny_task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Folder and result of a finished cell from random initialization."""
+    """Returns folder and result of a finished cell from random initialization."""
     folder = tmp_path_factory.mktemp("tiny") / "cell"
     return folder, run_tiny(tiny_task, folder)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cell's network on a user's CT: NIfTI, MetaImage and DICOM in, labels on the same grid and volumes out."""
+"""Applies a cell's network to a user's CT: NIfTI, MetaImage and DICOM in, labels on the same grid and volumes out."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ Finished = tuple[Path, dict[str, Any]]
 
 
 def edited(tiny_cell: Finished, path: Path, **changes: Any) -> Path:
-    """The cell's checkpoint with other entries."""
+    """Returns the cell's checkpoint with other entries."""
     torch.save(torch.load(tiny_cell[0] / "best.pt", weights_only=True) | changes, path)
     return path
 
@@ -159,5 +159,5 @@ def test_checkpoints_of_another_kind_are_refused(tiny_task: Path, tiny_cell: Fin
     ):
         with pytest.raises(ValueError, match=message):
             apply(path, image, tmp_path / "a.nii.gz", progress=False)
-    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file \(expected the best\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file; expected the best\.pt"):
         apply(tmp_path / "none.pt", image, tmp_path / "a.nii.gz", progress=False)

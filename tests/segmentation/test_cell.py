@@ -27,7 +27,7 @@ Finished = tuple[Path, dict[str, Any]]
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same whenever a cell is run."""
+    """Returns the values that must be the same whenever a cell is run."""
     return {key: value for key, value in result.items() if "seconds" not in key and key != "settings"}
 
 
@@ -140,7 +140,7 @@ def test_weights_are_all_that_an_initialization_changes(tiny_task: Path, tmp_pat
 
 
 def test_the_result_says_which_weights_were_loaded(tiny_task: Path, tiny_cell: Finished, tmp_path: Path):
-    weights = tiny_cell[0] / "best.pt"  # of a cell: pretraining on labels
+    weights = tiny_cell[0] / "best.pt"  # a cell's network: pretraining on labels
     result = run_tiny(tiny_task, tmp_path, init="supervised", weights=weights, steps=1, steps_per_epoch=1)
     report = result["initialization"]
     tensors = len(checkpoint.load(weights).state_dict)

@@ -31,7 +31,7 @@ def make_works(folder: Path, cells: list[Cell] | None = None) -> list[Work]:
 
 @pytest.fixture(autouse=True)
 def _six_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many everywhere, so that joblib keeps its processes from one test to the next."""
+    """Gives every test as many cores, so that joblib keeps its processes from one test to the next."""
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
 
 
@@ -134,7 +134,7 @@ def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, monkeypatch
 
 
 def test_a_ray_cluster_runs_each_cell_and_outlives_a_killed_worker(tmp_path: Path):
-    """Where ray is installed: pip install ray."""
+    """The test needs ray: pip install ray."""
     ray = pytest.importorskip("ray")
     works = make_works(tmp_path, make_grid(["spleen"], ["random"], [1.0], [0, 1, 2]))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -36,7 +36,7 @@ class Brightness(nn.Module):
 
 
 def scan(shape: tuple[int, int, int] = (70, 60, 50)) -> tuple[np.ndarray, np.ndarray]:
-    """HU of a body in air with two balls in it, and the balls' labels."""
+    """Returns HU of a body in air with two balls in it, and the balls' labels."""
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"))
 
     def ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
@@ -164,7 +164,7 @@ def all_at_once(network: nn.Module, image: Nifti1Image, settings: dict) -> np.nd
 
 
 def random_affines() -> list[np.ndarray]:
-    """Every order and direction of axes, turned ones, and one as of a tilted gantry."""
+    """Draws every order and direction of axes, turned ones, and one as of a tilted gantry."""
     rng = np.random.default_rng(0)
     affines = []
     for order in itertools.permutations(range(3)):
@@ -206,4 +206,4 @@ def test_memory_does_not_grow_with_the_scans_length_times_its_classes():
     image = MetaTensor(torch.zeros(1, 320, 32, 32))
     with Watched():
         assert predict_labels(network, image, settings).shape == (320, 32, 32)
-    assert most == 60 * 16 * 32 * 32 * 4  # of a window's depth, not of the scan's
+    assert most == 60 * 16 * 32 * 32 * 4  # memory follows a window's depth, not the scan's

@@ -26,7 +26,7 @@ def volume(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    """Two cases, and the stray file of macOS beside them."""
+    """Makes two cases, and the stray file of macOS beside them."""
     for name in ("b", "a"):
         volume(tmp_path / f"imagesTr/{name}.nii.gz", np.full((4, 5, 6), 40, dtype=np.int16))
         volume(tmp_path / f"labelsTr/{name}.nii.gz", np.eye(4, 5, dtype=np.uint8)[:, :, None].repeat(6, 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report says of cells whose figures are known, and what it shows."""
+"""Tests the report on cells whose figures are known: its words and its pictures."""
 
 import html
 import json
@@ -55,7 +55,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Segmentati
 
 
 def again(config: SegmentationConfig) -> str:
-    """Text of the report, without its markup, in one line."""
+    """Returns the text of the report, without its markup, in one line."""
     path = run(config, run_cell=fake_cell, pretrain=fake_pretraining, say=lambda line: None)
     return plain(path.read_text(encoding="utf-8"))
 
@@ -105,7 +105,7 @@ def test_every_cell_is_in_the_table_as_it_is(finished: SegmentationConfig):
     assert outcome.has_lesions("lung")
     assert not outcome.has_lesions("spleen")
     assert text.count("Lesions found") == 1
-    assert "50.0 ± 0.0 1.00 ± 0.00" in text  # of two lesions one, and one false positive a scan
+    assert "50.0 ± 0.0 1.00 ± 0.00" in text  # one of two lesions, and one false positive per scan
 
 
 def test_means_over_runs_are_those_of_the_results(finished: SegmentationConfig):
@@ -146,7 +146,7 @@ def test_phantoms_are_called_simulated(tmp_path: Path):
 def test_examples_have_contours_and_the_illustration_its_dice(
     finished: SegmentationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The network is stood for by one that finds the right half of what is bright."""
+    """The network is replaced by one that finds the right half of the bright voxels."""
 
     def right_half(checkpoint: Path, scan: Any) -> np.ndarray:
         mask = (np.asarray(scan.dataobj) > 0).astype(np.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's folder: begun, taken up, replaced, held by one process, and cleaned of what a kill left."""
+"""A run's folder is begun, continued, replaced, held by one process, and cleaned of a killed run's remains."""
 
 import os
 import signal

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all trainings share: callbacks whose state is resumed, weights with and without their running average."""
+"""Tests what all trainings share: callbacks whose state is resumed, weights with and without their running
+average."""
 
 from collections.abc import Mapping
 from pathlib import Path

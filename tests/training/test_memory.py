@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is expected of memory: near what is used, said before the work, and refused where it can't fit."""
+"""Memory estimates are near the use, are stated before the work, and are refused if they can't fit."""
 
 import subprocess
 import sys

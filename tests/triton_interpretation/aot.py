@@ -48,7 +48,7 @@ class Build:
         arch: 80, 90 or 100.
         signature: type of every run-time argument: "*bf16", "*fp32", "fp32", "i32", "i64", …
         constants: value of every tl.constexpr argument; "tl.float32" names a Triton type.
-        num_warps, num_stages: as in the launch.
+        num_warps, num_stages: those of the launch.
         aligned: arguments known to be multiples of 16 bytes or elements; None: all pointers, as torch allocates.
     """
 
@@ -69,7 +69,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs.
+    """Holds the resources that a compiled kernel needs.
 
     Attributes:
         registers: per thread.
@@ -144,7 +144,7 @@ def assert_resources(
     """Raises ResourceLimit, listing every kernel that spills, or needs too many registers or shared memory.
 
     Args:
-        results: from compile_all.
+        results: the results of `compile_all`.
         spill_bytes: allowed bytes per thread, stores and loads together.
         registers: allowed per thread (255 is the hardware's limit; fewer buy occupancy).
         shared: allowed bytes per block, by architecture.

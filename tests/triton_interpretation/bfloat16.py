@@ -13,12 +13,12 @@ QUIET_NAN = np.uint16(0x7FFF)  # what cvt.rn.bf16.f32 makes of every NaN
 
 
 def decode(patterns: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """The exact float32 values of bfloat16 bit patterns, any shape."""
+    """Returns the exact float32 values of bfloat16 bit patterns, any shape."""
     return (patterns.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def encode(values: npt.NDArray[np.float32], *, toward_zero: bool = False) -> npt.NDArray[np.uint16]:
-    """bfloat16 bit patterns of float32 values, any shape: nearest, ties to even (or toward zero)."""
+    """Returns bfloat16 bit patterns of float32 values, any shape: nearest, ties to even (or toward zero)."""
     if values.dtype != np.float32:
         raise TypeError(f"encode: values has dtype {values.dtype} (expected float32)")
     bits = values.view(np.uint32)
@@ -29,6 +29,6 @@ def encode(values: npt.NDArray[np.float32], *, toward_zero: bool = False) -> npt
 
 
 def round_to_tf32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """float32 values with 10 mantissa bits, ties away from zero (cvt.rna.tf32.f32)."""
+    """Rounds float32 values to 10 mantissa bits, ties away from zero (cvt.rna.tf32.f32)."""
     bits = (values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     return np.where(np.isfinite(values), bits.view(np.float32), values)

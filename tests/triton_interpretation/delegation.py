@@ -73,7 +73,7 @@ class _Recorder:
 
 
 class _Failed(Exception):
-    """What the child said of a test, to be shown as it stands."""
+    """Holds the child's message on a test, to be shown unchanged."""
 
 
 class _StandIn(pytest.Item):
@@ -121,7 +121,7 @@ class _Answers:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def of(self, path: Path, nodeid: str) -> tuple[list[pytest.TestReport], str]:
-        """(reports of one test, tail of the child's output)."""
+        """Returns (reports of one test, tail of the child's output)."""
         if path not in self._known:
             folder = self._answer_folder(path)
             reports: dict[str, list[pytest.TestReport]] = {}

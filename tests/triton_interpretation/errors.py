@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the checked interpreter and the compiler's gates report."""
+"""Defines the reports of the checked interpreter and of the compiler's gates."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class OutOfBounds(KernelFault):
 
 
 class ProgramRace(KernelFault):
-    """Two programs touched one element, at least one of them by a plain store."""
+    """Reports that two programs touched one element, at least one of them by a plain store."""
 
 
 class LaneRace(KernelFault):
-    """Two lanes of one store wrote different values to one element."""
+    """Reports that two lanes of one store wrote different values to one element."""
 
 
 class IntegerOverflow(KernelFault):
-    """An integer of up to 32 bits overflowed in an addition, subtraction or multiplication."""
+    """Reports that an integer of up to 32 bits overflowed in an addition, subtraction or multiplication."""
 
 
 class DeviceAssertion(KernelFault):
@@ -52,7 +52,7 @@ class UnsupportedTriton(Exception):
 
 
 class CompilationFailed(Exception):
-    """Triton or ptxas refused a kernel."""
+    """Reports that Triton or ptxas refused a kernel."""
 
 
 class ResourceLimit(AssertionError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter with bfloat16 made right and every memory access checked.
+"""Runs Triton's interpreter with bfloat16 made right and every memory access checked.
 
     with interpreting() as interpreter:
         y = scale_bias(x, scale, bias)          # launches @triton.jit kernels on CPU tensors
@@ -78,7 +78,7 @@ def check_triton_version() -> None:
 
 
 def _site() -> Site:
-    """The innermost line of kernel code on the stack."""
+    """Returns the innermost line of kernel code on the stack."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         file = frame.f_code.co_filename
@@ -221,7 +221,7 @@ class _CheckedBuilder(upstream.InterpreterBuilder):
 
 
 class Interpreter:
-    """What a block of interpreted launches may do, and what it has written.
+    """Knows what a block of interpreted launches may do, and what it has written.
 
     Args:
         bounds: report accesses outside every tensor argument.

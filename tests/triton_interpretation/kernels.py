@@ -13,7 +13,7 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes and launch parameters of the matrix product."""
+    """Holds tile sizes and launch parameters of the matrix product."""
 
     block_m: int
     block_n: int
@@ -83,7 +83,8 @@ def matmul_kernel(
 
 
 def scale_bias(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x · scale + bias per channel, computed in float32: x (..., C), scale and bias (C,); x's shape and dtype."""
+    """Computes x · scale + bias per channel, in float32: x (..., C), scale and bias (C,); keeps x's shape and
+    dtype."""
     x = x.contiguous()
     y = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), SCALE_BIAS_BLOCK),)
@@ -92,7 +93,8 @@ def scale_bias(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torc
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, arch: int = 80) -> torch.Tensor:
-    """a (m, k) times b (k, n) of one dtype, accumulated in float32, with the tiles of an architecture: (m, n)."""
+    """Multiplies a (m, k) by b (k, n) of one dtype, accumulated in float32, with the tiles of an architecture: (m,
+    n)."""
     a, b = a.contiguous(), b.contiguous()
     (m, k), n = a.shape, b.shape[1]
     c = torch.empty(m, n, dtype=a.dtype, device=a.device)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""Kernels with one fault each, on the line marked BUG, and their sound twins: the checkers' own test.
+"""Plants one fault in each kernel, on the line marked BUG, and has their sound twins: the checkers' own test.
 
 Every kernel works on one-dimensional tensors with BLOCK elements a program.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shadow memory of one kernel launch: which elements exist, and which program touched them from which line."""
+"""Keeps shadow memory of one kernel launch: which elements exist, and which program touched them from which line."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def element_addresses(tensor: torch.Tensor) -> Addresses:
 
 
 def describe_site(site: Site) -> str:
-    """The file's name, the line and the statement."""
+    """Returns the file's name, the line and the statement."""
     file, line = site
     return f"{file.rsplit('/', 1)[-1]}:{line} `{linecache.getline(file, line).strip()}`"
 
 
 class _Touched:
-    """Per element, the first program that touched it in one way, and from where.
+    """Records, per element, the first program that touched it in one way, and from where.
 
     The first is enough: programs run to their end one after the other, so when one comes to an element that
     others touched before, the first of those is another.
@@ -51,7 +51,7 @@ class _Touched:
         self.program[fresh], self.site[fresh] = program, site
 
     def by_another(self, elements: npt.NDArray[np.intp], program: int) -> tuple[int, int, int] | None:
-        """(element, program, site) of the first element that another program touched, or None."""
+        """Returns (element, program, site) of the first element that another program touched, or None."""
         before = self.program[elements]
         clash = np.flatnonzero((before != NOBODY) & (before != program))
         if not clash.size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rounding that mends the interpreter, against torch's own conversions, on every bit pattern that matters."""
+"""The rounding that mends the interpreter equals torch's own conversions, on every bit pattern that matters."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def test_fresh_memory_is_nan_inside_and_the_switch_is_restored_outside() -> None
 
 @pytest.fixture
 def distant_samples() -> torch.Tensor:
-    """(3, 16) bytes with a batch stride of 2^30 + 64, of which only the touched pages take memory."""
+    """Makes (3, 16) bytes with a batch stride of 2^30 + 64, of which only the touched pages take memory."""
     stride = 2**30 + 64
     no_reserve = 0x4000  # MAP_NORESERVE: in the mmap module from Python 3.13 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two small ops, compiled for every architecture with no GPU, and the gates on what they need."""
+"""Compiles the two small ops for every architecture with no GPU, and tests the gates on their resources."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def copy_build(arch: int) -> Build:
 
 
 def with_aligned_rows(build: Build) -> Build:
-    """As launched with n and k divisible by 16: other code, vectorised and pipelined."""
+    """Launches with n and k divisible by 16, which gives other code, vectorised and pipelined."""
     return replace(build, aligned=("a_ptr", "b_ptr", "c_ptr", "n", "k"))
 
 

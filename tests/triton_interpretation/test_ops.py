@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two small ops, interpreted: the pattern that the tests of the package's Triton ops follow."""
+"""The two small ops run interpreted: the pattern that the tests of the package's Triton ops follow."""
 
 from __future__ import annotations
 

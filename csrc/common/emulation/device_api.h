@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA language and the device functions that medaccel's kernels use. What is not here does not compile.
+// The CUDA language and the device functions that medaccel's kernels use. A function that is missing here does not
+// compile.
 #pragma once
 
 #include <math.h>
@@ -172,7 +173,7 @@ void __stcs(T* address, T value) {
     *address = value;
 }
 
-// ---- Arithmetic. Only what is exact or rounds the same here and there ----
+// ---- Arithmetic that is exact, or rounds the same here and on the GPU ----
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -190,7 +191,7 @@ inline int __float_as_int(float x) { return medaccel::emulation::bit_cast<int>(x
 inline float __uint_as_float(unsigned x) { return medaccel::emulation::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return medaccel::emulation::bit_cast<unsigned>(x); }
 
-// As CUDA's: of a number and a NaN, the number.
+// As in CUDA, the result for a number and a NaN is the number.
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }

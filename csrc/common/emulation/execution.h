@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What running kernels ask of the emulator; scheduler.cpp answers. device_api.h puts CUDA's names on top.
+// The emulator's services for running kernels, implemented in scheduler.cpp. device_api.h puts CUDA's names on top.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +38,7 @@ struct WarpRequest {
     int width = 32;
 };
 
-// Waits for the lanes of the mask and returns what the operation gives this one.
+// Waits for the lanes of the mask and returns this lane's result of the operation.
 std::uint64_t warp_operation(const WarpRequest& request, Site site);
 
 // The running block's shared array that `key` stands for, filled with NaN when the block first asks for it.

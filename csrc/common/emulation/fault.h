@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the emulator throws, and the words that it says it in.
+// The emulator's exceptions and their messages.
 #pragma once
 
 #include <cstring>

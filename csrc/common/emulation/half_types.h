@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // __half and __nv_bfloat16 as storage types: conversions only, rounding to nearest even, NaN as CUDA writes
-// it (0x7fff). No arithmetic: medaccel's kernels compute in fp32, and what is missing here does not compile.
+// it (0x7fff). No arithmetic: medaccel's kernels compute in fp32, and other uses do not compile.
 #pragma once
 
 #include <cmath>

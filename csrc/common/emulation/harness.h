@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a test may ask of the emulated CUDA runtime.
+// The tests' interface to the emulated CUDA runtime.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ struct LaunchRecord {
     cudaStream_t stream;
 };
 
-// Undoes all that follows, and makes device 0 current. Allocations and streams stay.
+// Undoes the settings below, and makes device 0 current. Allocations and streams stay.
 void reset();
 
 void set_device_count(int count);  // 1 at first
@@ -33,7 +33,7 @@ void disown_memory(const void* begin);
 
 void inject_earlier_error(cudaError_t error);  // as if a kernel launched before had failed
 void fail_next_launch(cudaError_t error);
-void fail_next_call(cudaError_t error);  // of any other function
+void fail_next_call(cudaError_t error);  // an error of any other function
 
 // Launches since the last reset() or take_launches().
 std::vector<LaunchRecord> take_launches();

@@ -27,7 +27,7 @@ class GuardedMemory {
     GuardedMemory(std::size_t bytes, std::size_t alignment, std::size_t guard_bytes, std::uint16_t pattern)
         : bytes_(bytes) {
         Unobserved scope;  // memory new from malloc has no history for TSan
-        // Memory of alignment 8 or less is at 8 modulo 16, so that whoever counts on more than it asked for
+        // Memory of alignment 8 or less is at 8 modulo 16, so that code which relies on a larger alignment
         // is caught.
         const std::size_t skew = alignment <= 8 ? 8 : 0;
         const std::size_t boundary = alignment <= 8 ? 16 : alignment;

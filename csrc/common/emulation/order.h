@@ -35,7 +35,7 @@ class Order {
         random_.seed(static_cast<std::uint32_t>(std::stoul(digits)));
     }
 
-    // Called once a launch.
+    // Is called once per launch.
     void begin(std::uint64_t blocks, unsigned threads) {
         blocks_ = blocks;
         threads_.resize(threads);

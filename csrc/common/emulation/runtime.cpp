@@ -20,7 +20,7 @@
 
 struct CUstream_st {
     int device;
-    bool blocking;  // waits for the default stream, and that for it
+    bool blocking;  // it and the default stream wait for each other
     medaccel::emulation::StreamOrder order;
 };
 
@@ -60,7 +60,7 @@ struct HostThread {
     int device = 0;
     bool inside_kernel = false;
     cudaError_t last_error = cudaSuccess;
-    std::string detail;  // what CUDA's own error string does not say
+    std::string detail;  // details beyond CUDA's own error string
 };
 thread_local HostThread host_thread;
 
@@ -82,7 +82,7 @@ cudaError_t succeed() {
     return injected ? fail(injected, "injected by the test") : cudaSuccess;
 }
 
-// What CUDA would accept in silence is a fault.
+// A use that CUDA would silently accept is a fault here.
 cudaError_t check_stream(cudaStream_t stream, const char* work, Site site) {
     if (runtime.required_stream && stream != *runtime.required_stream) {
         throw KernelFault("wrong stream", std::string(work) + " at " + site.text() + " is on " +
@@ -126,7 +126,7 @@ std::string text(dim3 size) {
     return "(" + std::to_string(size.x) + "," + std::to_string(size.y) + "," + std::to_string(size.z) + ")";
 }
 
-// "" where a GPU would accept the shape.
+// Returns "" if a GPU would accept the shape.
 std::string shape_problem(dim3 grid, dim3 block) {
     const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
     if (threads < 1 || block.x > 1024 || block.y > 1024 || block.z > 64 || threads > 1024) {

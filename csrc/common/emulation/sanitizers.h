@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the emulator tells ASan and TSan. Nothing of it costs anything in a build without them.
+// The emulator's messages to ASan and TSan, which cost nothing in a build without them.
 //
 // Kernels and drivers are compiled with -fsanitize=…; the emulator's own sources need only know of it
 // (-DMEDACCEL_EMU_ASAN, -DMEDACCEL_EMU_TSAN), which compiles faster and keeps their accesses out of TSan's sight.
@@ -49,7 +49,7 @@ inline void tsan_acquire(void*) {}
 inline void tsan_release(void*) {}
 #endif
 
-// An edge of the happens-before order: what was published is visible to whoever observes afterwards.
+// An edge of the happens-before order: published writes are visible to threads that observe afterwards.
 class SyncPoint {
   public:
     void publish() { tsan_release(&here_); }

@@ -37,11 +37,11 @@ struct KernelCall {
     Site site;
     dim3 grid, block;
     std::size_t dynamic_shared_bytes = 0;
-    std::vector<StreamOrder*> orders;  // of the streams that it is ordered with
+    std::vector<StreamOrder*> orders;  // orders of the streams that it waits for
     std::function<void()> body;        // one thread's work
 };
 
-// One at a time: the caller sees to it. Throws KernelFault, and is ready for the next kernel then.
+// The caller runs one kernel at a time. Throws KernelFault, and is ready for the next kernel then.
 void run_kernel(const KernelCall& call);
 
 }  // namespace medaccel::emulation

@@ -46,7 +46,7 @@ inline std::string hexadecimal(unsigned mask) {
 // The lanes of one warp of the running block; the last warp may have fewer than 32, the others never existed.
 class Warp {
   public:
-    // barriers: one a lane, that of the masks whose lowest lane it is.
+    // barriers: one per lane, for the masks whose lowest lane it is.
     Warp(Thread* lanes, Barrier* barriers, unsigned count) : lanes_(lanes), barriers_(barriers), count_(count) {}
 
     // Completes the operation of the lanes in `mask` if all of them have arrived. Lanes that returned are not
@@ -82,7 +82,7 @@ class Warp {
         ++barriers_[__builtin_ctz(mask)].turn;
     }
 
-    // A lane returned: what the others wait for may be complete now.
+    // A lane returned, so the others' operation may be complete now.
     void lane_returned() {
         for (unsigned i = 0; i < count_; ++i) {
             if (lanes_[i].state == Thread::State::at_warp_operation) try_complete(lanes_[i].request.mask);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a pretraining: what was learnt on held-out scans, curves, pictures, and what was skipped."""
+"""Writes the report of a pretraining: results on held-out scans, curves, pictures, and the skipped scans."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def write_report(
     """Writes report.html.
 
     Args:
-        metrics: as in metrics.json.
+        metrics: the content of metrics.json.
         held_out: figures and pictures.
-        scans: as in scans.json.
+        scans: the content of scans.json.
     """
     rows = [Row(name, cells) for name, cells in map(_figures, held_out.figures.items())]
     reached = [name for name, figure in held_out.figures.items() if figure["reached"]]
@@ -123,7 +123,7 @@ def _figures(entry: tuple[str, Mapping[str, Any]]) -> tuple[str, list[str]]:
 
 
 def _pictures(pictures: Mapping[str, np.ndarray], config: PretrainingConfig) -> list[Block]:
-    """Middle slices of two views of a held-out scan, and of what was hidden, filled in and true."""
+    """Draws middle slices of two views of a held-out scan, and of the hidden part, filled in and true."""
     x, y, z = config.spacing
     blocks: list[Block] = []
     for title, names in (

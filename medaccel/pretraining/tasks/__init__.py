@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks by name, and the sets of them that the study compares.
+"""Lists the tasks by name, and the sets of them that the study compares.
 
 Every task is a `base.PretextTask`; a loss is the sum of some, each with a weight.
 """
@@ -28,7 +28,7 @@ def make_tasks(
     """The tasks of these names, in the registry's order.
 
     Raises:
-        ValueError: unknown names; settings that a task refuses.
+        ValueError: names are unknown, or a task refuses its settings.
     """
     unknown = [name for name in names if name not in TASKS]
     if unknown:

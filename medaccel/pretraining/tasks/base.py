@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pretraining task is: settings, a head, what it does to an item, and its loss."""
+"""Defines a pretraining task: its settings, its head, its change of an item, and its loss."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What the losses of one step are made of.
+    """Holds the inputs of one step's losses.
 
     Args:
         net: the network.
-        maps: of both views, (2B, C, *spatial) by level: the first views, then the second ones.
+        maps: maps of both views, (2B, C, *spatial) by level: the first views, then the second ones.
         batch: the items' tensors, (B, …).
-        progress: the share of the training that is done, 0 … 1.
+        progress: finished share of the training, 0 … 1.
     """
 
     net: Network
@@ -56,7 +56,7 @@ class PretextTask(abc.ABC):
         roi_size: voxels of a view.
 
     Raises:
-        ValueError: unknown settings, or values of another kind.
+        ValueError: settings are unknown, or values have another kind.
     """
 
     name: ClassVar[str]
@@ -74,32 +74,32 @@ class PretextTask(abc.ABC):
 
     @property
     def view_levels(self) -> frozenset[str]:
-        """Backbone levels that the task needs of both views."""
+        """Returns the backbone levels that the task needs from both views."""
         return frozenset()
 
     @abc.abstractmethod
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
-        """What is trained beside the backbone, and not kept."""
+        """Builds the part that is trained beside the backbone, and not kept."""
 
     def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:  # noqa: B027
         """Adds to an item, or changes its views.
 
         Args:
-            item: "view1", "view2" (1, *roi_size), where any task needs views, and "affine1", "affine2".
+            item: "view1", "view2" (1, *roi_size), if any task needs views, and "affine1", "affine2".
             image: the whole volume, (1, i, j, k), in canonical orientation, windowed to 0 … 1.
-            rng: the item's own.
+            rng: the item's own generator.
         """
 
     @abc.abstractmethod
     def losses(self, step: Step) -> dict[str, Tensor]:
-        """The loss, under the task's name, and further figures to log.
+        """Returns the loss, under the task's name, and further figures to log.
 
         Each is a mean over items, so that the mean over processes which share a batch is one process's.
         """
 
 
 def process_group() -> Any:
-    """The group of all processes that share a batch; None where there is one process."""
+    """Returns the group of all processes that share a batch; None if there is one process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.group.WORLD
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inpainting: blocks of both views are filled with noise, and the network gives back what was there."""
+"""Defines inpainting: blocks of both views are filled with noise, and the network restores the original."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from medaccel.pretraining.levels import STRIDES, channels, check_level
 from medaccel.pretraining.settings import InpaintingSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
-_LEAST_WEIGHT = 1e-6  # of what is visible; below it there is nothing to take a mean of
+_LEAST_WEIGHT = 1e-6  # weight of the visible voxels; below it they have no usable mean
 
 
 def cut_out(shape: tuple[int, ...], share: float, sides: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A mask of blocks, True within.
+    """Draws a mask of blocks, True within.
 
     Args:
-        shape: of the view.
-        share: of its voxels that may be masked, at most.
+        shape: the view's shape.
+        share: greatest share of its voxels that may be masked.
         sides: range of a block's side, as a share of the view's.
-        rng: what is drawn from.
+        rng: source of randomness.
 
     Returns:
-        bool, of that shape; blocks are laid until the next one would exceed the share.
+        bool, the view's shape; blocks are laid until the next one would exceed the share.
     """
     mask = np.zeros(shape, dtype=bool)
     while True:
@@ -43,15 +43,15 @@ def cut_out(shape: tuple[int, ...], share: float, sides: tuple[float, float], rn
 
 
 def smooth_fill(view: Tensor, mask: Tensor, sigma: float) -> Tensor:
-    """What the visible voxels around say of the hidden ones: their mean with Gaussian weights.
+    """Fills hidden voxels with the mean of the visible voxels around them, with Gaussian weights.
 
     Args:
-        view: (B, 1, *spatial); what it holds in the holes is not looked at.
-        mask: bool, of its shape, True in the holes.
-        sigma: of the weights, in voxels. Where no visible voxel is within 4 σ, it is 0.
+        view: (B, 1, *spatial); its values in the holes are ignored.
+        mask: bool, the view's shape, True in the holes.
+        sigma: σ of the weights, in voxels. Voxels without a visible one within 4 σ become 0.
 
     Returns:
-        fp32, of its shape, in holes and elsewhere.
+        The mean in holes and elsewhere, fp32, the view's shape.
     """
     seen = (~mask).float()
     weights = gaussian_filter(seen, sigma)
@@ -59,9 +59,9 @@ def smooth_fill(view: Tensor, mask: Tensor, sigma: float) -> Tensor:
 
 
 class Reconstruction(nn.Module):
-    """(B, C, *spatial) to (B, 1, *(spatial · stride)): a channel for each voxel of a pixel, shuffled into place.
+    """Maps (B, C, *spatial) to (B, 1, *(spatial · stride)): a channel for each voxel of a pixel, shuffled into place.
 
-    It starts at 0.
+    Its output starts at 0.
     """
 
     def __init__(self, channels: int, stride: int, hidden: int) -> None:
@@ -112,7 +112,7 @@ class Inpainting(PretextTask):
             item[f"mask{number}"], item[f"view{number}"] = self.hide(view, rng)
 
     def hide(self, view: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """The mask of a view (1, *roi_size), and the view with noise from 0 to 1 within."""
+        """Returns the mask of a view (1, *roi_size), and the view with noise from 0 to 1 within."""
         mask = torch.from_numpy(cut_out(tuple(view.shape[1:]), self.share, self.sides, rng))[None]
         noise = torch.from_numpy(rng.random(view.shape, dtype=np.float32))
         return mask, torch.where(mask, noise, view)
@@ -122,7 +122,8 @@ class Inpainting(PretextTask):
         return self.fill(view, mask) + net.heads[self.name](features).float()
 
     def fill(self, view: Tensor, mask: Tensor) -> Tensor:
-        """`smooth_fill` where a training starts; 4 σ are half the largest block, whose middle then still sees out."""
+        """Computes `smooth_fill` as the start of training; 4 σ are half the largest block, so its middle still
+        reaches visible voxels."""
         return smooth_fill(view, mask, self.sides[1] * max(self.roi_size) / 8)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
@@ -132,6 +133,6 @@ class Inpainting(PretextTask):
         distance = (self.predict(step.net, step.maps[self.level], view, mask) - target).abs()
         if self.settings["on"] == "all":
             return {self.name: distance.mean()}
-        # A mean of each view, so that all items count alike whatever their holes.
+        # The mean is taken per view, so that all items count alike whatever their holes.
         inside = (distance * mask).flatten(1).sum(dim=1) / mask.flatten(1).sum(dim=1).clamp(min=1)
         return {self.name: inside.mean()}

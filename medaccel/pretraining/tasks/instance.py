@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance contrast: which view is of the same scan?"""
+"""Defines instance contrast: which view is of the same scan?"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks on pixels of feature maps: contrast between places, and PixPro's consistency."""
+"""Defines tasks on pixels of feature maps: contrast between places, and PixPro's consistency."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from medaccel.pretraining.levels import channels, check_level, features
 from medaccel.pretraining.settings import PixelSettings, PixProSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
-#: PixPro's momentum in the first step; it rises to 1.
+#: PixPro's momentum is this in the first step; it rises to 1.
 FIRST_MOMENTUM = 0.99
 
 
 def projector(level: str, feature_size: int, dimensions: int) -> nn.Sequential:
-    """1 × 1 × 1 convolutions from a level's map to `dimensions` channels."""
+    """Builds 1 × 1 × 1 convolutions from a level's map to `dimensions` channels."""
     width = channels(level, feature_size)
     return nn.Sequential(nn.Conv3d(width, 2 * width, 1), nn.GELU(), nn.Conv3d(2 * width, dimensions, 1))
 
@@ -46,7 +46,7 @@ class _PixelTask(PretextTask):
         return frozenset({self.level})
 
     def affines(self, batch: Mapping[str, Tensor], projected: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 4, 4) of both views' pixels, to mm."""
+        """Returns (B, 4, 4) from both views' pixels to mm."""
         size = projected.shape[2:]
         first, second = (feature_affine(batch[f"affine{n}"].float(), self.roi_size, size) for n in (1, 2))
         return first, second
@@ -84,7 +84,7 @@ class PixelContrast(_PixelTask):
     def losses(self, step: Step) -> dict[str, Tensor]:
         projected = self.project(step.net, step.maps)
         affines = self.affines(step.batch, projected)
-        # Item by item: a mean over all items' pixels would weigh them by how much their views overlap, and then
+        # The loss goes item by item: a mean over all items' pixels would weigh them by their views' overlap, and then
         # processes that share a batch would not have one process's loss.
         parts = [t.split(1) for t in (*projected.chunk(2), *affines)]
         each = [self.loss(*arguments) for arguments in zip(*parts, strict=True)]
@@ -92,7 +92,8 @@ class PixelContrast(_PixelTask):
 
 
 class PixProHead(nn.Module):
-    """PixPro's projector and propagation, and the momentum copies of backbone and projector, which get no gradient.
+    """Holds PixPro's projector and propagation, and the momentum copies of backbone and projector, which get no
+    gradient.
 
     The copies are buffers of the training like any weight: they are in its checkpoints, so a resumed run has them.
     """
@@ -106,14 +107,14 @@ class PixProHead(nn.Module):
 
     @torch.no_grad()
     def follow(self, backbone: nn.Module, momentum: float) -> None:
-        """Moves the copies towards what they are copies of."""
+        """Moves the copies towards their originals."""
         pairs = ((self.momentum_backbone, backbone), (self.momentum_projector, self.projector))
         for slow, fast in pairs:
             for old, new in zip(slow.parameters(), fast.parameters(), strict=True):
                 old.lerp_(new.to(old.dtype), 1 - momentum)
 
     def propagate(self, projected: Tensor) -> Tensor:
-        """(B, C, *spatial) to the same: each pixel as the pixels that look like it say."""
+        """Replaces each pixel of (B, C, *spatial) by a mean of the pixels that resemble it."""
         with torch.autocast(projected.device.type, enabled=False):
             values = F.normalize(self.transform(projected.float()), dim=1)
         rows, said = (t.flatten(2).transpose(1, 2) for t in (projected, values))
@@ -121,7 +122,8 @@ class PixProHead(nn.Module):
 
 
 class PixPro(_PixelTask):
-    """PixPro's consistency (Xie et al., CVPR 2021): propagated pixels, and a momentum encoder's of the other view.
+    """Computes PixPro's consistency (Xie et al., CVPR 2021) between propagated pixels and a momentum encoder's pixels
+    of the other view.
 
     The momentum is 1 − 0.01 · (cos(π k / K) + 1) / 2 in step k of K. The copies move at the beginning of a step, to
     the weights that the last one left. Beside the backbone's pass there is a second one without gradient, about a
@@ -156,5 +158,5 @@ class PixPro(_PixelTask):
 
 
 def momentum(progress: float) -> float:
-    """PixPro's, at a share of the training."""
+    """Returns PixPro's momentum at a share of the training."""
     return 1 - (1 - FIRST_MOMENTUM) * (math.cos(math.pi * progress) + 1) / 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotation: by how many right angles was the patient turned?"""
+"""Defines rotation: by how many right angles was the patient turned?"""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from medaccel.pretraining.levels import elements
 from medaccel.pretraining.settings import RotationSettings
 from medaccel.pretraining.tasks.base import Network, PretextTask, Step
 
-_NOISE = 0.03  # of the window; its strength is drawn
+_NOISE = 0.03  # greatest noise, as a share of the window; its strength is drawn
 
 
 class Rotation(PretextTask):
     """A crop of its own, from the canonically oriented volume, turned by k · 90° in the axial plane; k is to be told.
 
     The views can't serve: they may be flipped and turned already, and then no answer is right. The crop goes through
-    the transformer alone, no decoder, which keeps its cost to a fraction of the views'.
+    the transformer alone, without a decoder, so it costs a fraction of the views.
     """
 
     name = "rotation"
@@ -40,7 +40,8 @@ class Rotation(PretextTask):
             )
 
     def head(self, backbone: SwinUNETR, feature_size: int) -> nn.Module:
-        # All pixels of the last map, not their mean: where the spine lies tells more than that there is one.
+        # The head sees all pixels of the last map, not their mean: where the spine lies tells more than that there is
+        # one.
         return nn.Sequential(nn.Flatten(), nn.Linear(elements("encoder4", feature_size, self.roi_size), 4))
 
     def prepare(self, item: dict[str, Tensor], image: Tensor, rng: np.random.Generator) -> None:
@@ -51,13 +52,13 @@ class Rotation(PretextTask):
         item["rotation"] = torch.tensor(turns)
 
     def crop(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """(1, *roi_size) from anywhere in a volume, which is padded where it is smaller."""
+        """Cuts (1, *roi_size) from anywhere in a volume, which is padded if it is smaller."""
         cropper = RandSpatialCrop(self.roi_size, random_size=False).set_random_state(seed=int(rng.integers(2**31)))
         return torch.as_tensor(cropper(SpatialPad(self.roi_size)(image))).as_subclass(Tensor)
 
     @staticmethod
     def turned(crop: Tensor, turns: int) -> Tensor:
-        """(1, i, j, k), turned by right angles about the patient's long axis."""
+        """Turns (1, i, j, k) by right angles about the patient's long axis."""
         return torch.rot90(crop, turns, (1, 2)).contiguous()
 
     def logits(self, net: Network, x: Tensor) -> Tensor:

@@ -81,10 +81,10 @@ class Calibration:
         bins = len(self.edges) + 1
         lengths = {"factors": len(self.factors), "voxels": len(self.voxels), "constants": len(self.constants)}
         if any(length != bins for length in lengths.values()):
-            raise ValueError(f"calibration of {bins} SUV bins has {lengths} (expected one value a bin)")
+            raise ValueError(f"calibration of {bins} SUV bins has {lengths}; expected one value per bin")
         widths = np.array([*self.factors, self.pooled, self.constant, *self.constants])
         if not (np.isfinite(widths).all() and (widths >= 0).all()):
-            raise ValueError(f"calibration has factors or half-widths {widths.tolist()} (expected finite, >= 0)")
+            raise ValueError(f"calibration has factors or half-widths {widths.tolist()}; expected finite, >= 0")
 
     def bins(self, mean: Array) -> NDArray[np.intp]:
         """Returns the bin, from 0, of each predicted SUV; same shape."""
@@ -98,7 +98,7 @@ class Calibration:
             ValueError: the shapes differ.
         """
         if mean.shape != std.shape:
-            raise ValueError(f"mean has shape {mean.shape}, std {std.shape} (expected the same)")
+            raise ValueError(f"mean has shape {mean.shape}, std {std.shape}; expected the same")
         factors = np.asarray(self.factors)[self.bins(mean)]
         return np.asarray(factors * np.maximum(np.asarray(std, np.float64), self.floor))
 
@@ -215,7 +215,7 @@ def fit_calibration(
     """
     _check_options(covers, level, edges, floor)
     if least_voxels < 1:
-        raise ValueError(f"least_voxels={least_voxels} (expected at least 1)")
+        raise ValueError(f"least_voxels is {least_voxels}; expected at least 1")
     ratios, errors, bins = [], [], []
     for truth, mean, std in _inside(items):
         error = np.abs(truth - mean)
@@ -224,7 +224,7 @@ def fit_calibration(
         bins.append(np.digitize(mean, edges).astype(np.int16))
     studies = len(bins)
     if not studies:
-        raise ValueError("fit_calibration got no items (expected at least one validation study)")
+        raise ValueError("fit_calibration got no items; expected at least one validation study")
     ratio, error, index = np.concatenate(ratios), np.concatenate(errors), np.concatenate(bins)
     pooled, constant = _conformal_quantile(ratio, level), _conformal_quantile(error, level)
     least = max(least_voxels, _least_count(level))
@@ -289,7 +289,7 @@ def coverage(calibration: Calibration, items: Iterable[Item]) -> Coverage:
         by_deviation += _sums(np.digitize(std, _DEVIATION_EDGES), len(_DEVIATION_EDGES) + 1, columns)
         studies.append(float(columns[3].mean()))
     if not studies:
-        raise ValueError("coverage got no items (expected at least one study)")
+        raise ValueError("coverage got no items; expected at least one study")
     tenths = _sums(_tenths(by_deviation[0]), _TENTHS, list(by_deviation))
     rows = [_row("all", "all", by_suv.sum(axis=1))]
     rows += [_row("suv", label, by_suv[:, n]) for n, label in enumerate(_bin_labels(calibration.edges))]
@@ -322,14 +322,14 @@ def _inside(items: Iterable[Item]) -> Iterator[tuple[NDArray[np.float64], ...]]:
             raise ValueError(f"item {number}: {error}") from error
         values = tuple(volume[mask].astype(np.float64) for volume in (truth, mean, std))
         if values[2].min() < 0:
-            raise ValueError(f"item {number}: std has a least value of {values[2].min():g} (expected >= 0)")
+            raise ValueError(f"item {number}: std has a least value of {values[2].min():g}; expected >= 0")
         yield values
 
 
 def _conformal_quantile(values: NDArray[np.float32], level: float) -> float:
     least = _least_count(level)
     if len(values) < least:
-        raise ValueError(f"{len(values)} voxels in all (expected at least {least} for level={level})")
+        raise ValueError(f"{len(values)} voxels in all; expected at least {least} for level={level}")
     rank = _rank(len(values), level)
     found = np.partition(values, rank - 1)[rank - 1]
     # The next larger number is taken: values were rounded to float32, and the one at the quantile must itself be
@@ -373,14 +373,14 @@ def _bin_labels(edges: Sequence[float]) -> list[str]:
 
 def _check_options(covers: str, level: float, edges: Sequence[float], floor: float) -> None:
     if covers not in (ACTIVITY, TARGET):
-        raise ValueError(f"covers={covers!r} (expected {ACTIVITY!r} or {TARGET!r})")
+        raise ValueError(f"covers is {covers!r}; expected {ACTIVITY!r} or {TARGET!r}")
     _check_level(level)
     if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
-        raise ValueError(f"edges={tuple(edges)} (expected increasing SUV)")
+        raise ValueError(f"edges is {tuple(edges)}; expected increasing SUV")
     if not (math.isfinite(floor) and floor > 0):
-        raise ValueError(f"floor={floor} (expected a positive SUV)")
+        raise ValueError(f"floor is {floor}; expected a positive SUV")
 
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level={level} (expected a fraction between 0 and 1, such as 0.9)")
+        raise ValueError(f"level is {level}; expected a fraction between 0 and 1, such as 0.9")

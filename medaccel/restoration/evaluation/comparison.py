@@ -71,11 +71,11 @@ def compare_methods(
             than the first or none, or `level` is not within (0, 1).
     """
     if against not in values:
-        raise ValueError(f"against={against!r} is not among the methods (expected one of {', '.join(values)})")
+        raise ValueError(f"against={against!r} is not among the methods; expected one of {', '.join(values)}")
     counts = {method: len(row) for method, row in values.items()}
     if len(counts) < 2 or len(set(counts.values())) != 1 or 0 in counts.values():
         raise ValueError(
-            f"studies a method: {counts} (expected two methods or more, with as many studies each, at least one)"
+            f"studies a method: {counts}; expected two methods or more, with as many studies each, at least one"
         )
     base = np.asarray(values[against], dtype=np.float64)
     differences = {}

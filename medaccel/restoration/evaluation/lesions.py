@@ -78,7 +78,7 @@ def lesion_regions(lesions: NDArray[Any], mask: Mask, spacing: tuple[float, floa
     check_spacing(spacing)
     if lesions.shape != mask.shape or not np.issubdtype(lesions.dtype, np.integer):
         raise ValueError(
-            f"lesions: {lesions.dtype} of shape {lesions.shape} (expected integers of shape {mask.shape})"
+            f"lesions: {lesions.dtype} of shape {lesions.shape}; expected integers of shape {mask.shape}"
         )
     reach = [math.ceil((SHELL + GAP) / s) for s in spacing]  # a lesion further away clears none of the shell
     regions = []
@@ -199,7 +199,7 @@ def coefficient_of_variation(image: Array, core: Mask) -> float:
     Lumpy uptake counts too: compare with the noise-free image's own value.
     """
     if core.shape != image.shape:
-        raise ValueError(f"core has shape {core.shape}, the image {image.shape} (expected the same)")
+        raise ValueError(f"core has shape {core.shape}, the image {image.shape}; expected the same")
     values = image[core].astype(np.float64)
     if values.size < 2 or values.mean() == 0:
         return math.nan

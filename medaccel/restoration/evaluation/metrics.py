@@ -28,22 +28,22 @@ SSIM_RADIUS = 5
 def check_volumes(mask: Mask, **volumes: Array) -> None:
     """Raises ValueError unless all are finite 3-D arrays of the mask's shape and the mask has a voxel."""
     if mask.ndim != 3 or mask.dtype != np.bool_:
-        raise ValueError(f"mask is a {mask.ndim}-D array of {mask.dtype} (expected 3-D, bool)")
+        raise ValueError(f"mask is a {mask.ndim}-D array of {mask.dtype}; expected 3-D, bool")
     for name, volume in volumes.items():
         if volume.shape != mask.shape:
-            raise ValueError(f"{name} has shape {volume.shape}, the mask {mask.shape} (expected the same)")
+            raise ValueError(f"{name} has shape {volume.shape}, the mask {mask.shape}; expected the same")
         bad = int(np.count_nonzero(~np.isfinite(volume)))
         if bad:
-            raise ValueError(f"{name} has {bad} voxels that are NaN or infinite (expected SUV)")
+            raise ValueError(f"{name} has {bad} voxels that are NaN or infinite; expected SUV")
     if not mask.any():
-        raise ValueError("mask is empty (expected at least one body voxel)")
+        raise ValueError("mask is empty; expected at least one body voxel")
 
 
 def check_seconds(input_seconds: float, target_seconds: float) -> None:
     """Raises ValueError unless 0 < input < target."""
     if not 0 < input_seconds < target_seconds:
         raise ValueError(
-            f"input_seconds={input_seconds}, target_seconds={target_seconds} (expected 0 < input < target)"
+            f"input_seconds={input_seconds}, target_seconds={target_seconds}; expected 0 < input < target"
         )
 
 
@@ -88,7 +88,7 @@ def body_mask(suv: Array, spacing: tuple[float, float, float], *, threshold: flo
 def check_spacing(spacing: tuple[float, ...]) -> None:
     """Raises ValueError unless spacing is three positive, finite lengths."""
     if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing={tuple(spacing)} (expected three positive lengths in mm)")
+        raise ValueError(f"spacing is {tuple(spacing)}; expected three positive lengths in mm")
 
 
 def mse(restored: Array, reference: Array, mask: Mask) -> float:
@@ -121,7 +121,7 @@ def ssim_map(restored: Array, reference: Array, *, data_range: float = SSIM_RANG
     from skimage.metrics import structural_similarity
 
     if not data_range > 0:
-        raise ValueError(f"data_range={data_range} (expected a positive SUV)")
+        raise ValueError(f"data_range is {data_range}; expected a positive SUV")
     dtype = np.result_type(restored, reference, np.float32)
     # win_size only says how much of the border scikit-image leaves out of a mean that is not used here;
     # without it, volumes thinner than 11 voxels would be refused.

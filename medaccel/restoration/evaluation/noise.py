@@ -93,7 +93,7 @@ def analyse_noise(
     check_volumes(mask, image=image, target=target)
     check_spacing(spacing)
     if not distances or any(d < 1 for d in distances):
-        raise ValueError(f"distances={tuple(distances)} (expected voxel distances of at least 1)")
+        raise ValueError(f"distances is {tuple(distances)}; expected voxel distances of at least 1")
     noise = normalised_noise(image.astype(np.float64) - target, mask, window=window)
     variance = float(noise[mask].var())
     differences = []
@@ -121,7 +121,7 @@ def normalised_noise(difference: Array, mask: Mask, *, window: float = 3.0) -> N
     from scipy import ndimage
 
     if not window > 0:
-        raise ValueError(f"window={window} (expected a positive σ in voxels)")
+        raise ValueError(f"window is {window}; expected a positive σ in voxels")
     inside = np.where(mask, difference, 0.0)
     if not inside.any():
         raise ValueError("image and target are equal inside the mask: there is no noise to analyse")

@@ -126,7 +126,7 @@ def noise_level(
     limit = mse_limit(input_seconds, target_seconds)
     mean = float(target[mask].mean(dtype=np.float64))
     if not mean > 0:
-        raise ValueError(f"target has a mean of {mean:g} SUV inside the mask (expected uptake)")
+        raise ValueError(f"target has a mean of {mean:g} SUV inside the mask; expected uptake")
     difference = image[mask].astype(np.float64) - target[mask]
     liver = math.nan if liver_core is None else coefficient_of_variation(image, liver_core)
     return NoiseLevel(float(difference.std()) / math.sqrt(limit) / mean, liver)
@@ -145,8 +145,8 @@ def share_against_noise(
     """
     if not studies or not len(studies) == len(levels) == len(rows):
         raise ValueError(
-            f"{len(studies)} studies, {len(levels)} noise levels and {len(rows)} rows (expected one of each a study, "
-            "at least one)"
+            f"{len(studies)} studies, {len(levels)} noise levels and {len(rows)} rows; expected one of each per "
+            "study, at least one"
         )
     return [
         NoiseShare(study, level, float(row["share_of_limit"]))
@@ -193,7 +193,7 @@ def remaining_noise(
             target.
     """
     if not images:
-        raise ValueError("remaining_noise got no images (expected the input and at least one restored)")
+        raise ValueError("remaining_noise got no images; expected the input and at least one restored")
     found = {}
     for name, image in images.items():
         analysis = analyse_noise(image, target, mask, spacing, distances=distances)
@@ -216,12 +216,10 @@ def compare_noise(
         ValueError: there are no studies, one lacks the input, or one has other methods or distances than the first.
     """
     if not studies or before not in studies[0]:
-        raise ValueError(
-            f"studies hold {[list(s) for s in studies]} (expected at least one, with {before!r} in each)"
-        )
+        raise ValueError(f"studies hold {[list(s) for s in studies]}; expected at least one, with {before!r} in each")
     keys = [[(d.axis, d.voxels) for d in noise.analysis.differences] for s in studies for noise in s.values()]
     if any(study.keys() != studies[0].keys() for study in studies) or any(key != keys[0] for key in keys):
-        raise ValueError("studies hold different methods or distances (expected the same in all)")
+        raise ValueError("studies hold different methods or distances; expected the same in all")
     changes = []
     for method in studies[0]:
         noises = [study[method] for study in studies]
@@ -245,5 +243,5 @@ def compare_noise(
 def _level(point: NoiseShare, where: str) -> float:
     levels: dict[str, float] = asdict(point.noise)
     if where not in levels:
-        raise ValueError(f"where={where!r} (expected 'body' or 'liver')")
+        raise ValueError(f"where is {where!r}; expected 'body' or 'liver'")
     return levels[where]

@@ -118,12 +118,12 @@ def point_response(
     check_volumes(mask, volume=volume)
     check_spacing(spacing)
     if not (math.isfinite(amplitude) and amplitude > 0):
-        raise ValueError(f"amplitude={amplitude} (expected a positive multiple of the background)")
+        raise ValueError(f"amplitude is {amplitude}; expected a positive multiple of the background")
     _check_width(fwhm_mm)
     if positions is None:
         positions = blob_positions(volume, mask, spacing, fwhm_mm=fwhm_mm, count=count, seed=seed)
     elif not len(positions):
-        raise ValueError("positions is empty (expected at least one voxel, or None to draw some)")
+        raise ValueError("positions is empty; expected at least one voxel, or None to draw some")
     elif together:
         _check_apart(positions, spacing, fwhm_mm)
     # The image is float32, as methods expect it, and as the sum with a blob will be: rounding then cancels in the
@@ -149,10 +149,10 @@ def summarize_responses(responses: Sequence[PointResponse]) -> ResponseSummary:
         ValueError: there are no responses, or blobs of several widths.
     """
     if not responses:
-        raise ValueError("summarize_responses got no responses (expected at least one)")
+        raise ValueError("summarize_responses got no responses; expected at least one")
     widths = sorted({response.added_fwhm for response in responses})
     if len(widths) > 1:
-        raise ValueError(f"responses are to blobs of {widths} mm FWHM (expected one width)")
+        raise ValueError(f"responses are to blobs of {widths} mm FWHM; expected one width")
     fitted = [(*response.fwhm, response.explained) for response in responses if math.isfinite(response.explained)]
     i, j, k, explained = np.median(fitted, axis=0).tolist() if fitted else (math.nan,) * 4
     return ResponseSummary(
@@ -190,14 +190,14 @@ def blob_positions(
     check_spacing(spacing)
     _check_width(fwhm_mm)
     if count < 1:
-        raise ValueError(f"count={count} (expected at least one blob)")
+        raise ValueError(f"count is {count}; expected at least one blob")
     # The mask is padded: a body that the field of view cuts has an edge there too.
     depth = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing)[1:-1, 1:-1, 1:-1]
     candidates = np.argwhere((depth > DEPTH * fwhm_mm) & (volume > 0))
     if not len(candidates):
         raise ValueError(
-            f"mask has no voxel with uptake that is {DEPTH * fwhm_mm:g} mm inside it (expected room for a blob of "
-            f"{fwhm_mm:g} mm FWHM)"
+            f"mask has no voxel with uptake that is {DEPTH * fwhm_mm:g} mm inside it; expected room for a blob of "
+            f"{fwhm_mm:g} mm FWHM"
         )
     generator = np.random.default_rng(seed)
     found: list[tuple[int, int, int]] = []
@@ -277,7 +277,7 @@ def _restored(restore: Callable[[Array], Array], image: Array) -> Array:
     if restored.shape != image.shape or not np.isfinite(restored).all():
         raise ValueError(
             f"restore returned shape {restored.shape} with {int((~np.isfinite(restored)).sum())} voxels NaN or "
-            f"infinite (expected finite SUV of shape {image.shape})"
+            f"infinite; expected finite SUV of shape {image.shape}"
         )
     return restored
 
@@ -307,7 +307,7 @@ def _background(
     )
     background = float(volume[box][mask[box]].mean(dtype=np.float64))
     if not background > 0:
-        raise ValueError(f"position {tuple(position)} has a background of {background:g} SUV (expected uptake)")
+        raise ValueError(f"position {tuple(position)} has a background of {background:g} SUV; expected uptake")
     return background
 
 
@@ -327,7 +327,7 @@ def _millimetres(
 
 def _check_width(fwhm_mm: float) -> None:
     if not (math.isfinite(fwhm_mm) and fwhm_mm > 0):
-        raise ValueError(f"fwhm_mm={fwhm_mm} (expected a positive width in mm)")
+        raise ValueError(f"fwhm_mm is {fwhm_mm}; expected a positive width in mm")
 
 
 def _check_apart(
@@ -338,6 +338,6 @@ def _check_apart(
     distance[np.diag_indices(len(points))] = math.inf
     if distance.min() < 2 * REACH * fwhm_mm:
         raise ValueError(
-            f"positions are {distance.min():g} mm apart along their furthest axis (expected at least "
-            f"{2 * REACH * fwhm_mm:g} mm, eight FWHM, or together=False)"
+            f"positions are {distance.min():g} mm apart along their furthest axis; expected at least "
+            f"{2 * REACH * fwhm_mm:g} mm, eight FWHM, or together=False"
         )

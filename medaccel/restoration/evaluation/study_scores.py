@@ -256,7 +256,7 @@ def summarize(per_study: Mapping[str, Sequence[Mapping[str, float]]], *, seed: i
     """
     counts = {method: len(rows) for method, rows in per_study.items()}
     if not counts or len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(f"studies a method: {counts} (expected the same number, at least one, for each)")
+        raise ValueError(f"studies a method: {counts}; expected the same number, at least one, for each")
     table = []
     for method, rows in per_study.items():
         pooled = {

@@ -49,13 +49,13 @@ class TrainingRange:
 
     def __post_init__(self) -> None:
         if not self.seconds or min(self.seconds) <= 0:
-            raise ValueError(f"seconds={self.seconds} (expected at least one exposure, in s)")
+            raise ValueError(f"seconds is {self.seconds}; expected at least one exposure, in s")
         check_spacing(self.voxel_min)
         check_spacing(self.voxel_max)
         pairs = [*zip(self.voxel_min, self.voxel_max, strict=True), (self.noise_min, self.noise_max)]
         for low, high in pairs:
             if not (0 < low <= high < math.inf):
-                raise ValueError(f"a range of {low} to {high} (expected positive numbers, the least one first)")
+                raise ValueError(f"a range of {low} to {high}; expected positive numbers, the least one first")
 
     @classmethod
     def of(cls, studies: Sequence[Path], seconds: Sequence[int]) -> TrainingRange:
@@ -68,7 +68,7 @@ class TrainingRange:
             FileNotFoundError: a study lacks one of the exposures.
         """
         if not studies or not seconds:
-            raise ValueError(f"{len(studies)} studies, {len(seconds)} exposures (expected at least one of both)")
+            raise ValueError(f"{len(studies)} studies, {len(seconds)} exposures; expected at least one of both")
         spacings, levels = [], []
         for folder in studies:
             for t in seconds:
@@ -151,7 +151,7 @@ def noise_level(volume: Array, spacing: Sequence[float]) -> float:
     steps_mm = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     check_spacing(steps_mm)
     if volume.ndim != 3 or min(volume.shape) < 2 or not np.isfinite(volume).all():
-        raise ValueError(f"volume has shape {volume.shape} (expected three axes of at least two voxels, all finite)")
+        raise ValueError(f"volume has shape {volume.shape}; expected three axes of at least two voxels, all finite")
     values = volume.astype(np.float32, copy=False)
     above = values[values > values.mean(dtype=np.float64)]
     # The scale is half of the activity above the mean: the typical uptake, whatever the unit and however hot the
@@ -169,7 +169,7 @@ def noise_level(volume: Array, spacing: Sequence[float]) -> float:
         mask = mask[tuple(there)] & mask[tuple(here)]  # all eight voxels lie in the body
         mean = (mean[tuple(there)] + mean[tuple(here)]) / 2
     if not mask.any():
-        raise ValueError("volume has no body in it to tell the noise from (expected a PET of a patient)")
+        raise ValueError("volume has no body in it to tell the noise from; expected a PET of a patient")
     relative = difference[mask] / mean[mask]
     return float(_SD_PER_MAD * np.median(np.abs(relative)) / math.sqrt(8))
 

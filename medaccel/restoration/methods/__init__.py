@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration methods behind one interface, `medaccel.restoration.methods.base.Method`."""
+"""Provides the restoration methods behind one interface, `medaccel.restoration.methods.base.Method`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medaccel.restoration.methods.base import Method, RestorationTask
 
-# Name -> module:class, imported when it is first asked for: Lightning and MONAI take seconds.
+# Name -> module:class, imported at its first use: Lightning and MONAI take seconds.
 METHODS = {
     "gaussian1": "medaccel.restoration.methods.gaussian:Gaussian1",
     "gaussian3": "medaccel.restoration.methods.gaussian:Gaussian3",
@@ -35,7 +35,7 @@ _KEYS = {
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method. Raises ValueError where there is none of that name."""
+    """Returns the class of a method; raises ValueError if no method has that name."""
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
     module, _, attribute = METHODS[name].partition(":")
@@ -47,22 +47,23 @@ def make_method(name: str, task: RestorationTask, settings: Mapping[str, Any] | 
     """A method that is not fitted yet. Raises ValueError for an unknown name or setting."""
     try:
         return method_class(name)(task, settings)
-    except (TypeError, IndexError, KeyError, RuntimeError, ZeroDivisionError) as error:  # a network's own, of sizes
+    # a network raises these for impossible sizes
+    except (TypeError, IndexError, KeyError, RuntimeError, ZeroDivisionError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{name}: its settings {dict(settings or {})} can't be used ({reason})") from error
 
 
 def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Method:
-    """A fitted method from the file that `Method.save` wrote, on the CPU.
+    """Loads a fitted method from the file that `Method.save` wrote, onto the CPU.
 
     Args:
-        path: of the checkpoint.
-        expected: the method that it must be of; None: any.
+        path: the checkpoint.
+        expected: the method that it must hold; None: any.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, not a checkpoint, of another format or an unknown method; the message names the file,
-            what it holds and what was expected.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, no checkpoint, or has another format or an unknown method; the message names
+            the file, its content and the expected one.
     """
     from medaccel.data.tensors import first_line
     from medaccel.restoration.methods.base import FORMAT, Fitted, RestorationTask
@@ -82,7 +83,7 @@ def load_method(path: str | os.PathLike[str], expected: str | None = None) -> Me
         method = method_class(content["method"])(task, content["settings"])
         method.fitted = Fitted(**content["fitted"])
         method.load_state(content["state"])
-    except Exception as error:  # whatever a state of another shape or kind leads to
+    except Exception as error:  # a state of another shape or kind may raise anything
         raise ValueError(
             f"{path}: not a checkpoint of {content['method']!r} that can be used ({first_line(error)})"
         ) from error

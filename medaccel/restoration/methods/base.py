@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every restoration method is to the pipeline: fitted on study folders, then handed one PET after another."""
+"""Defines a restoration method as the pipeline sees it: fitted on study folders, then handed one PET after
+another."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from medaccel.restoration.evaluation.metrics import check_seconds, check_spacing
 from medaccel.restoration.settings import MethodSettings
 from medaccel.studies.typed import UnfitError, settings_class
 
-FORMAT = 1  # of a method's checkpoint
+FORMAT = 1  # version of a method's checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class RestorationTask:
     """What is predicted from what.
 
     Args:
-        input_seconds: exposures that are restored from, s; the first is the primary one.
-        target_seconds: the exposure that is predicted, s.
+        input_seconds: exposures to restore from, s; the first is the primary one.
+        target_seconds: the exposure to predict, s.
 
     Raises:
-        ValueError: no input exposure, or one that is not shorter than the target.
+        ValueError: there is no input exposure, or one is not shorter than the target.
     """
 
     input_seconds: tuple[int, ...] = (60,)
@@ -37,7 +38,7 @@ class RestorationTask:
 
     def __post_init__(self) -> None:
         if not self.input_seconds:
-            raise ValueError("input_seconds is empty (expected at least one exposure in s)")
+            raise ValueError("input_seconds is empty; expected at least one exposure in s")
         for seconds in self.input_seconds:
             check_seconds(seconds, self.target_seconds)
 
@@ -69,14 +70,14 @@ class RestorationRequest:
 
 @dataclass(frozen=True)
 class Restoration:
-    """What a method makes of one PET; arrays (i, j, k) in SUV, float32.
+    """Holds a method's restoration of one PET; arrays (i, j, k) in SUV, float32.
 
     Args:
         volume: the prediction of the target exposure.
-        activity: the activity λ, where the method predicts that: volume = weight·PET_t + (1 − weight)·λ.
-        weight: of the PET in that blend; t/T is the one of least squared error.
-        std: standard deviation of the activity's samples, where the method draws any.
-        samples: (K, i, j, k), the activity's samples, where they were asked for.
+        activity: the activity λ, if the method predicts it: volume = weight·PET_t + (1 − weight)·λ.
+        weight: weight of the PET in that blend; t/T has the least squared error.
+        std: standard deviation of the activity's samples, if the method draws any.
+        samples: (K, i, j, k), the activity's samples, if they were asked for.
     """
 
     volume: np.ndarray
@@ -88,13 +89,13 @@ class Restoration:
 
 @dataclass
 class Fitted:
-    """What a fit found, for the report and for config.yaml.
+    """Holds the results of a fit, for the report and for config.yaml.
 
     Args:
         choices: plain JSON values, chosen on the validation studies: a strength, t0, a blend's weight.
-        scores: candidate, as a reader would name it: its mean MSE and 1 − SSIM score (%) on the validation studies.
-        losses: name: one value an epoch, such as {"training": …, "validation": …}.
-        seconds: that the fit took; `steps` of them were optimizer steps of `seconds_per_step`.
+        scores: mean MSE and 1 − SSIM score (%) on the validation studies, by candidate, named for readers.
+        losses: one value per epoch, by name, such as {"training": …, "validation": …}.
+        seconds: duration of the fit, which had `steps` optimizer steps of `seconds_per_step`.
         parameters: further plain values for the report, such as σ in mm.
     """
 
@@ -106,14 +107,14 @@ class Fitted:
 
 
 class Method(abc.ABC):
-    """One way to restore.
+    """Restores PETs in one particular way.
 
     A method is made for a `RestorationTask`, fitted once, stored in one file, and restores from then on. It sees
     studies as folders (`medaccel.restoration.study`), so that it decides what it keeps in memory.
 
     Args:
-        task: what to predict from what.
-        settings: of the method, plain JSON values; unknown ones are refused.
+        task: the exposures to restore from and to predict.
+        settings: the method's settings, plain JSON values; unknown ones are refused.
     """
 
     name: ClassVar[str]
@@ -150,19 +151,19 @@ class Method(abc.ABC):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Fits to study folders with all exposures of the task, and chooses what is to be chosen.
+        """Fits to study folders with all exposures of the task, and makes the method's choices.
 
         Args:
-            studies: to fit to.
-            validation: to choose on; never the ones that the method is scored on. Empty: nothing is chosen, the
-                defaults stand.
-            folder: for logs and for what an interrupted fit goes on from.
-            seed: of all that is random.
+            studies: the studies to fit to.
+            validation: the studies to choose on, never those that the method is scored on. If empty, nothing is
+                chosen and the defaults stand.
+            folder: holds logs, and the files that an interrupted fit continues from.
+            seed: seed of all randomness.
             progress: show a progress bar.
 
         Raises:
-            ValueError: studies that can't be fitted to; a loss that isn't finite.
-            FileNotFoundError: a study without an exposure of the task.
+            ValueError: the studies can't be fitted to; a loss isn't finite.
+            FileNotFoundError: a study lacks an exposure of the task.
         """
 
     @abc.abstractmethod
@@ -175,11 +176,11 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that `load_state` needs."""
+        """Returns tensors and plain values that `load_state` needs."""
 
     @abc.abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state` gave."""
+        """Restores the result of `state`."""
 
     def save(self, path: Path) -> None:
         """Stores the fitted method, atomically."""
@@ -210,11 +211,11 @@ def check_volume(name: str, volume: np.ndarray, spacing: Sequence[float]) -> Non
     """Raises ValueError unless `volume` is a 3-D float array of finite SUV that can be restored."""
     check_spacing((float(spacing[0]), float(spacing[1]), float(spacing[2])))
     if volume.ndim != 3 or min(volume.shape) < 2:
-        raise ValueError(f"{name}: volume has shape {volume.shape} (expected three axes of at least two voxels)")
+        raise ValueError(f"{name}: volume has shape {volume.shape}; expected three axes of at least two voxels")
     bad = int(np.count_nonzero(~np.isfinite(volume)))
     if bad:
-        raise ValueError(f"{name}: volume has {bad} voxels that are NaN or infinite (expected SUV)")
+        raise ValueError(f"{name}: volume has {bad} voxels that are NaN or infinite; expected SUV")
     if volume.min() < 0:
-        raise ValueError(f"{name}: volume has a least value of {volume.min():g} (expected SUV >= 0)")
+        raise ValueError(f"{name}: volume has a least value of {volume.min():g}; expected SUV >= 0")
     if not volume.any():
-        raise ValueError(f"{name}: volume is zero everywhere (expected SUV)")
+        raise ValueError(f"{name}: volume is zero everywhere; expected SUV")

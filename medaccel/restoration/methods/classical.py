@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classical denoisers as peers: non-local means, total variation and BM4D, each at the strength that is best for it.
+"""Provides classical denoisers to compare with: non-local means, total variation and BM4D, each at its best strength.
 
 A denoiser assumes noise of one standard deviation, but the noise of an OSEM image grows with the activity. So it
 works on the square root or the inverse hyperbolic sine of the SUV, where the noise is nearly even, and its strength
-is a multiple of the noise level that is estimated from each input. What comes out, D, estimates the activity λ. PET_T
-is predicted by D itself or, as t of its T seconds are known, by E[PET_T | PET_t] = (t·PET_t + (T − t)·λ) / T with
-λ = D. Strength and choice of the two are searched for per exposure, by the mean MSE score against PET_T.
+is a multiple of the noise level that is estimated from each input. The denoised image D estimates the activity λ.
+PET_T is predicted by D itself or, as t of its T seconds are known, by E[PET_T | PET_t] = (t·PET_t + (T − t)·λ) / T
+with λ = D. Strength and choice of the two are searched for per exposure, by the mean MSE score against PET_T.
 
-MSE score at the best strength tried, % (at most 33.3 at 60 s of 90 s), with λ = D, on training phantoms of
-96 x 72 x 112 voxels of 4 mm, which decided the defaults:
+These MSE scores at the best strength tried, % (at most 33.3 at 60 s of 90 s), with λ = D, on training phantoms of 96
+x 72 x 112 voxels of 4 mm, decided the defaults:
 
     SUV mapped by                    square root   asinh(SUV)   asinh(SUV/2)   asinh(SUV/0.5)
     nlm, four phantoms                      22.2         24.6           23.6             24.3
@@ -36,24 +36,24 @@ from medaccel.restoration.methods.base import Fitted, Method, Restoration, Resto
 from medaccel.restoration.settings import ClassicalSettings, NonLocalMeansSettings, TotalVariationSettings
 from medaccel.restoration.study import load_study
 
-# Name: to the domain with even noise, and back. Denoised values may fall below 0, SUV may not.
+# Each name has a map to the domain with even noise, and its inverse. Denoised values may fall below 0, SUV may not.
 STABILISERS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "sqrt": (np.sqrt, lambda mapped: np.square(np.maximum(mapped, 0))),
     "asinh": (np.arcsinh, lambda mapped: np.sinh(np.maximum(mapped, 0))),
 }
-# A best strength at the end of the grid moves the end outward, this many times at most.
+# If the best strength lies at the end of the grid, the end moves outward, this many times at most.
 EXTENSIONS = 3
 
 
 @dataclass(frozen=True)
 class _Example:
-    """What the search needs of a study at one exposure; arrays (i, j, k), SUV."""
+    """Holds the data that the search needs of a study at one exposure; arrays (i, j, k), SUV."""
 
     image: Array
     target: Array
     mask: Mask
     spacing: tuple[float, float, float]
-    distances: tuple[float, float]  # of the unrestored image from the target: MSE and 1 − SSIM
+    distances: tuple[float, float]  # MSE and 1 − SSIM of the unrestored image against the target
 
 
 class Classical(Method):
@@ -69,12 +69,12 @@ class Classical(Method):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """None, or the sentence that says why the method can't run here."""
+        """Says why the method can't run here; returns None if it can."""
         return None
 
     @abc.abstractmethod
     def denoise(self, mapped: Array, noise: float) -> Array:
-        """`mapped` (i, j, k) with noise of the standard deviation `noise` taken away; the same unit."""
+        """Removes noise of the standard deviation `noise` from `mapped` (i, j, k); the unit stays."""
 
     def fit(
         self,
@@ -85,10 +85,10 @@ class Classical(Method):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """Searches on the validation studies, or on the training ones where there are none; nothing is random.
+        """Searches on the validation studies, or on the training ones if there are none; nothing is random.
 
         Raises:
-            ValueError: no studies, or one whose input equals its target within the body.
+            ValueError: there are no studies, or one has an input that equals its target within the body.
             ValueError: the method is not available.
         """
         self._check_available()
@@ -108,7 +108,7 @@ class Classical(Method):
         """One PET; see `Method.restore`. The CT is not looked at and nothing is drawn.
 
         Raises:
-            ValueError: a volume that isn't SUV or has fewer than three slices; an exposure that was not fitted.
+            ValueError: the volume isn't in SUV or has fewer than three slices; the exposure was not fitted.
             ValueError: the method is not available.
         """
         self._check_available()
@@ -137,14 +137,14 @@ class Classical(Method):
             raise ValueError(f"{self.name}: {reason}")
 
     def _prepare(self, studies: Sequence[Path]) -> None:
-        """Learns what the denoiser needs before the search."""
+        """Learns the quantities that the denoiser needs before the search."""
 
     def denoised(self, volume: Array, mask: Mask, strength: float) -> Array:
-        """D, SUV, float32; `mask` is where the noise level is estimated."""
+        """Returns D, SUV, float32; the noise level is estimated within `mask`."""
         forward, backward = STABILISERS[self.settings["stabiliser"]]
         mapped = forward(volume.astype(np.float32))
         level = noise_level(mapped, mask)
-        if level == 0:  # nothing to take away
+        if level == 0:  # no noise to remove
             return volume.astype(np.float32)
         return np.asarray(backward(self.denoise(mapped, strength * level)), dtype=np.float32)
 
@@ -168,13 +168,13 @@ class Classical(Method):
         return _Example(image, target, mask, study.spacing, distances)
 
     def _search(self, seconds: int, examples: Sequence[_Example], bar: tqdm[Any]) -> None:
-        """Tries the grid, moves on where the best is at its end, and then halves the steps about the best."""
+        """Tries the grid, extends it if the best strength is at its end, and then halves the steps about the best."""
         tried: dict[float, float] = {}
         best = (-math.inf, 0.0, False)
 
         def attempt(strengths: Sequence[float]) -> None:
             nonlocal best
-            bar.total = len(self.fitted.scores) // 2 + len(strengths)  # two scores a candidate
+            bar.total = len(self.fitted.scores) // 2 + len(strengths)  # two scores per candidate
             for strength in strengths:
                 found = self._scores(seconds, examples, strength)
                 for combined, (mse_score, ssim_score) in found.items():
@@ -196,7 +196,8 @@ class Classical(Method):
         self.fitted.choices[str(seconds)] = {"strength": best[1], "combined": best[2]}
 
     def _scores(self, seconds: int, examples: Sequence[_Example], strength: float) -> dict[bool, tuple[float, float]]:
-        """Combined or not: mean MSE and 1 − SSIM score over the examples, %."""
+        """Returns the mean MSE and 1 − SSIM score over the examples, %, for D combined with the PET (True) or alone
+        (False)."""
         rows: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for example in examples:
             denoised = self.denoised(example.image, body_mask(example.image, example.spacing), strength)
@@ -233,7 +234,7 @@ class NonLocalMeans(Classical):
 
 
 class TotalVariation(Classical):
-    """Total variation (Rudin, Osher and Fatemi 1992) by Chambolle's projections, scikit-image's.
+    """Denoises by total variation (Rudin, Osher and Fatemi 1992) with Chambolle's projections, by scikit-image.
 
     It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: what a round
     took away is added to the next one's input.
@@ -258,17 +259,17 @@ class TotalVariation(Classical):
 
 
 def noise_level(mapped: Array, mask: Mask) -> float:
-    """Standard deviation of the noise of a volume (i, j, k) within a mask, in its unit.
+    """Estimates the standard deviation of the noise of a volume (i, j, k) within a mask, in its unit.
 
-    From the median size of second differences along the axial direction, where PET noise correlates least and smooth
-    anatomy cancels; edges are too few to move a median. Taken as white, so correlated noise (0.2 between neighbours)
-    comes out a sixth too low, the same for all inputs of a scanner.
+    The estimate is the median size of second differences along the axial direction, where PET noise correlates least
+    and smooth anatomy cancels; edges are too few to move a median. The noise is taken as white, so correlated noise
+    (0.2 between neighbours) comes out a sixth too low, the same for all inputs of a scanner.
 
     Raises:
-        ValueError: fewer than three slices.
+        ValueError: the volume has fewer than three slices.
     """
     if mapped.shape[2] < 3:
-        raise ValueError(f"volume has shape {mapped.shape} (expected at least three slices)")
+        raise ValueError(f"volume has shape {mapped.shape}; expected at least three slices")
     differences = np.abs(np.diff(mapped, 2, axis=2))
     inside = mask[:, :, 1:-1]
     sizes = differences[inside] if inside.any() else differences

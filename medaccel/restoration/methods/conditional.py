@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`diffusion_conditional`: samples of the activity given the PET, its smoothed copies, the exposure and perhaps a CT.
+"""Implements `diffusion_conditional`: samples of the activity given the PET, its smoothed copies, the exposure and
+perhaps a CT.
 
-What is diffused is the residual of the scaled activity to the smoothed PET, in units of its own spread, so that the
-schedule's noise ends above everything that there is to find. The mean of the samples estimates E[λ | PET_t], their
-spread says how unsure it is; the calibration of that spread is measured, not assumed.
+The residual of the scaled activity to the smoothed PET is diffused, in units of its own spread, so that the
+schedule's noise ends above every structure in it. The mean of the samples estimates E[λ | PET_t], and their spread
+its uncertainty; the calibration of that spread is measured, not assumed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two diffusion methods share: a small U-Net, its training, and samples drawn and averaged in SUV."""
+"""Holds the parts that the two diffusion methods share: a small U-Net, its training, and samples drawn and averaged
+in SUV."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from medaccel.restoration.methods.networks.nets import whole
 from medaccel.restoration.settings import DiffusionSettings
 from medaccel.training.fit import NetworkFit
 
-# Voxels that the U-Net sees at once: a torso of 4 mm voxels has half a million, and two take 1–2 GB.
+# The U-Net sees so many voxels at once: a torso of 4 mm voxels has half a million, and two take 1–2 GB.
 _WHOLE = 2_000_000
 
 
 def sample_cap(samples: int, seconds: float, target_seconds: float) -> float:
-    """The largest MSE score (%) that the plain mean of K posterior samples of PET_T can have.
+    """Returns the largest MSE score (%) that the plain mean of K posterior samples of PET_T can have.
 
     Each sample misses the posterior mean by as much as the target does, so the mean of K adds 1/K of that error:
     1 − (t/T)·(1 + 1/K). At 60 s of 90 s, K = 1 gives −33 %, K = 8 gives 25 %, many the limit, 33 %.
@@ -35,9 +36,10 @@ def sample_cap(samples: int, seconds: float, target_seconds: float) -> float:
 
 
 class _Shuffled(nn.Module):
-    """A network on blocks of voxels as channels: at this size most of a U-Net's time goes into its finest level.
+    """Runs a network on blocks of voxels as channels: at this size a U-Net spends most of its time at its finest
+    level.
 
-    Zhang et al., "FFDNet", IEEE TIP 2018, denoise so without loss; the blocks' voxels are all there, in and out.
+    Zhang et al., "FFDNet", IEEE TIP 2018, denoise in this way without loss; all voxels of a block go in and come out.
     """
 
     def __init__(self, network: nn.Module, side: int) -> None:
@@ -45,14 +47,14 @@ class _Shuffled(nn.Module):
         self.network, self.side = network, side
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, C, i, j, k), multiples of the side; time: (B,)."""
+        """Maps x (B, C, i, j, k), sizes multiples of the block's side, at time (B,) to the network's output."""
         return pixelshuffle(self.network(pixelunshuffle(x, 3, self.side), time), 3, self.side)
 
 
 class DiffusionFit(NetworkFit):
-    """Trains a network to tell a clean volume from one with noise; `clean` of the method says what is clean.
+    """Trains a network to tell a clean volume from its noise; `clean` of the method defines the clean volume.
 
-    The network predicts v = α·ε − σ·x0 (Salimans and Ho, ICLR 2022): neither ends of the schedule are neglected.
+    The network predicts v = α·ε − σ·x0 (Salimans and Ho, ICLR 2022), which neglects neither end of the schedule.
     """
 
     def __init__(self, method: DiffusionMethod) -> None:
@@ -65,7 +67,8 @@ class DiffusionFit(NetworkFit):
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
         method = self.method[0]
         clean, known = method.clean(batch)
-        # From the items' own seeds: the same in a resumed run, and however the items are shared out.
+        # The noise comes from the items' own seeds: it is the same in a resumed run, and however the items are
+        # distributed.
         generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["noise_seed"]]
         chosen = torch.cat([torch.randint(len(self.alphas), (1,), generator=g) for g in generators]).to(clean.device)
         noise = torch.stack([torch.randn(c.shape, generator=g) for c, g in zip(clean, generators, strict=True)])
@@ -74,7 +77,7 @@ class DiffusionFit(NetworkFit):
         x = noised(clean, alpha, sigma, noise=noise)
         target = noised(noise, alpha, 1.0, noise=-sigma.reshape(-1, 1, 1, 1, 1) * clean)
         predicted = self.network(torch.cat([x, *known], dim=1), chosen.float()).float()
-        # Outside the body there is nothing to learn but that it is empty.
+        # Outside the body the network learns only that it is empty.
         weight = batch["mask"] + 0.05
         loss = ((predicted - target).square() * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
         return {"loss": loss.mean()}
@@ -95,7 +98,7 @@ class DiffusionMethod(NetworkMethod):
 
     @property
     def inputs(self) -> int:
-        """Channels that the U-Net sees beside the noisy volume."""
+        """Returns the number of channels that the U-Net sees beside the noisy volume."""
         return 0
 
     def build(self) -> nn.Module:
@@ -113,14 +116,15 @@ class DiffusionMethod(NetworkMethod):
 
     @abc.abstractmethod
     def clean(self, batch: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
-        """Of a training batch: what noise is added to, (B, 1, i, j, k), and what else the network is given."""
+        """Returns, for a training batch, the volume that noise is added to, (B, 1, i, j, k), and the network's
+        further inputs."""
 
     @abc.abstractmethod
     def draw(self, request: RestorationRequest, seeds: Sequence[int]) -> Iterator[np.ndarray]:
         """Samples of the activity of one PET, one a seed and one after the other: (i, j, k), SUV, float32."""
 
     def evaluate(self, x: Tensor, time: Tensor, known: Tensor | None = None) -> Tensor:
-        """The network on a whole volume (1, 1, i, j, k); in windows where it is larger than a torso."""
+        """Applies the network to a whole volume (1, 1, i, j, k); in windows if it is larger than a torso."""
         inputs = x if known is None else torch.cat([x, known.to(x)], dim=1)
 
         def window(patch: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ class DiffusionMethod(NetworkMethod):
         sizes = [whole(n, self.multiple) for n in x.shape[2:]]
         if np.prod(sizes) > _WHOLE:
             return self.windows(inputs, window)
-        # Small enough to be seen whole: no seams, and no voxel computed twice.
+        # The volume is small enough to be seen whole: no seams, and no voxel computed twice.
         pads = [side for n, size in zip(x.shape[:1:-1], sizes[::-1], strict=True) for side in (0, size - n)]
         self.network.to(self.device())
         padded = torch.nn.functional.pad(inputs, pads, mode="replicate").to(self.device())
@@ -163,7 +167,7 @@ class DiffusionMethod(NetworkMethod):
         kept: list[np.ndarray] | None = None,
         **options: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
+        """Returns mean and standard deviation of samples of the activity, (i, j, k), SUV, without holding them all.
 
         The air far from the body stays as it is; `residual_shrinkage` concerns the mean alone. Samples are appended
         to `kept`, where it is given; `options` are `draw`'s further ones.
@@ -188,11 +192,11 @@ class DiffusionMethod(NetworkMethod):
         return self.shrunk_residual_added(volume, activity, spacing), std
 
     def weight(self, seconds: int) -> float:
-        """Of PET_t in the blend with the samples' mean; 0 where the mean alone was better."""
+        """Returns the weight of PET_t in the blend with the samples' mean; 0 if the mean alone was better."""
         chosen = self.fitted.choices.get("weight", {})
         return float(chosen.get(str(seconds), seconds / self.task.target_seconds))
 
     def cap(self, seconds: int, fitted: Fitted) -> None:
-        """Notes what a plain mean of K samples could reach."""
+        """Notes the score that a plain mean of K samples could reach."""
         caps = fitted.parameters.setdefault("sample_cap", {})
         caps[str(seconds)] = sample_cap(self.settings["samples"], seconds, self.task.target_seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restoration by Gaussian filtration: one layer, a cascade of three, or a mix; widths learnt in mm.
+"""Restores by Gaussian filtering: one layer, a cascade of three, or a mix; widths are learnt in mm.
 
 Gaussians in sequence are one Gaussian (their variances add), so the cascade can do no more than one layer; the mix,
 Σ w_k·G_{σ_k} with the identity among its terms and Σ w = 1, can.
@@ -38,22 +38,22 @@ from medaccel.restoration.study import PETStudy, load_study
 
 
 def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
-    """One Gaussian, σ (3,) in voxels.
+    """Applies one Gaussian, σ (3,) in voxels.
 
     Lindeberg's discrete kernels form a semigroup: two in sequence are exactly the one whose variance is the sum of
-    theirs, also where σ is below a voxel; reflecting borders keep that true at the border. Their tails are longer
-    than a Gaussian's there, so they are cut at 6σ.
+    theirs, even for σ below a voxel; reflecting borders keep that true at the border. Their tails are longer than a
+    Gaussian's there, so they are cut at 6σ.
     """
     return gaussian_filter(volume, sigma, truncated=6.0, approx="scalespace", mode="reflect", normalize=True)
 
 
 @dataclass(frozen=True)
 class FittedMethod:
-    """A method's fitted parameters and how it got there.
+    """Holds a method's fitted parameters and the losses of the fit.
 
     Attributes:
         sigma_mm: (σ_i, σ_j, σ_k) in mm of each Gaussian; all 0 for the identity.
-        weights: of a mix, one a Gaussian; None where the Gaussians follow one another.
+        weights: weights of a mix, one per Gaussian; None if the Gaussians follow one another.
         losses: the training loss of each epoch.
     """
 
@@ -63,15 +63,15 @@ class FittedMethod:
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.sigma_mm):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.sigma_mm)} Gaussians (expected one each)")
+            raise ValueError(f"{len(self.weights)} weights for {len(self.sigma_mm)} Gaussians; expected one each")
 
 
 class GaussianCascade(nn.Module):
-    """`layers` Gaussians, one after the other, each with a learnable σ per axis.
+    """Applies `layers` Gaussians, one after the other, each with a learnable σ per axis.
 
     Args:
-        layers: how many.
-        sigma_mm: what every σ starts from, mm.
+        layers: number of Gaussians.
+        sigma_mm: start value of every σ, mm.
     """
 
     def __init__(self, layers: int = 1, sigma_mm: float = 2.0) -> None:
@@ -81,21 +81,22 @@ class GaussianCascade(nn.Module):
         self.log_sigma = nn.Parameter(torch.full((layers, 3), start, dtype=torch.float64))
 
     def forward(self, volume: Tensor, spacing: Tensor) -> Tensor:
-        """volume (B, C, i, j, k) in any unit, spacing (3,) in mm; the same shape and unit."""
+        """Filters volume (B, C, i, j, k) in any unit, with spacing (3,) in mm; shape and unit stay."""
         for sigma in self.log_sigma.exp():
             volume = _smooth(volume, sigma / spacing)
         return volume
 
     def fitted(self, losses: Sequence[float]) -> FittedMethod:
-        """σ in mm for the report."""
+        """Returns σ in mm for the report."""
         return FittedMethod(_triples(self.log_sigma.exp()), losses=losses)
 
 
 class GaussianMix(nn.Module):
-    """w_0·volume + Σ w_k·G_{σ_k}(volume), Σ w = 1; weights may be negative (a Gaussian less a wider one sharpens).
+    """Computes w_0·volume + Σ w_k·G_{σ_k}(volume), Σ w = 1; weights may be negative (a Gaussian less a wider one
+    sharpens).
 
     Args:
-        sigma_mm: what the σ of each Gaussian start from, mm.
+        sigma_mm: start value of each Gaussian's σ, mm.
     """
 
     def __init__(self, sigma_mm: Sequence[float] = (1.5, 3.5, 8.0)) -> None:
@@ -105,11 +106,11 @@ class GaussianMix(nn.Module):
         self.weight = nn.Parameter(torch.full((len(sigma_mm),), 1 / (len(sigma_mm) + 1), dtype=torch.float64))
 
     def weights(self) -> Tensor:
-        """(1 + K,), the identity's first; they sum to 1."""
+        """Returns the weights (1 + K,), the identity's first; they sum to 1."""
         return torch.cat([1 - self.weight.sum(dim=0, keepdim=True), self.weight])
 
     def forward(self, volume: Tensor, spacing: Tensor) -> Tensor:
-        """volume (B, C, i, j, k) in any unit, spacing (3,) in mm; the same shape and unit."""
+        """Filters volume (B, C, i, j, k) in any unit, with spacing (3,) in mm; shape and unit stay."""
         weights = self.weights().to(volume.dtype)
         result = weights[0] * volume
         for weight, sigma in zip(weights[1:], self.log_sigma.exp(), strict=True):
@@ -117,7 +118,7 @@ class GaussianMix(nn.Module):
         return result
 
     def fitted(self, losses: Sequence[float]) -> FittedMethod:
-        """σ in mm and weights for the report, the identity first."""
+        """Returns σ in mm and weights for the report, the identity first."""
         identity = [(0.0, 0.0, 0.0)]
         return FittedMethod(identity + _triples(self.log_sigma.exp()), self.weights().tolist(), losses)
 
@@ -135,7 +136,7 @@ METHODS: dict[str, Callable[[], GaussianMethod]] = {
 
 
 class _Studies(torch.utils.data.Dataset):
-    """The training studies, one item each: input, target (1, 1, i, j, k), body mask, spacing (3,)."""
+    """Lists the training studies, one item each: input, target (1, 1, i, j, k), body mask, spacing (3,)."""
 
     def __init__(self, studies: Sequence[PETStudy], input_seconds: int, target_seconds: int) -> None:
         self.items = []
@@ -167,7 +168,7 @@ class GaussianFit(lightning.LightningModule):
     MSE score, so that a hot patient weighs no more than another. Full batches and so few parameters call for L-BFGS.
 
     Args:
-        method: what is fitted.
+        method: the method to fit.
         steps: evaluations of the loss that an epoch may take.
     """
 
@@ -178,7 +179,7 @@ class GaussianFit(lightning.LightningModule):
         self.losses: list[float] = []
 
     def loss(self, batch: list[dict[str, Tensor]]) -> Tensor:
-        """A batch is a list of studies, since their shapes differ."""
+        """Computes the loss of a batch, which is a list of studies, since their shapes differ."""
         ratios = []
         for study in batch:
             restored = self.method(study["input"], study["spacing"])
@@ -218,17 +219,17 @@ def fit(
 
     Args:
         name: "gaussian1", "gaussian3" or "gaussian_mix".
-        studies: with exposures of `input_seconds` and `target_seconds`.
+        studies: each has exposures of `input_seconds` and `target_seconds`.
         epochs: each is up to 5 L-BFGS iterations over all studies.
-        checkpoint: where the fit is stored when it is done; if the file is there already, it is loaded instead.
+        checkpoint: the finished fit is stored here; if the file exists already, it is loaded instead.
         progress: show Lightning's progress bar.
 
     Returns:
         The method, and its parameters and losses for the report.
 
     Raises:
-        ValueError: unknown `name`, no studies, input and target of a study are the same, a loss that isn't finite, or
-            a checkpoint of another method.
+        ValueError: `name` is unknown, there are no studies, input and target of a study are the same, a loss isn't
+            finite, or the checkpoint is another method's.
     """
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; expected one of {', '.join(METHODS)}")
@@ -241,7 +242,7 @@ def fit(
     lightning.seed_everything(seed, verbose=False)
     data = _Studies(studies, input_seconds, target_seconds)
     loader = torch.utils.data.DataLoader(data, batch_size=len(data), collate_fn=list)
-    # Lightning's hints on worker counts and accelerators are not about a fit of three numbers.
+    # Lightning's hints on worker counts and accelerators don't matter to a fit of three numbers.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -257,7 +258,7 @@ def fit(
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(module, loader)
-        except SystemExit:  # what Lightning makes of Ctrl-C, without a word; and it ignores the next ones
+        except SystemExit:  # Lightning silently raises this on Ctrl-C, and ignores the next ones
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, before)
@@ -284,7 +285,7 @@ def _load(module: GaussianFit, name: str, checkpoint: Path) -> list[float]:
 
 @torch.no_grad()
 def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """One volume (i, j, k), float32, spacing in mm; the restored volume in the same unit."""
+    """Restores one volume (i, j, k), float32, spacing in mm, in its unit."""
     restored = method(torch.from_numpy(volume)[None, None], torch.tensor(spacing, dtype=torch.float64))
     return restored[0, 0].numpy()
 
@@ -307,7 +308,7 @@ class _Gaussian(Method):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """A handful of parameters on all voxels of several studies can't overfit: `validation` is not looked at."""
+        """Ignores `validation`, since a handful of parameters can't overfit to all voxels of several studies."""
         task, self.fitted = self.task, Fitted()
         loaded = [
             load_study(path, (*task.input_seconds, task.target_seconds))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`diffusion_sdedit`: a prior over noise-free PETs that never saw a noisy one, guided by the PET to restore.
+"""Implements `diffusion_sdedit`: a prior over noise-free PETs that never saw a noisy one, guided by the PET to
+restore.
 
-SDEdit (Meng et al., ICLR 2022): noise is added to the guide, as much as drowns its own, and the diffusion takes both
-away. t0 = 400–500 of 1000, the paper's for photographs, erases lesions; it is searched here from small values
-upward, from where the added noise is a fraction of the guide's. Samples are averaged in SUV and, where that is
-better on validation, blended with the PET as (t·PET_t + (T − t)·λ̂)/T.
+In SDEdit (Meng et al., ICLR 2022), enough noise is added to the guide to drown its own, and the diffusion removes
+both. The paper's t0 for photographs, 400–500 of 1000, erases lesions; it is searched here from small values upward,
+starting where the added noise is a fraction of the guide's. Samples are averaged in SUV and, where that is better on
+validation, blended with the PET as (t·PET_t + (T − t)·λ̂)/T.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ _LARGEST = 4.0  # standard deviations of the noise
 
 
 def _weights(seconds: int, target_seconds: int) -> list[float]:
-    """Weights of PET_t to try: none, t/T, and more on the way to 1, for a prior that deserves less."""
+    """Returns the weights of PET_t to try: none, t/T, and more on the way to 1, for a prior that deserves less."""
     share = seconds / target_seconds
     return [0.0, *(round(share + k / 6 * (1 - share), 4) for k in range(6))]
 
 
 class _NoiseShown(nn.Module):
-    """A network shown, beside x, what a smoothed copy of it lacks, in units of the level's noise; it adds to that.
+    """Shows a network, beside x, the difference to its smoothed copy in units of the level's noise; the network adds
+    to that.
 
-    Where the volume is smooth that is the noise itself, which v mostly is at the low levels that SDEdit visits.
-    Without it the noise is a hundredth of x's variance there, and hundreds of steps are spent on finding it.
+    Where the volume is smooth, that difference is the noise itself, and v is mostly noise at the low levels that
+    SDEdit visits. Without it the noise is a hundredth of x's variance there, and hundreds of steps are spent on
+    finding it.
     """
 
     def __init__(self, network: nn.Module, sigmas: Sequence[float]) -> None:
@@ -49,7 +52,7 @@ class _NoiseShown(nn.Module):
         self.sigmas: Tensor
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: (B, 1, i, j, k); time: (B,), the levels."""
+        """Maps x (B, 1, i, j, k) at the levels `time` (B,) to the network's output."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             smooth = gaussian_filter(x, _SMOOTH, mode="nearest", normalize=True)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`swin_unetr`: one network for all exposures, which predicts the activity and leaves the known blend to arithmetic.
+"""Implements `swin_unetr`: one network for all exposures, which predicts the activity and leaves the known blend to
+arithmetic.
 
 E[PET_T | PET_t] = (t·PET_t + (T − t)·E[λ | PET_t])/T, so a network that predicts λ has less to learn than one that
-predicts PET_T, and what it predicts can be scored against the truth. `predict: target` is the other one, for
-comparison. The exposure is an input (count-aware), and so are two smoothed copies of the PET, the narrower of which
-the network's output is added to.
+predicts PET_T, and its prediction can be scored against the truth. `predict: target` makes it predict PET_T, for
+comparison. The exposure is an input (count-aware), and so are two smoothed copies of the PET; the network's output is
+added to the narrower one.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from medaccel.training.fit import NetworkFit
 class ActivityFit(NetworkFit):
     """Trains an `ActivityNet`.
 
-    The squared error is divided by the input's own, the study's: 1 less the score that the mean over studies is
-    taken of, so a hot patient weighs no more than another. Beside it, at `scaled_weight`, stands the squared error in
-    the network's scaling, which does not leave the cold organs to the hot ones; and with `mse_ssim` the 1 − SSIM of
-    the restored image, divided by the input's, at `ssim_weight`.
+    The squared error is divided by that of the study's input: the ratio is 1 minus the study's score, so a hot
+    patient weighs no more than another. Beside it, at `scaled_weight`, stands the squared error in the network's
+    scaling, which does not leave the cold organs to the hot ones; and with `mse_ssim` the 1 − SSIM of the restored
+    image, divided by the input's, at `ssim_weight`.
     """
 
     network: ActivityNet
@@ -52,7 +53,7 @@ class ActivityFit(NetworkFit):
             restored = blend(image, predicted, batch["seconds"], self.target_seconds)
             simulated = batch["has_noise_free"].reshape(-1, 1, 1, 1, 1)
             compared = torch.where(simulated, predicted, restored)
-            reference = batch["noise_free"]  # the target, where there is no noise-free image
+            reference = batch["noise_free"]  # holds the target if there is no noise-free image
             error = torch.where(batch["has_noise_free"], to_truth, to_target)
         terms = {}
         scale = self.network.conditioning.scaling.forward
@@ -100,7 +101,7 @@ class SwinUNETRMethod(NetworkMethod):
     def predict(
         self, volume: np.ndarray, spacing: Sequence[float], seconds: int, ct: np.ndarray | None
     ) -> np.ndarray:
-        """The activity, or the target, of one PET, SUV; the air far from the body stays as it is."""
+        """Predicts the activity, or the target, of one PET, SUV; the air far from the body stays as it is."""
         box = body_box(volume, spacing)
         around = None if ct is None or not self.settings["use_ct"] else ct[box]
         image, steps, exposure, hu, denoised = as_batch(volume[box], spacing, seconds, around, self.settings["base"])

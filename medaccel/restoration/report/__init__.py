@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a restoration study."""
+"""Writes the report of a restoration study."""

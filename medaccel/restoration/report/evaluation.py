@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation beyond scores as blocks of the report: uncertainty, paired comparisons, noise, resolution.
+"""Presents the evaluation beyond scores as blocks of the report: uncertainty, paired comparisons, noise, resolution.
 
-Each function takes results keyed by method, in the order to be shown, and the names of methods for readers where
-they are not ours, and returns blocks for a `medaccel.report.html.Section`.
+Each function takes results by method, in the order to be shown, and the names for readers of methods that are not
+this package's, and returns blocks for a `medaccel.report.html.Section`.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ def calibration_blocks(
     labels: Mapping[str, str] | None = None,
     band: tuple[float, float] = BAND,
 ) -> list[Block]:
-    """Coverage, width and interval score: overall, by SUV bin, by predicted deviation.
+    """Shows coverage, width and interval score: overall, by SUV bin, by predicted deviation.
 
     Args:
-        results: method: its coverage on test studies.
-        calibrations: method: the calibration that was used, of the same methods.
+        results: coverage on test studies, by method.
+        calibrations: the calibrations that were used, by method.
         labels: names of methods for readers.
         band: shaded in the figures, fractions.
 
     Raises:
-        ValueError: no results, methods without a calibration, or results of several levels, of both kinds of truth
-            or in different SUV bins.
+        ValueError: there are no results, methods without a calibration, or results of several levels, of both kinds
+            of truth or in different SUV bins.
     """
     names = _names(results, labels)
     if results.keys() != calibrations.keys():
-        raise ValueError(f"results of {list(results)}, calibrations of {list(calibrations)} (expected the same)")
+        raise ValueError(f"results of {list(results)}, calibrations of {list(calibrations)}; expected the same")
     first = next(iter(results.values()))
     kinds = {(r.covers, r.level, tuple(row.label for row in r.rows)) for r in results.values()}
     if len(kinds) > 1:
         raise ValueError(
             f"results cover {sorted({(r.covers, r.level) for r in results.values()})} in "
-            f"{len(kinds)} ways (expected one truth, one level and one set of SUV bins)"
+            f"{len(kinds)} ways; expected one truth, one level and one set of SUV bins"
         )
     percent = f"{100 * first.level:g} %"
     what = (
@@ -135,20 +135,20 @@ def comparison_blocks(
     digits: int = 1,
     labels: Mapping[str, str] | None = None,
 ) -> list[Block]:
-    """A table of paired differences and tests.
+    """Makes a table of paired differences and tests.
 
     Args:
-        comparisons: all against one method, from `comparison.compare_methods`.
-        quantity: what was compared, as in "share of the limit".
-        unit, factor, digits: of the differences as shown: 100 and "%" for fractions.
-        larger_is_better: of the quantity.
+        comparisons: results of `comparison.compare_methods`, all against one method.
+        quantity: the compared quantity in words, such as "share of the limit".
+        unit, factor, digits: form of the shown differences: 100 and "%" for fractions.
+        larger_is_better: True if a larger quantity is better.
 
     Raises:
-        ValueError: no comparisons, or against several methods.
+        ValueError: there are no comparisons, or comparisons against several methods.
     """
     against = {c.against for c in comparisons}
     if len(against) != 1:
-        raise ValueError(f"comparisons are against {sorted(against)} (expected one method)")
+        raise ValueError(f"comparisons are against {sorted(against)}; expected one method")
     names = _names({c.method: c for c in comparisons}, labels)
     base = label(next(iter(against)), labels or {})
     direction = "positive" if larger_is_better else "negative"
@@ -181,14 +181,14 @@ def comparison_blocks(
 def noise_share_blocks(
     points: Mapping[str, Sequence[NoiseShare]], *, where: str = "body", labels: Mapping[str, str] | None = None
 ) -> list[Block]:
-    """The share of the limit against the study's noise level: a figure, and each method's trend.
+    """Shows the share of the limit against the study's noise level: a figure, and each method's trend.
 
     Args:
-        points: method: its studies, from `noise_effects.share_against_noise`.
+        points: results of `noise_effects.share_against_noise`, by method.
         where: the noise level of the "body" or of the "liver".
 
     Raises:
-        ValueError: no methods, or `where` is neither.
+        ValueError: there are no methods, or `where` is neither.
     """
     names = _names(points, labels)
     trends = {method: noise_trend(found, where=where) for method, found in points.items()}
@@ -237,13 +237,13 @@ def noise_share_blocks(
 def noise_change_blocks(
     changes: Sequence[NoiseChange], *, target_seconds: int, labels: Mapping[str, str] | None = None
 ) -> list[Block]:
-    """Noise before and after: its strength, and its correlation along each axis.
+    """Shows noise before and after: its strength, and its correlation along each axis.
 
     Args:
-        changes: from `noise_effects.compare_noise`, the input's among them.
+        changes: results of `noise_effects.compare_noise`, the input's among them.
 
     Raises:
-        ValueError: no changes.
+        ValueError: there are no changes.
     """
     names = _names({change.method: change for change in changes}, labels)
     strength = [_row(c.method, names, [_interval(c.sd), _interval(c.ratio, 100)]) for c in changes]
@@ -282,19 +282,19 @@ def noise_change_blocks(
 def resolution_blocks(
     responses: Mapping[str, Sequence[PointResponse]], *, labels: Mapping[str, str] | None = None
 ) -> list[Block]:
-    """The response to added blobs: medians in a table, each blob in a figure.
+    """Shows the response to added blobs: medians in a table, each blob in a figure.
 
     Args:
-        responses: method: its responses, from `resolution.point_response`, all to blobs of one width and amplitude.
+        responses: results of `resolution.point_response`, by method, all to blobs of one width and amplitude.
 
     Raises:
-        ValueError: no methods, one without responses, or blobs of several widths or amplitudes.
+        ValueError: there are no methods, one has no responses, or blobs have several widths or amplitudes.
     """
     names = _names(responses, labels)
     summaries = {method: summarize_responses(found) for method, found in responses.items()}
     blobs = sorted({(summary.added_fwhm, round(summary.amplitude, 3)) for summary in summaries.values()})
     if len(blobs) > 1:
-        raise ValueError(f"responses are to blobs of (FWHM, amplitude) {blobs} (expected one kind)")
+        raise ValueError(f"responses are to blobs of (FWHM, amplitude) {blobs}; expected one kind")
     width, amplitude = blobs[0]
     columns = [Column(f"FWHM along {axis}", "mm", digits=2) for axis in AXES]
     columns += [
@@ -360,7 +360,7 @@ def _bins_table(name: str, result: Coverage, calibration: Calibration) -> Table:
 
 def _names(methods: Mapping[str, object], labels: Mapping[str, str] | None) -> dict[str, str]:
     if not methods:
-        raise ValueError("there are no results to show (expected at least one method)")
+        raise ValueError("there are no results to show; expected at least one method")
     return {method: label(method, labels or {}) for method in methods}
 
 
@@ -380,7 +380,7 @@ def _p_value(p: float) -> str:
 
 
 def _normal_factor(level: float) -> float:
-    """What covers the level of a normal distribution: 1.645 at 90 %."""
+    """Returns the factor that covers the level of a normal distribution: 1.645 at 90 %."""
     from scipy.stats import norm
 
     return float(norm.ppf((1 + level) / 2))

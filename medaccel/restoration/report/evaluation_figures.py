@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the report's evaluation blocks, as PNG: coverage, share of the limit against noise, point response."""
+"""Draws the figures of the report's evaluation blocks, as PNG: coverage, share of the limit against noise, point
+response."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ GREY = "#9aa3ad"
 def coverage_plot(
     rows: Mapping[str, Sequence[CoverageRow]], *, level: float, band: tuple[float, float], x_label: str
 ) -> bytes:
-    """Covered voxels in percent, a point a group and a curve a method: calibrated solid, uncalibrated dotted.
+    """Draws covered voxels in percent, a point per group and a curve per method: calibrated solid, uncalibrated
+    dotted.
 
     Args:
-        rows: method's name for readers: its rows of one group, the same groups for all.
-        level: meant to be covered, a dashed line.
-        band: shaded; fractions.
-        x_label: what the groups are.
+        rows: rows of one group by the method's name for readers, the same groups for all.
+        level: the share to be covered, a dashed line.
+        band: range that is shaded; fractions.
+        x_label: name of the groups.
     """
     figure = new_figure(7.5, 3.4)
     axes = figure.add_axes((0.1, 0.15, 0.6, 0.8))
@@ -48,10 +50,12 @@ def coverage_plot(
 
 @styled
 def noise_share_plot(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str) -> bytes:
-    """The share of the limit in percent over the noise level in percent, a point a study, a colour a method.
+    """Draws the share of the limit in percent over the noise level in percent, a point per study, a colour per
+    method.
 
     Args:
-        points: method's name for readers: noise levels and shares, fractions; those not finite are left out.
+        points: noise levels and shares, fractions, by the method's name for readers; values that aren't finite are
+            left out.
     """
     figure = new_figure(7.5, 3.4)
     axes = figure.add_axes((0.1, 0.15, 0.6, 0.8))
@@ -71,10 +75,10 @@ def noise_share_plot(points: Mapping[str, tuple[Sequence[float], Sequence[float]
 
 @styled
 def response_plot(responses: Mapping[str, Sequence[PointResponse]]) -> bytes:
-    """A point a blob: its width along each axis, and the peak and sum that are kept, a column a method.
+    """Draws a point per blob: its width along each axis, and the peak and sum that are kept, a column per method.
 
     Args:
-        responses: method's name for readers: its responses to blobs of one width.
+        responses: responses to blobs of one width by the method's name for readers.
     """
     figure = new_figure(9.0, 3.4)
     left, right = figure.add_axes((0.07, 0.24, 0.4, 0.64)), figure.add_axes((0.57, 0.24, 0.41, 0.64))
@@ -101,7 +105,7 @@ def response_plot(responses: Mapping[str, Sequence[PointResponse]]) -> bytes:
 
 
 def _column(axes: Any, place: float, values: Sequence[float], colour: str, label: str | None) -> None:
-    """Points above each other, and their median as a bar."""
+    """Draws points above each other, and their median as a bar."""
     finite = np.asarray(values)[np.isfinite(values)]
     axes.plot(np.full(len(finite), place), finite, "o", markersize=3, color=colour, alpha=0.6, label=label)
     if len(finite):
@@ -109,7 +113,7 @@ def _column(axes: Any, place: float, values: Sequence[float], colour: str, label
 
 
 def _legend(axes: Any) -> None:
-    """Beside the axes, where it hides no point."""
+    """Draws the legend beside the axes, where it hides no point."""
     axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.01, 1.02))
 
 

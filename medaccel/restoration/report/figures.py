@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration report's figures: projections and slices of example studies, noise histograms, losses."""
+"""Draws the restoration report's figures: projections and slices of example studies, noise histograms, losses."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class RestorationExample:
         name: the study's.
         affine: 4×4, nibabel's; turns the pictures upright.
         input, target: (i, j, k), SUV.
-        restored: by method, in the order to be shown.
-        noise_free: shown last where there is one.
-        lesions: instance labels; slices are chosen among those with one.
+        restored: restored images by method, in the order to be shown.
+        noise_free: shown last, if it exists.
+        lesions: instance labels; slices are chosen among those with a lesion.
     """
 
     name: str
@@ -51,8 +51,8 @@ def example_figures(
     """Projections, then coronal and axial slices with their differences from the target.
 
     Args:
-        names: of the restored methods, for readers; the key where it has none.
-        input_name, target_name: such as "60 s", "90 s".
+        names: names of the restored methods for readers; a method without one has its key.
+        input_name, target_name: names of the exposures, such as "60 s", "90 s".
     """
     volumes = {f"Input, {input_name}": example.input}
     volumes |= {names.get(method, method): volume for method, volume in example.restored.items()}
@@ -102,7 +102,7 @@ def example_figures(
 
 
 def noise_figure(name: str, analysis: NoiseAnalysis, exposures: str) -> Figure:
-    """Histograms of the noise differences, a panel an axis, a curve a distance."""
+    """Draws histograms of the noise differences, a panel per axis, a curve per distance."""
     variance = 2 * analysis.variance
     centres = (HISTOGRAM_EDGES[:-1] + HISTOGRAM_EDGES[1:]) / 2
     white = np.exp(-(centres**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
@@ -121,7 +121,7 @@ def noise_figure(name: str, analysis: NoiseAnalysis, exposures: str) -> Figure:
 
 
 def loss_figure(losses: Mapping[str, Sequence[float]]) -> Figure:
-    """A curve a method, on a logarithmic scale where the losses span more than a factor of ten."""
+    """Draws a curve per method, on a logarithmic scale if the losses span more than a factor of ten."""
     values = [v for curve in losses.values() for v in curve if math.isfinite(v)]
     wide = bool(values) and min(values) > 0 and max(values) > 10 * min(values)
     png = figures.line_plot(losses, x_label="epoch", y_label="training loss", log=wide)
@@ -138,8 +138,8 @@ def _body_box(target: Array, spacing: tuple[float, float, float]) -> tuple[slice
 
 
 def _slices_to_show(target: Array, lesions: Any) -> tuple[int, int]:
-    """The coronal and the axial slice with most uptake, of those with a lesion where there is one."""
-    # Clipped, since the slice through a hot bladder shows little else.
+    """Returns the coronal and the axial slice with most uptake, among those with a lesion if there is one."""
+    # Uptake is clipped, since the slice through a hot bladder shows little else.
     uptake = np.clip(target, 0, SLICE_SUV)
     chosen = []
     for others in ((0, 2), (0, 1)):
@@ -151,5 +151,5 @@ def _slices_to_show(target: Array, lesions: Any) -> tuple[int, int]:
 
 
 def _signed(value: float) -> str:
-    """Two digits with a true minus sign, and none before a zero."""
+    """Formats two digits with a true minus sign, and none before a zero."""
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's blocks on how methods were fitted: time, size, what was chosen among what, losses."""
+"""Shows in blocks of the report how methods were fitted: time, size, choices and candidates, losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medaccel.restoration.report.figures import loss_figure
 
 
 def fit_blocks(methods: Mapping[str, Method], best: str) -> list[Block]:
-    """Tables of fits, of Gaussians' widths and of candidates on the validation studies, and loss curves."""
+    """Makes tables of fits, of Gaussians' widths and of candidates on the validation studies, and loss curves."""
     fits = {name: method.fitted for name, method in methods.items()}
     blocks: list[Block] = [_fits_table(fits, best)]
     widths = _width_rows(fits)
@@ -80,7 +80,7 @@ def _fits_table(fits: Mapping[str, Fitted], best: str) -> Table:
 
 
 def _width_rows(fits: Mapping[str, Fitted]) -> list[Row]:
-    """σ and weights of each Gaussian; of a cascade also the one Gaussian that it is."""
+    """Returns σ and weights of each Gaussian; for a cascade also the one Gaussian that equals it."""
     rows = []
     for name, fitted in fits.items():
         for seconds, found in fitted.parameters.items():

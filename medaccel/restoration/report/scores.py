@@ -38,7 +38,7 @@ _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 f
 
 @dataclass(frozen=True)
 class RestorationResults:
-    """All that the report shows.
+    """Holds everything that the report shows.
 
     Attributes:
         input_seconds, target_seconds: the exposures compared, such as 60 and 90.
@@ -51,10 +51,10 @@ class RestorationResults:
         best: the method that was chosen on validation studies, which the summary speaks of; "" for the best here.
         simulated: whether the exposures' counts are simulated; the report says which.
         examples: studies to show as pictures.
-        noise: name: noise analysis, such as {"Simulated": …, "A real PET": …}.
-        within_patient: method: {"mse": …, "ssim": …} from `statistics.within_patient`, for one real study.
+        noise: noise analyses by name, such as {"Simulated": …, "A real PET": …}.
+        within_patient: {"mse": …, "ssim": …} from `statistics.within_patient` by method, for one real study.
         config: the run's configuration, as YAML text.
-        labels: names of further methods for readers; ours have theirs.
+        labels: names of further methods for readers; this package's methods have names already.
         notes: further sentences that the reader must know, such as how the truth was made.
     """
 
@@ -83,7 +83,7 @@ class RestorationResults:
 
 
 def build_page(results: RestorationResults) -> Page:
-    """The report's content, before it is HTML."""
+    """Builds the report's content, before it is HTML."""
     rows = summarize(results.per_study)
     input_name, target_name = f"{results.input_seconds:g} s", f"{results.target_seconds:g} s"
     kind = "simulated exposures" if results.simulated else "measured exposures"
@@ -150,7 +150,7 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         cells: list[Cell] = [
             _interval(m["score_mse"]),
             100 * share,
-            # Of the references, only the input is an image that a scan could give.
+            # Among the references, only the input is an image that a scan could give.
             math.nan if row.method in (ORACLE, NOISE_FREE) else metrics.equivalent_seconds(share, t),
             _interval(m["score_ssim"]),
             100 * m["share_of_ceiling"].mean,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The restoration report in words: what to know about the score, published rows, the finding in sentences."""
+"""Writes the restoration report's words: facts about the score, published rows, the finding in sentences."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ LESION_RULES = (
 
 
 def subscripts(text: str) -> str:
-    """HTML of plain text in which PET_t, D_d, ρ_d and G_σ have real subscripts."""
+    """Returns plain text as HTML in which PET_t, D_d, ρ_d and G_σ have real subscripts."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"(PET|D|ρ|G)_(\w)(?!\w)", r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def limit_note(input_seconds: float, target_seconds: float) -> str:
-    """Why 100 % cannot be reached, and what can."""
+    """Explains why 100 % cannot be reached, and which score can."""
     limit = 100 * metrics.mse_limit(input_seconds, target_seconds)
     return subscripts(
         f"The limit: the {target_seconds:g} s image is noisy itself, and {input_seconds:g} s of it are the input. "
@@ -60,7 +60,7 @@ def limit_note(input_seconds: float, target_seconds: float) -> str:
 
 
 def published_table() -> Table:
-    """Figures from the literature, measured on real scanners and other data: for orientation only."""
+    """Lists figures from the literature, measured on real scanners and other data, for orientation only."""
     columns = [
         Column("Input"),
         Column("MSE score", "%", signed=True),
@@ -92,9 +92,9 @@ def finding(
     target_seconds: float,
     chosen: str | None = None,
 ) -> list[str]:
-    """What was done and what came out, as paragraphs, from the numbers alone.
+    """Describes the study and its results, as paragraphs, from the numbers alone.
 
-    `chosen` is the method that validation studies chose; without it, the best on these is spoken of.
+    `chosen` is the method that validation studies chose; without it, the text describes the best on these studies.
     """
     by_method = {row.method: row for row in rows}
     candidates = [row for row in rows if row.method not in REFERENCES]
@@ -189,7 +189,7 @@ def _against_truth(best: SummaryRow, candidates: Sequence[SummaryRow], labels: M
 
 
 def _points(value: float) -> str:
-    """A signed percentage with a true minus sign."""
+    """Formats a signed percentage with a true minus sign."""
     return ("+" if round(value, 1) > 0 else "") + _plain(value) + " %"
 
 

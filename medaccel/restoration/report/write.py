@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scored rows to files: metrics.json and .csv, per-study and comparison tables, figures, report.html."""
+"""Writes scored rows to files: metrics.json and .csv, per-study and comparison tables, figures, report.html."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def write_report(
     """Writes all results of a scoring, and returns the report's path.
 
     Args:
-        folder: made before.
-        config, chosen: of the run; of the scoring, where it is not the run's own on validation studies.
-        scorer: that made `scored`, one an exposure, the primary one first.
-        data: what the studies are, to complete "scored on … studies: ".
-        calibrations: method: seconds: factors of its intervals.
+        folder: an existing folder.
+        config, chosen: options of the run, and of the scoring if it is not the run's own on validation studies.
+        scorer: the scorer that made `scored`, which has one entry per exposure, the primary one first.
+        data: the kind of studies, to complete "scored on … studies: ".
+        calibrations: factors of the intervals, by method and seconds.
         best: the method chosen on validation.
-        choices: what was frozen.
-        say: told the main table.
+        choices: the frozen choices.
+        say: a function that is called with the main table.
     """
     tables = {one.seconds: summarize(one.rows) for one in scored}
     for one in scored:
@@ -112,7 +112,7 @@ def write_report(
 
 
 def printed(table: Sequence[SummaryRow], one: Scored) -> str:
-    """The main table as text."""
+    """Formats the main table as text."""
     columns = (  # title, width, metric, factor
         ("MSE score %", 13, "score_mse", 1),
         ("of the limit %", 16, "share_of_limit", 100),

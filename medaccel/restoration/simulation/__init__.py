@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated PET exposures of an activity volume."""
+"""Simulates PET exposures of an activity volume."""

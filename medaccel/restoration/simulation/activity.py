@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Around an activity volume: its body, its attenuation and, for a real PET, its denoising."""
+"""Derives from an activity volume its body, its attenuation and, for a real PET, its denoised version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from medaccel.phantoms.attenuation import WATER_ATTENUATION
 BODY_THRESHOLD = 0.1  # SUV after smoothing: above air, below fat
 _BODY_SMOOTHING = 5.0  # mm, σ
 _GAUSSIAN_SIGMA = 6.0 / 2.3548  # mm
-_NOISE_HIGH_PASS = 12.0  # mm, σ of what is subtracted
+_NOISE_HIGH_PASS = 12.0  # mm, σ of the subtracted slow part
 
 DENOISE_METHODS = ("nlm", "gaussian", "none")
 
@@ -29,7 +29,7 @@ def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarr
     labels, count = label(smooth > BODY_THRESHOLD)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
-    # Arms and legs may be pieces of their own; specks of noise in air are not.
+    # Arms and legs may be separate pieces, but specks of noise in air don't count.
     mask = (sizes >= max(0.01 * sizes.max(initial=0), 1))[labels]
     for k in range(mask.shape[2]):
         mask[..., k] = binary_fill_holes(mask[..., k])
@@ -42,7 +42,7 @@ def attenuation_from_activity(activity: np.ndarray, spacing: Sequence[float]) ->
 
 
 def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str = "nlm") -> np.ndarray:
-    """A real PET volume as the truth of a simulation: noise that stayed would count as anatomy.
+    """Denoises a real PET volume that is to be the truth of a simulation: remaining noise would count as anatomy.
 
     - ``nlm``: non-local means (Buades et al. 2005) of √SUV, where the noise of a reconstruction varies less
       with the uptake; patches of 3³ voxels within ±3, strength 0.8 times the noise's standard deviation,
@@ -52,7 +52,7 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
 
     Args:
         activity: SUV, (i, j, k), >= 0.
-        spacing: mm.
+        spacing: voxel size, mm.
         method: one of the three.
 
     Returns:
@@ -66,18 +66,18 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
     if method == "gaussian":
         return gaussian_filter(activity, [_GAUSSIAN_SIGMA / step for step in spacing], mode="nearest")
     if method != "nlm":
-        raise ValueError(f"denoise={method!r} (expected one of {', '.join(DENOISE_METHODS)})")
+        raise ValueError(f"denoise is {method!r}; expected one of {', '.join(DENOISE_METHODS)}")
     from skimage.restoration import denoise_nl_means
 
     root = np.sqrt(np.maximum(activity, 0.0))
     mask = attenuating_body(activity, spacing)
     if not mask.any():
         return activity
-    # Noise is what is left of the body without its slow part. Wavelet estimates take the correlated noise
-    # of a reconstruction for signal; the share of 0.8 is for the anatomy in the residual.
+    # The body without its slow part is taken for noise. Wavelet estimates take the correlated noise of a
+    # reconstruction for signal; the share of 0.8 allows for the anatomy in the residual.
     residual = np.abs(root - gaussian_filter(root, [_NOISE_HIGH_PASS / step for step in spacing]))[mask]
     noise = 0.8 * 1.4826 * float(np.median(residual))
-    # Only the body's box is worked on: most of a whole-body field of view is air.
+    # Only the body's box is processed: most of a whole-body field of view is air.
     box = tuple(slice(max(int(where.min()) - 4, 0), int(where.max()) + 5) for where in np.nonzero(mask))
     root[box] = denoise_nl_means(
         root[box], patch_size=3, patch_distance=3, h=0.8 * noise, sigma=noise, fast_mode=True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated studies: from an activity volume or a phantom to the folder layout of `medaccel.restoration.study`."""
+"""Simulates studies: from an activity volume or a phantom to the folder layout of `medaccel.restoration.study`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medaccel.restoration.simulation.activity import denoise_activity
 from medaccel.restoration.simulation.simulator import SIMULATOR_VERSION, Progress, SimulatorConfig, simulate
 from medaccel.restoration.study import PETStudy, is_complete, read_parameters, save_study
 
-# Of the parameters in study.json; a name without a unit is a count or a ratio.
+# Parameters in study.json have these units; a name without a unit is a count or a ratio.
 UNITS = {
     "durations": "s",
     "psf_fwhm": "mm",
@@ -48,20 +48,21 @@ def simulate_study(
     """Exposures of an activity volume as a study.
 
     Args:
-        name: of the study.
-        activity: SUV, (i, j, k). A real PET carries noise of its own: give ``denoise="nlm"``, or it counts as truth.
-        spacing: mm.
+        name: the study's name.
+        activity: SUV, (i, j, k). A real PET has noise of its own: give ``denoise="nlm"``, or the noise counts as
+            truth.
+        spacing: voxel size, mm.
         affine: (4, 4), RAS, mm.
         ct: HU on the same grid, gives the attenuation; without it the activity's body counts as water.
         lesions, organs, organ_names: kept in the study.
         config: default `SimulatorConfig()`.
-        seed: of the counts: other seeds are other realisations of the same patient.
+        seed: seed of the counts: other seeds are other realisations of the same patient.
         denoise: see `medaccel.restoration.simulation.activity.denoise_activity`; recorded in the study's parameters.
         origin: recorded as it is (plain JSON values): where the activity comes from.
         progress: called with the share done and a word about the work at hand.
 
     Raises:
-        ValueError: as `simulate`.
+        ValueError: `simulate` refuses the arguments.
     """
     config = config or SimulatorConfig()
     if denoise != "none":
@@ -126,7 +127,7 @@ def write_studies(
     spacing: Sequence[float] = DEFAULT_SPACING,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write phantom studies, one folder a seed; what is there and complete is kept, so a second run resumes.
+    """Writes phantom studies, one folder per seed; complete ones are kept, so a second run resumes.
 
     Args:
         folder: made if missing.
@@ -134,7 +135,8 @@ def write_studies(
         progress: called with the share of all studies done, and the study and work at hand.
 
     Raises:
-        ValueError: a study is there that was made with other parameters; its folder and the first of them are named.
+        ValueError: a study exists that was made with other parameters; the message names its folder and the first of
+            them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

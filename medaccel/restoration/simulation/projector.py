@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slice-wise 2-D parallel-beam projection with one sparse matrix for all slices, and OSEM.
+"""Projects slice by slice, in 2-D parallel beams with one sparse matrix for all slices, and reconstructs by OSEM.
 
 A transaxial slice is projected along ``n_angles`` directions onto ``n_bins`` radial bins. An entry of the
 matrix is the share of a pixel's area that lies in the strip of a bin (exact for a square or rectangular
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-# Columns of one dense right-hand side. 32 float32 columns of a 128x128 slice are 2 MB, which stays in the
+# One dense right-hand side has so many columns. 32 float32 columns of a 128x128 slice are 2 MB, which stays in the
 # second-level cache.
 SLICE_BLOCK = 32
 # Weights below this share of a pixel are rounding noise of the trapezoid's integral.
@@ -29,14 +29,14 @@ _MIN_WEIGHT = 1e-7
 
 @dataclass(frozen=True)
 class Geometry:
-    """A transaxial image grid and the projections of it. Two grids with the same bins share sinograms.
+    """Describes a transaxial image grid and its projections. Two grids with the same bins share sinograms.
 
     Args:
         shape: pixels along i and j.
         spacing: pixel size along i and j, mm.
         n_angles: directions, evenly spaced over 180 degrees.
         n_bins: radial bins, centred on the grid's centre.
-        bin_width: mm.
+        bin_width: width of a bin, mm.
         n_subsets: ordered subsets of the angles; must divide ``n_angles``.
     """
 
@@ -50,22 +50,22 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.n_subsets < 1 or self.n_angles % self.n_subsets:
             raise ValueError(
-                f"Geometry: n_subsets={self.n_subsets} does not divide n_angles={self.n_angles} (expected a divisor)"
+                f"Geometry: n_subsets={self.n_subsets} does not divide n_angles={self.n_angles}; expected a divisor"
             )
 
     @property
     def sinogram_shape(self) -> tuple[int, int, int]:
-        """(subset, angle within the subset, bin): subset s holds the angles s, s + n_subsets, …"""
+        """Returns (subset, angle within the subset, bin): subset s holds the angles s, s + n_subsets, …"""
         return self.n_subsets, self.n_angles // self.n_subsets, self.n_bins
 
     @property
     def line_length(self) -> float:
-        """Factor that makes a projection a line integral in mm: pixel area / bin width."""
+        """Returns the factor that makes a projection a line integral in mm: pixel area / bin width."""
         return self.spacing[0] * self.spacing[1] / self.bin_width
 
 
 def _trapezoid_cdf(u: np.ndarray, a: float, b: float) -> np.ndarray:
-    """Cumulative distribution at ``u`` of the sum of two uniform variables on [-a, a] and [-b, b]."""
+    """Returns the cumulative distribution at ``u`` of the sum of two uniform variables on [-a, a] and [-b, b]."""
     result = np.zeros_like(u)
     for shift, sign in ((a + b, 1.0), (a - b, -1.0), (b - a, -1.0), (-a - b, 1.0)):
         result += sign * np.square(np.maximum(u + shift, 0.0))
@@ -74,9 +74,9 @@ def _trapezoid_cdf(u: np.ndarray, a: float, b: float) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def system_matrices(geometry: Geometry) -> tuple[sparse.csr_array, ...]:
-    """One matrix per subset, float32, (angles in the subset · bins, pixels), both row-major.
+    """Returns one matrix per subset, float32, (angles in the subset · bins, pixels), both row-major.
 
-    Kept for the last four geometries of the process. Parts of a pixel outside the bins are lost, as on a
+    They are kept for the last four geometries of the process. Parts of a pixel outside the bins are lost, as on a
     scanner.
     """
     n_i, n_j = geometry.shape
@@ -84,7 +84,7 @@ def system_matrices(geometry: Geometry) -> tuple[sparse.csr_array, ...]:
     centres_j = (np.arange(n_j) - (n_j - 1) / 2) * geometry.spacing[1]  # (n_j,)
     radius = geometry.n_bins * geometry.bin_width / 2
     pixels = np.arange(n_i * n_j, dtype=np.int32)
-    # Half an angle off the axes, so that no trapezoid degenerates into a box.
+    # Angles lie half a step off the axes, so that no trapezoid degenerates into a box.
     angles = (np.arange(geometry.n_angles) + 0.5) * np.pi / geometry.n_angles
 
     subsets = []
@@ -114,12 +114,12 @@ def system_matrices(geometry: Geometry) -> tuple[sparse.csr_array, ...]:
 
 
 def slice_blocks(n_slices: int) -> list[slice]:
-    """Fixed blocks of slices, the unit of work."""
+    """Returns fixed blocks of slices, the unit of work."""
     return [slice(k, min(k + SLICE_BLOCK, n_slices)) for k in range(0, n_slices, SLICE_BLOCK)]
 
 
 def forward_project(image: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Projections of a block of slices: (n_i, n_j, slices) -> (subsets, angles, bins, slices), float32."""
+    """Projects a block of slices: (n_i, n_j, slices) -> (subsets, angles, bins, slices), float32."""
     columns = np.ascontiguousarray(image, dtype=np.float32).reshape(-1, image.shape[-1])
     projections = [matrix @ columns for matrix in system_matrices(geometry)]
     return np.stack(projections).reshape(*geometry.sinogram_shape, image.shape[-1])
@@ -133,7 +133,7 @@ def osem(
     *,
     iterations: int,
 ) -> list[np.ndarray]:
-    """Ordered-subsets expectation maximisation of a block of slices, for several measurements.
+    """Reconstructs a block of slices by ordered-subsets expectation maximisation, for several measurements.
 
     The model of the expected rates is ``factors · (P x) + background`` (Hudson and Larkin, IEEE Trans Med
     Imaging 13:601-609, 1994, with the additive term of an ordinary Poisson reconstruction). Counts and
@@ -158,7 +158,7 @@ def osem(
     inverse_sensitivity = []
     for subset, matrix in enumerate(matrices):
         sensitivity = matrix.T @ factors[subset]  # (pixels, slices)
-        # The corners outside the field of view are seen by few angles: no stable update there.
+        # Few angles see the corners outside the field of view, so that no stable update exists there.
         seen = sensitivity > 1e-3 * sensitivity.max(initial=0.0)
         inverse_sensitivity.append(np.divide(1.0, sensitivity, out=np.zeros_like(sensitivity), where=seen))
 
@@ -187,9 +187,9 @@ def geometry_for(
     n_subsets: int,
     corners: bool,
 ) -> Geometry:
-    """The geometry of an image grid, with as many bins as its field of view needs.
+    """Returns the geometry of an image grid, with as many bins as its field of view needs.
 
-    That is the circle whose diameter is the grid's longer side, as on a scanner, or with ``corners`` the
+    The field of view is the circle whose diameter is the grid's longer side, as on a scanner, or with ``corners`` the
     circle around the whole grid.
     """
     sides = [n * s for n, s in zip(shape, spacing, strict=True)]
@@ -199,7 +199,7 @@ def geometry_for(
 
 
 def finer(geometry: Geometry, factor: int) -> Geometry:
-    """The same bins over a grid with ``factor`` times as many pixels along each axis."""
+    """Returns the same bins over a grid with ``factor`` times as many pixels along each axis."""
     shape: Any = tuple(n * factor for n in geometry.shape)
     spacing: Any = tuple(s / factor for s in geometry.spacing)
     return Geometry(shape, spacing, geometry.n_angles, geometry.n_bins, geometry.bin_width, geometry.n_subsets)

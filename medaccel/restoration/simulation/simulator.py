@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PET exposures of an activity volume: nested Poisson counts, reconstructed.
+"""Simulates PET exposures of an activity volume: nested Poisson counts, reconstructed.
 
-The chain, for an activity in SUV and an attenuation map:
+The chain for an activity in SUV and an attenuation map is:
 
 1. The activity is interpolated to a finer grid and blurred with the scanner's point spread; the projections
    of that grid, attenuated, are the trues. Scatter is a broad blur of the trues, randoms are flat within a
@@ -37,11 +37,11 @@ from medaccel.restoration.simulation.projector import (
     slice_blocks,
 )
 
-# Raised whenever the same configuration and seed would give other exposures.
+# Raise this version whenever the same configuration and seed would give other exposures.
 SIMULATOR_VERSION = 1
 
 FWHM_PER_SIGMA = 2.0 * math.sqrt(2.0 * math.log(2.0))
-# Activity outside the circular field of view above which the whole rectangle is scanned, share of the total.
+# If a greater share of the total activity lies outside the circular field of view, the whole rectangle is scanned.
 _CORNER_SHARE = 1e-3
 
 Progress = Callable[[float, str], None]
@@ -49,15 +49,15 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Projections:
-    """Expected coincidences per second and bin, float32, each (subsets, angles, bins, slices).
+    """Holds expected coincidences per second and bin, float32, each (subsets, angles, bins, slices).
 
     Args:
         geometry: image grid and bins.
-        spacing: of the image grid, mm.
-        trues: attenuated, with the point spread.
+        spacing: voxel size of the image grid, mm.
+        trues: true coincidences, attenuated, with the point spread.
         background: scatter plus randoms.
-        factors: what the reconstruction multiplies its own projection of SUV with: attenuation (projected
-            on the image grid), sensitivity and dose.
+        factors: factors of the reconstruction on its own projection of SUV: attenuation (projected on the image
+            grid), sensitivity and dose.
     """
 
     geometry: Geometry
@@ -69,12 +69,12 @@ class Projections:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Result of `simulate`: images in SUV, float32, on the activity's grid.
+    """Holds the result of `simulate`: images in SUV, float32, on the activity's grid.
 
     Args:
         exposures: one image per duration in s.
         noise_free: the reconstruction of the expected counts.
-        counts: prompts per duration, (subsets, angles, bins, slices), uint32, where they were asked for.
+        counts: prompts per duration, (subsets, angles, bins, slices), uint32, if they were asked for.
     """
 
     exposures: dict[int, np.ndarray]
@@ -92,7 +92,7 @@ def simulate(
     return_counts: bool = False,
     progress: Progress | None = None,
 ) -> Simulation:
-    """Exposures of an activity volume and their noise-free reconstruction.
+    """Simulates exposures of an activity volume and their noise-free reconstruction.
 
     Args:
         activity: SUV, (i, j, k), finite, >= 0, at least two slices.
@@ -100,7 +100,7 @@ def simulate(
             water-equivalent body from the activity.
         spacing: mm, three numbers > 0.
         config: default `SimulatorConfig()`.
-        seed: of the counts; the same seed gives the same bits.
+        seed: seed of the counts; the same seed gives the same bits.
         return_counts: keep the sinograms.
         progress: called with the share done (0 to 1) and a word about the work at hand.
 
@@ -130,7 +130,8 @@ def expected_projections(
     *,
     progress: Progress | None = None,
 ) -> Projections:
-    """Expected coincidence rates of an activity volume. Arguments and errors as `simulate`."""
+    """Computes the expected coincidence rates of an activity volume; its arguments and errors are those of
+    `simulate`."""
     from scipy.ndimage import gaussian_filter, gaussian_filter1d, zoom
 
     activity, attenuation, steps = _checked(activity, attenuation, spacing)
@@ -150,7 +151,7 @@ def expected_projections(
     elif attenuation is None:
         attenuation = attenuation_from_activity(activity, steps)
 
-    # Counts per second and bin for a projection of 1 SUV · pixel.
+    # The scale gives counts per second and bin for a projection of 1 SUV · pixel.
     scale = config.sensitivity * config.dose_fraction * math.prod(steps) / 1000.0 / config.n_angles
     shape = (*geometry.sinogram_shape, activity.shape[2])
     trues = np.empty(shape, dtype=np.float32)
@@ -179,7 +180,7 @@ def expected_projections(
 
 
 def draw_counts(projections: Projections, durations: Sequence[int], seed: int) -> dict[int, np.ndarray]:
-    """Nested Poisson prompts: each duration's counts are the previous one's plus an independent increment.
+    """Draws nested Poisson prompts: each duration's counts are the previous one's plus an independent increment.
 
     Returns:
         Counts per duration in s, (subsets, angles, bins, slices), uint32. Each increment has a random
@@ -203,7 +204,7 @@ def reconstruct(
     *,
     progress: Progress | None = None,
 ) -> dict[int, np.ndarray]:
-    """OSEM and post-filter of several measurements (prompts per second and bin) under one key each.
+    """Reconstructs several measurements (prompts per second and bin), each under a key, by OSEM and post-filter.
 
     Returns:
         Images in SUV, (i, j, k), float32, >= 0.
@@ -238,10 +239,10 @@ def reconstruct(
 def _checked(
     activity: np.ndarray, attenuation: np.ndarray | None, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[float, float, float]]:
-    """The arguments as float32 arrays and a tuple, or a sentence about what is wrong."""
+    """Returns the arguments as float32 arrays and a tuple, or raises a sentence about the fault."""
     steps = tuple(float(step) for step in spacing)
     if len(steps) != 3 or not all(0.0 < step < math.inf for step in steps):
-        raise ValueError(f"simulate: spacing={tuple(spacing)} (expected three sizes in mm, > 0)")
+        raise ValueError(f"simulate: spacing is {tuple(spacing)}; expected three sizes in mm, > 0")
     checked: list[np.ndarray | None] = []
     for name, array, unit in (("activity", activity, "SUV"), ("attenuation", attenuation, "1/cm")):
         if array is None:
@@ -249,22 +250,22 @@ def _checked(
             continue
         array = np.asarray(array)
         if array.ndim != 3 or min(array.shape) < 2:
-            raise ValueError(f"simulate: {name} has shape {array.shape} (expected three axes of at least 2 voxels)")
+            raise ValueError(f"simulate: {name} has shape {array.shape}; expected three axes of at least 2 voxels")
         array = array.astype(np.float32)
         if not np.isfinite(array).all() or array.min() < 0.0:
-            raise ValueError(f"simulate: {name} has values that are negative or not finite (expected {unit} >= 0)")
+            raise ValueError(f"simulate: {name} has values that are negative or not finite; expected {unit} >= 0")
         checked.append(array)
     image, mu = checked
     assert image is not None
     if mu is not None and mu.shape != image.shape:
-        raise ValueError(f"simulate: attenuation has shape {mu.shape}, activity {image.shape} (expected one grid)")
+        raise ValueError(f"simulate: attenuation has shape {mu.shape}, activity {image.shape}; expected one grid")
     if not image.any():
         raise ValueError("simulate: activity is zero everywhere")
     return image, mu, (steps[0], steps[1], steps[2])
 
 
 def _reaches_corners(activity: np.ndarray, spacing: Sequence[float]) -> bool:
-    """Whether activity lies outside the circle whose diameter is the grid's longer side."""
+    """Tells whether activity lies outside the circle whose diameter is the grid's longer side."""
     n_i, n_j = activity.shape[:2]
     x = (np.arange(n_i) - (n_i - 1) / 2) * spacing[0]
     y = (np.arange(n_j) - (n_j - 1) / 2) * spacing[1]
@@ -275,14 +276,14 @@ def _reaches_corners(activity: np.ndarray, spacing: Sequence[float]) -> bool:
 
 
 def _survival(attenuation: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """exp(−∫μ dl) per bin; μ in 1/cm, (i, j, slices)."""
+    """Returns exp(−∫μ dl) per bin; μ in 1/cm, (i, j, slices)."""
     line_integral = forward_project(attenuation, geometry)
     line_integral *= np.float32(geometry.line_length / 10.0)  # mm -> cm
     return np.exp(-line_integral)
 
 
 def _background(trues: np.ndarray, slice_step: float, config: SimulatorConfig) -> np.ndarray:
-    """Expected scatter plus randoms per second and bin, of attenuated trues per second."""
+    """Returns expected scatter plus randoms per second and bin, from attenuated trues per second."""
     from scipy.ndimage import gaussian_filter
 
     sigma = config.scatter_fwhm / FWHM_PER_SIGMA  # mm
@@ -291,7 +292,7 @@ def _background(trues: np.ndarray, slice_step: float, config: SimulatorConfig) -
     )
     total = trues.sum(dtype=np.float64)
     scatter_total = total * config.scatter_fraction / (1.0 - config.scatter_fraction)
-    # Trues already hold one power of the dose.
+    # The trues already hold one power of the dose.
     randoms_total = total * config.randoms_fraction * config.dose_fraction
     background = blurred * np.float32(scatter_total / blurred.sum(dtype=np.float64))
     # A bed position's singles are spread over its slices; within a slice randoms are flat.

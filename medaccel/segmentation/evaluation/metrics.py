@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of one segmented structure: overlap, surfaces, volume, lesions found, boundary and interior.
+"""Measures one segmented structure: overlap, surfaces, volume, lesions found, boundary and interior.
 
-Dice, Hausdorff distance and surface Dice are MONAI's. What empty masks give is fixed here: where both are empty,
-overlaps are 1 and distances 0; where one is, overlaps are 0 and distances the length of the volume's diagonal, the
-worst that could be. Lesions are 26-connected components.
+Dice, Hausdorff distance and surface Dice are MONAI's. Values for empty masks are defined here: if both are empty,
+overlaps are 1 and distances 0; if one is, overlaps are 0 and distances the length of the volume's diagonal, the worst
+possible. Lesions are 26-connected components.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-# Of the surface that surface Dice forgives, and of the band that is called a boundary, mm.
+# Surface Dice tolerates this distance, and the boundary's band has this half-width, mm.
 TOLERANCE_MM = 3.0
 BAND_MM = 6.0
 _CONNECTED = np.ones((3, 3, 3), dtype=int)
@@ -24,15 +24,15 @@ _CONNECTED = np.ones((3, 3, 3), dtype=int)
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Of one structure in one case.
+    """Holds the scores of one structure in one case.
 
     Args:
         dice: overlap, 0 to 1.
         hausdorff95_mm: 95th percentile of the distances between the surfaces, the larger of both directions.
         surface_dice: share of both surfaces within the tolerance of each other.
         volume_ml, predicted_ml, volume_error_ml: true, predicted, and predicted less true.
-        boundary_dice: within the band around the true surface: spatial sensitivity.
-        interior_dice: elsewhere: smoothness, islands and holes.
+        boundary_dice: Dice within the band around the true surface: spatial sensitivity.
+        interior_dice: Dice elsewhere: smoothness, islands and holes.
         lesions, lesions_found: true components, and those that the prediction touches.
         false_positives: predicted components that touch no true one.
     """
@@ -50,7 +50,7 @@ class CaseScores:
     false_positives: int
 
     def plain(self) -> dict[str, float]:
-        """By name, for tables."""
+        """Returns the scores by name, for tables."""
         return asdict(self)
 
 
@@ -66,12 +66,12 @@ def score_case(
 
     Args:
         predicted, truth: (i, j, k), boolean or 0 and 1, of one structure.
-        spacing: mm.
-        tolerance: of surface Dice, mm.
+        spacing: voxel size, mm.
+        tolerance: distance that surface Dice tolerates, mm.
         band: half-width of the boundary's band, mm; a voxel's largest side at least.
 
     Raises:
-        ValueError: shapes that differ or aren't of three axes, values beside 0 and 1, spacing out of range.
+        ValueError: shapes differ or don't have three axes, values beside 0 and 1 occur, or spacing is out of range.
     """
     p, t = (_mask(name, array) for name, array in (("predicted", predicted), ("truth", truth)))
     if p.shape != t.shape:
@@ -103,16 +103,16 @@ def score_case(
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """2·|A ∩ B| / (|A| + |B|) of boolean arrays of any shape; 1 where both are empty."""
+    """Returns 2·|A ∩ B| / (|A| + |B|) of boolean arrays of any shape; 1 if both are empty."""
     total = int(predicted.sum()) + int(truth.sum())
     return 1.0 if total == 0 else 2.0 * int((predicted & truth).sum()) / total
 
 
 def largest_components(mask: np.ndarray, count: int = 1) -> np.ndarray:
-    """The largest 26-connected components of a boolean mask; of equal ones, the first.
+    """Returns the largest 26-connected components of a boolean mask; of equal ones, the first.
 
     Raises:
-        ValueError: count below 1.
+        ValueError: count is below 1.
     """
     if count < 1:
         raise ValueError(f"count is {count}; expected at least 1")
@@ -125,18 +125,19 @@ def largest_components(mask: np.ndarray, count: int = 1) -> np.ndarray:
 
 
 def component_voxels(mask: np.ndarray) -> list[int]:
-    """Voxels of each 26-connected component of a boolean mask, the largest first."""
+    """Returns the voxels of each 26-connected component of a boolean mask, the largest first."""
     parts, _ = ndimage.label(mask, _CONNECTED)
     return sorted((int(count) for count in np.bincount(parts.ravel())[1:]), reverse=True)
 
 
 def bland_altman(true_ml: Sequence[float], predicted_ml: Sequence[float]) -> Mapping[str, float]:
-    """Agreement of volumes: mean difference (predicted less true) and limits at ± 1.96 standard deviations, mL.
+    """Measures the agreement of volumes: mean difference (predicted less true) and limits at ± 1.96 standard
+    deviations, mL.
 
-    Bland and Altman, Lancet 1986.
+    Source: Bland and Altman, Lancet 1986.
 
     Raises:
-        ValueError: fewer than two cases, or numbers of cases that differ.
+        ValueError: there are fewer than two cases, or the numbers of cases differ.
     """
     if len(true_ml) != len(predicted_ml) or len(true_ml) < 2:
         raise ValueError(f"{len(true_ml)} true and {len(predicted_ml)} predicted volumes; expected two or more pairs")
@@ -154,14 +155,14 @@ def _mask(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _surfaces(p: np.ndarray, t: np.ndarray, spacing: list[float], tolerance: float) -> tuple[float, float]:
-    """Hausdorff distance (95 %), mm, and surface Dice."""
+    """Returns the Hausdorff distance (95 %), mm, and surface Dice."""
     if not p.any() and not t.any():
         return 0.0, 1.0
     if not p.any() or not t.any():
         return float(np.linalg.norm(np.multiply(p.shape, spacing))), 0.0
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-    # All that lies far from both changes nothing, and takes the most of the time.
+    # Voxels far from both masks change nothing, and take most of the time.
     where = np.nonzero(p | t)
     box = tuple(slice(max(int(w.min()) - 1, 0), int(w.max()) + 2) for w in where)
     one_hot = [torch.from_numpy(np.stack([~m[box], m[box]])[None]).float() for m in (p, t)]
@@ -176,9 +177,9 @@ def _surfaces(p: np.ndarray, t: np.ndarray, spacing: list[float], tolerance: flo
 
 
 def _near_surface(truth: np.ndarray, spacing: list[float], band: float) -> np.ndarray:
-    """Voxels whose centres lie within the band around the mask's surface; none without a mask.
+    """Marks voxels whose centres lie within the band around the mask's surface; none without a mask.
 
-    Of voxels larger than the band, it is a voxel on either side: otherwise none would be within.
+    If voxels are larger than the band, one voxel on either side is marked: otherwise none would lie within.
     """
     if not truth.any() or truth.all():
         return np.zeros_like(truth)

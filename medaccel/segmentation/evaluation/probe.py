@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen backbone's features tell by themselves: one linear layer on them, trained on a few labelled scans."""
+"""Measures how much a frozen backbone's features tell by themselves: one linear layer on them, trained on a few
+labelled scans."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from medaccel.nets import SwinUNETR
 from medaccel.pretraining.levels import check_level, features
 from medaccel.segmentation.evaluation.metrics import dice
 
-#: Settings and their defaults.
+#: Settings have these defaults.
 PROBE: Mapping[str, Any] = {
     "spacing": [6.0, 6.0, 6.0],  # mm
     "window": [-160.0, 240.0],  # HU
@@ -29,19 +30,19 @@ PROBE: Mapping[str, Any] = {
     "learning_rate": 0.05,
     "weight_decay": 1e-3,
 }
-_LEAST = 64  # voxels of the longest side that the network takes
+_LEAST = 64  # least voxels of the longest side that the network takes
 
 
 class LinearProbe(nn.Module):
-    """One linear layer on maps of several strides, all brought to the image's grid.
+    """Applies one linear layer to maps of several strides, all brought to the image's grid.
 
     A linear layer and an interpolation of channels can change places, so the layer is applied to each map on its own
-    grid, and what is brought to the image's grid is the few channels that it gives: the same numbers, and no map of
-    hundreds of channels.
+    grid, and only the few channels of its result are brought to the image's grid: the numbers are the same, without a
+    map of hundreds of channels.
 
     Args:
-        maps: of one scan, by level; the first ones seen say how many channels each has.
-        classes: background included.
+        maps: maps of one scan, by level; the first ones seen say how many channels each has.
+        classes: number of classes, background included.
     """
 
     def __init__(self, maps: Mapping[str, Tensor], classes: int) -> None:
@@ -54,7 +55,7 @@ class LinearProbe(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, maps: Mapping[str, Tensor], size: Sequence[int]) -> Tensor:
-        """Maps (1, C, …) by level, to logits (1, classes, *size)."""
+        """Maps feature maps (1, C, …) by level to logits (1, classes, *size)."""
         logits = [
             F.interpolate(layer(maps[level]), size=tuple(size), mode="trilinear", align_corners=False)
             for level, layer in self.layers.items()
@@ -72,19 +73,19 @@ def linear_probe(
     """Trains a linear layer on a backbone's frozen features and scores it.
 
     Scans are seen whole, at one spacing, cropped to the body; features are standardised by the training scans'
-    channels. Dice is taken on that grid, where both masks are empty it is 1.
+    channels. Dice is computed on that grid; it is 1 if both masks are empty.
 
     Args:
-        backbone: what gives the features; it stays as it is. Its `out` is not used.
-        dataset: of labelled cases.
-        train_cases, test_cases: names in it.
-        settings: those that differ from `PROBE`.
+        backbone: the network that gives the features; it stays as it is. Its `out` is not used.
+        dataset: the labelled cases.
+        train_cases, test_cases: names of its cases.
+        settings: settings that differ from `PROBE`.
 
     Returns:
         The mean Dice, 0 … 1, over the foreground classes and test cases.
 
     Raises:
-        ValueError: unknown settings, no cases, names that the dataset does not have; as `load_case`.
+        ValueError: settings are unknown, there are no cases, the dataset lacks a name, or `load_case` refuses a case.
     """
     unknown = set(settings or {}) - set(PROBE)
     if unknown:
@@ -132,7 +133,7 @@ def _seen(
     settings: Mapping[str, Any],
     device: torch.device,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A case's feature maps (1, C, …), and its label map (1, i, j, k) on the grid that the network saw."""
+    """Returns a case's feature maps (1, C, …), and its label map (1, i, j, k) on the grid that the network saw."""
     image, label = load_case(dataset, case)
     volumes = canonical(image, settings["spacing"], label=label)
     pad = DivisiblePad(32, mode="constant", value=-1024.0)
@@ -150,7 +151,7 @@ def _seen(
 
 
 def _classes(label: Tensor, values: Sequence[int]) -> Tensor:
-    """Labels by their number among `values`, in their order."""
+    """Replaces labels by their positions among `values`."""
     numbers = torch.zeros_like(label, dtype=torch.long)
     for number, value in enumerate(values):
         numbers[label == value] = number
@@ -158,7 +159,7 @@ def _classes(label: Tensor, values: Sequence[int]) -> Tensor:
 
 
 def _statistics(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over all pixels, (1, C, 1, 1, 1)."""
+    """Returns mean and deviation of each channel over all pixels, (1, C, 1, 1, 1)."""
     pixels = torch.cat([m.flatten(2) for m in maps], dim=2)
     mean, deviation = pixels.mean(dim=2), pixels.std(dim=2).clamp(min=1e-5)
     return mean[..., None, None, None], deviation[..., None, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cells found, gathered: a group is one task, initialization and fraction, and holds its runs by seed."""
+"""Gathers the cells' results: a group is one task, initialization and fraction, and holds its runs by seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medaccel.segmentation.protocol import RANDOM, Cell
 from medaccel.studies.statistics import Comparison, Spread, compare, spread
 from medaccel.studies.tables import write_csv, write_json
 
-#: Of a row, with the factor that tables show them by: Dice in points.
+#: Each measure of a row has the factor by which tables show it: Dice is shown in points.
 MEASURES: Mapping[str, float] = {
     "dice": 100.0,
     "hausdorff95_mm": 1.0,
@@ -26,18 +26,18 @@ MEASURES: Mapping[str, float] = {
     "interior_dice": 100.0,
     "volume_error_ml": 1.0,
 }
-# A label with one of these in its name is of lesions, which are counted one by one.
+# A label whose name holds one of these words marks lesions, which are counted one by one.
 _LESIONS = ("cancer", "tumour", "tumor", "lesion", "nodule", "metastas")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one cell found.
+    """Holds the results of one cell.
 
     Args:
-        rows: of the test cases, one a structure, as `CaseScores.plain` with "case" and "structure".
+        rows: rows of the test cases, one per structure: `CaseScores.plain` with "case" and "structure".
         curve: steps and mean Dice on the validation cases.
-        content: all of result.json.
+        content: the whole of result.json.
     """
 
     cell: Cell
@@ -50,29 +50,29 @@ class Run:
         return [(row["case"], row["structure"]) for row in self.rows]
 
     def values(self, measure: str) -> np.ndarray:
-        """(rows,), as in tables."""
+        """Returns a measure of all rows, (rows,), as in tables."""
         return MEASURES[measure] * np.array([float(row[measure]) for row in self.rows])
 
     def mean(self, measure: str) -> float:
-        """Over the test cases; of volume errors, of their sizes."""
+        """Returns the mean over the test cases; volume errors count by their sizes."""
         values = self.values(measure)
         return float(np.abs(values).mean() if measure == "volume_error_ml" else values.mean())
 
     @property
     def sensitivity(self) -> float:
-        """Percent of all lesions of the test cases that were found; NaN without any."""
+        """Returns the percentage of the test cases' lesions that was found; NaN without any."""
         count = sum(row["lesions"] for row in self.rows)
         return 100 * sum(row["lesions_found"] for row in self.rows) / count if count else math.nan
 
     @property
     def false_positives(self) -> float:
-        """A scan."""
+        """Returns the false positives per scan."""
         return sum(row["false_positives"] for row in self.rows) / len({row["case"] for row in self.rows})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one task, initialization and fraction, by seed."""
+    """Holds the runs of one task, initialization and fraction, by seed."""
 
     task: str
     init: str
@@ -80,11 +80,12 @@ class Group:
     runs: Mapping[int, Run]
 
     def spread(self, measure: str) -> Spread:
-        """Over the runs, of each run's mean over the test cases."""
+        """Summarises each run's mean over the test cases over the runs."""
         return spread([run.mean(measure) for run in self.runs.values()])
 
     def against(self, other: Group, measure: str = "dice") -> Comparison | None:
-        """This less the other, over the seeds that both have; None where that is none."""
+        """Compares this group with another (this less the other), over the seeds that both have; returns None if they
+        share none."""
         seeds = sorted(set(self.runs) & set(other.runs))
         if not seeds:
             return None
@@ -98,14 +99,14 @@ class Group:
 
 
 class Outcome:
-    """All cells that have ended.
+    """Holds all finished cells.
 
     Args:
-        cells: of the grid, in its order.
-        folders: of the cells, by name.
+        cells: the grid's cells, in its order.
+        folders: the cells' folders, by name.
 
     Raises:
-        ValueError: a result that can't be read.
+        ValueError: a result can't be read.
     """
 
     def __init__(self, cells: Sequence[Cell], folders: Mapping[str, Path]) -> None:
@@ -126,7 +127,7 @@ class Outcome:
         return list(dict.fromkeys(group.task for group in self.groups.values()))
 
     def of(self, task: str) -> list[Group]:
-        """A task's groups: fractions in their order, within each the initializations."""
+        """Returns a task's groups: fractions in their order, within each the initializations."""
         found = [group for group in self.groups.values() if group.task == task]
         inits = list(dict.fromkeys(cell.init for cell in self.planned))
         return sorted(found, key=lambda group: (group.fraction, inits.index(group.init)))
@@ -136,11 +137,11 @@ class Outcome:
         return list(dict.fromkeys(row["structure"] for run in runs for row in run.rows))
 
     def has_lesions(self, task: str) -> bool:
-        """Whether the task's structures are lesions, by their names."""
+        """Tells by their names whether the task's structures are lesions."""
         return any(word in name.lower() for name in self.structures(task) for word in _LESIONS)
 
     def plain(self) -> list[dict[str, Any]]:
-        """A dictionary a group, for metrics.json."""
+        """Returns a dictionary per group, for metrics.json."""
         result = []
         for group in (group for task in self.tasks for group in self.of(task)):
             entry: dict[str, Any] = {
@@ -168,16 +169,16 @@ def _agreement(group: Group) -> dict[str, float] | None:
 
 
 def volumes(group: Group) -> tuple[list[float], list[float]]:
-    """True and predicted, mL, of all runs' test cases."""
+    """Returns true and predicted volumes, mL, of all runs' test cases."""
     rows = [row for run in group.runs.values() for row in run.rows]
     return [row["volume_ml"] for row in rows], [row["predicted_ml"] for row in rows]
 
 
 def read_run(path: Path, cell: Cell) -> Run:
-    """A cell's result.json.
+    """Reads a cell's result.json.
 
     Raises:
-        ValueError: it can't be read, or is another cell's.
+        ValueError: the file can't be read, or is another cell's.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +194,7 @@ def read_run(path: Path, cell: Cell) -> Run:
 
 
 def write_metrics(folder: Path, outcome: Outcome, more: Mapping[str, Any]) -> None:
-    """metrics.json, a group an entry, and metrics.csv, a row a cell, test case and structure.
+    """Writes metrics.json, an entry per group, and metrics.csv, a row per cell, test case and structure.
 
     Args:
         more: entries of metrics.json beside the groups.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segmentation network: presets, training, inference, checkpoints."""
+"""Provides the segmentation network: presets, training, inference, checkpoints."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained segmentation network in a file: settings, names of the labels, weights, and what scans it has seen."""
+"""Stores a trained segmentation network in a file: settings, names of the labels, weights, and the range of its
+training scans."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save` stored.
+    """Holds the content of a file that `save` wrote.
 
     Args:
-        settings: of `medaccel.segmentation.model.presets.make_settings`.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`.
         labels: value to name, 0 the background.
-        state_dict: of the network.
-        seen: of the scans that it was trained on: "spacing_mm", the least and the largest voxel size along each
-            axis, and "body_hu", of the body's mean.
+        state_dict: the network's state_dict.
+        seen: range of the training scans: "spacing_mm", the least and the largest voxel size along each axis, and
+            "body_hu", those of the body's mean.
     """
 
     settings: Mapping[str, Any]
@@ -37,7 +38,7 @@ class Checkpoint:
     seen: Mapping[str, Any]
 
     def network(self) -> nn.Module:
-        """The network with its weights, for inference."""
+        """Builds the network with its weights, for inference."""
         from medaccel.segmentation.model.training import make_network
 
         network = make_network(self.settings, len(self.labels), 0)
@@ -46,7 +47,7 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes it atomically, over an old one; `torch.load` reads it with `weights_only=True`."""
+    """Writes the checkpoint atomically, over an old one; `torch.load` reads it with `weights_only=True`."""
     content = {
         "kind": KIND,
         "format": FORMAT,
@@ -60,14 +61,14 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint without running any code of the file's.
+    """Reads a checkpoint without running any code in the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is damaged, of another kind or of another version.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or has another kind or version.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file (expected the best.pt of a segmentation's cell)")
+        raise FileNotFoundError(f"{path}: no such file; expected the best.pt of a segmentation's cell")
     content = load_tensors(path, what="a checkpoint")
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ValueError(f"{path}: no segmentation network; expected the best.pt of a segmentation's cell")
@@ -81,7 +82,7 @@ def load(path: Path) -> Checkpoint:
             _seen(content["seen"]),
         )
         loaded.network()
-    except Exception as error:  # whatever settings or weights of another kind lead to
+    except Exception as error:  # settings or weights of another kind may raise anything
         raise ValueError(
             f"{path}: its settings, labels and weights don't fit together ({first_line(error)})"
         ) from error

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a scan to its label map: sliding windows on the network's grid, probabilities back on the scan's grid.
+"""Turns a scan into its label map: sliding windows on the network's grid, probabilities back on the scan's grid.
 
 Probabilities of every class exist for a few planes at a time: windows are visited in MONAI's order, along the first
-axis last, so that planes are finished one after the other, made to labels and forgotten. Memory grows with a window's
-depth and the classes, not with the volume and the classes.
+axis last, so that planes are finished one after the other, turned into labels and dropped. Memory grows with a
+window's depth times the classes, not with the volume times the classes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from medaccel.data import make_nifti, resample
 from medaccel.data.ct_transforms import canonical, window
 from medaccel.segmentation.evaluation.metrics import largest_components
 
-# Planes whose probabilities exist at a time.
+# The probabilities of so many planes exist at a time.
 _PLANES = 16
-# How far from parallel to an axis of the scan an axis of the network's grid may be, in voxels over the whole scan.
+# An axis of the network's grid may deviate so far from an axis of the scan, in voxels over the whole scan, and still
+# count as parallel.
 _PARALLEL = 1e-6
 
 
@@ -35,9 +36,9 @@ def probability_planes(
     """Yields class probabilities on the network's grid, a few planes at a time and in order.
 
     Args:
-        network: (B, 1, i, j, k) to logits (B, classes, i, j, k); on the device that computes.
-        image: (1, i, j, k), HU, of `medaccel.data.ct_transforms.canonical`.
-        settings: of `medaccel.segmentation.model.presets.make_settings`.
+        network: maps (B, 1, i, j, k) to logits (B, classes, i, j, k); it lies on the device that computes.
+        image: (1, i, j, k), HU, from `medaccel.data.ct_transforms.canonical`.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`.
         progress: show a bar of windows.
 
     Yields:
@@ -53,8 +54,8 @@ def logit_planes(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields the windows' blended logits as `probability_planes` does probabilities.
 
-    Bit for bit they are those of `monai.inferers.sliding_window_inference` over the whole scan: the same windows,
-    weighted by a Gaussian and added up in the same order. A smaller scan is padded with what is darkest.
+    They equal `monai.inferers.sliding_window_inference` over the whole scan bit for bit: the same windows, weighted
+    by a Gaussian and added up in the same order. A smaller scan is padded with the darkest value.
     """
     shown = window(image.as_tensor().float(), settings["window"])[None]
     size, roi = tuple(shown.shape[2:]), tuple(settings["roi_size"])
@@ -71,18 +72,18 @@ def logit_planes(
 def _blended_windows(
     network: nn.Module, shown: Tensor, roi: tuple[int, ...], settings: Mapping[str, Any], progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
-    """Planes of a scan that is as large as a window at least, when no window is left that touches them."""
+    """Yields planes of a scan that is at least as large as a window, as soon as no remaining window touches them."""
     from tqdm import tqdm
 
     device = next(network.parameters()).device
-    # On CPUs bf16 is slower than it is worth.
+    # On CPUs bf16 is too slow to be worth it.
     mixed = device.type == "cuda" and str(settings["precision"]).startswith("bf16")
     size = tuple(shown.shape[2:])
     steps = [r if r == n else max(int(r * (1 - settings["overlap"])), 1) for r, n in zip(roi, size, strict=True)]
     windows = dense_patch_slices(size, roi, steps)
     weight = compute_importance_map(roi, mode="gaussian", device=device, dtype=torch.float32)
     weight_here = weight.cpu()
-    count, done = torch.zeros(roi[0], *size[1:]), 0  # plane `done` is the first one that they hold
+    count, done = torch.zeros(roi[0], *size[1:]), 0  # `count` begins with the plane `done`
     total: Tensor | None = None
     batch = settings["sw_batch_size"]
     training = network.training
@@ -120,7 +121,7 @@ def _blended(total: Tensor, count: Tensor, first: int, planes: int) -> Iterator[
 
 
 def predict_labels(network: nn.Module, image: MetaTensor, settings: Mapping[str, Any]) -> np.ndarray:
-    """The likeliest class of a scan's voxels on the network's grid, (i, j, k): see `probability_planes`."""
+    """Returns the likeliest class of a scan's voxels on the network's grid, (i, j, k); see `probability_planes`."""
     return np.concatenate([p.argmax(dim=0).numpy() for _, p in probability_planes(network, image, settings)])
 
 
@@ -132,15 +133,15 @@ def segment(
     keep_largest: int | None = None,
     progress: bool = False,
 ) -> Nifti1Image:
-    """The label map of a scan on its own grid.
+    """Computes the label map of a scan on its own grid.
 
-    Probabilities, not labels, are brought to the scan's grid, trilinearly; then the likeliest class is taken. What
-    is outside of the body's box is background.
+    Probabilities, not labels, are brought to the scan's grid, trilinearly; then the likeliest class is taken. Voxels
+    outside the body's box are background.
 
     Args:
-        network, settings: as `probability_planes`.
+        network, settings: those of `probability_planes`.
         scan: HU, any orientation.
-        keep_largest: components that are kept of each structure, 0 is all; by default as the settings say.
+        keep_largest: number of components to keep of each structure, 0 keeps all; by default the settings' number.
         progress: show a bar of windows.
 
     Returns:
@@ -157,19 +158,19 @@ def segment(
 
 
 def to_grid(planes: Iterator[tuple[int, Tensor]], image: MetaTensor, scan: Nifti1Image) -> np.ndarray:
-    """The likeliest class at a scan's voxels, uint8, of probabilities on an image's grid.
+    """Returns the likeliest class at a scan's voxels, uint8, from probabilities on an image's grid.
 
     Args:
-        planes: of `probability_planes`: first plane and (classes, planes, j, k), in order.
-        image: (1, i, j, k), whose grid they are on.
-        scan: 3-D.
+        planes: the planes of `probability_planes`: first plane and (classes, planes, j, k), in order.
+        image: (1, i, j, k), whose grid the planes are on.
+        scan: a 3-D image.
     """
     affine, count = np.asarray(image.affine, dtype=np.float64), image.shape[1]
     labels = np.zeros(scan.shape, dtype=np.uint8)
     height = _Height(affine, scan)
     before: Tensor | None = None
     for first, found in planes:
-        # Between the last plane of one piece and the first of the next, both are needed.
+        # Voxels between the last plane of one piece and the first of the next need both.
         known = found if before is None else torch.cat([before, found], dim=1)
         start = first if before is None else first - 1
         before = found[:, -1:].clone()
@@ -196,11 +197,11 @@ def to_grid(planes: Iterator[tuple[int, Tensor]], image: MetaTensor, scan: Nifti
 
 
 class _Height:
-    """Where a scan's voxels lie along the first axis of the network's grid, in its voxels.
+    """Locates a scan's voxels along the first axis of the network's grid, in its voxels.
 
     Args:
-        affine: of the network's grid.
-        scan: its voxels may lie askew to it, as after a tilt of the gantry.
+        affine: the affine of the network's grid.
+        scan: the scan, which may lie askew to the grid, as after a tilt of the gantry.
     """
 
     def __init__(self, affine: np.ndarray, scan: Nifti1Image) -> None:
@@ -216,7 +217,8 @@ class _Height:
             self.high = self.high + sum(float(s.max()) for axis, s in enumerate(steps) if axis != self.axis)
 
     def between(self, low: float, high: float) -> tuple[slice, ...] | None:
-        """The part of the scan, as one slice per axis, that has voxels from `low` to below `high`, or None."""
+        """Returns the part of the scan, as one slice per axis, that has voxels from `low` to below `high`, or
+        None."""
         (found,) = np.nonzero((self.high >= low) & (self.low < high))
         if not len(found):
             return None
@@ -225,7 +227,7 @@ class _Height:
         return tuple(part)
 
     def mask(self, part: tuple[slice, ...], low: float, high: float) -> np.ndarray | slice:
-        """Which of a part's voxels lie from `low` to below `high`."""
+        """Marks the voxels of a part that lie from `low` to below `high`."""
         if self.parallel:
             return np.s_[:]
         i, j, k = (step[where] for step, where in zip(self.steps, part, strict=True))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a segmentation network: presets of tasks, and everything about them that can be overridden.
+"""Defines the settings of a segmentation network: presets of tasks, and every setting that can be overridden.
 
-`Task06_Lung` and `Task09_Spleen` are what is published for MONAI's networks: the spleen as in MONAI's tutorial
+`Task06_Lung` and `Task09_Spleen` have the published settings of MONAI's networks: the spleen as in MONAI's tutorial
 (spleen_segmentation_3d: 1.5 × 1.5 × 2 mm, −57 … 164 HU, crops of 96³ voxels of which half are centred on the spleen);
-the lungs' window is the one that the Swin UNETR's pretraining has (−1000 … 1000 HU). The `phantom_` ones are small
+the lungs' window is that of the Swin UNETR's pretraining (−1000 … 1000 HU). The `phantom_` ones are small
 enough for one CPU core.
 """
 
@@ -16,9 +16,9 @@ from medaccel.segmentation.settings import CACHES, SegmentationSettings
 from medaccel.studies.settings import TrainingSettings
 from medaccel.studies.typed import converted, nearest
 
-#: Voxels that the network halves five times.
+#: The network halves sizes five times, so they are multiples of this.
 MULTIPLE = 32
-# Smallest longest axis: of 32³ one voxel would be left, which instance normalization makes 0.
+# The longest axis is at least this long: of 32³ one voxel would be left, which instance normalization makes 0.
 _LONGEST = 64
 
 
@@ -63,7 +63,7 @@ PRESETS: Mapping[str, SegmentationSettings] = {
 
 
 def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings: a preset's, those of the training, and what is overridden.
+    """Returns all settings: a preset's, those of the training, and the overrides.
 
     Args:
         overrides: some of `SegmentationSettings`, by name. What this function returned gives the same again.
@@ -72,7 +72,7 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
         Plain values, lists for tuples.
 
     Raises:
-        ValueError: an unknown preset or name, a value of another kind or out of range.
+        ValueError: a preset or name is unknown, or a value has another kind or is out of range.
     """
     name = overrides.get("preset", "generic")
     if not isinstance(name, str) or name not in PRESETS:
@@ -105,7 +105,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
             raise ValueError(f"{name} is {value!r}; expected true or false")
         return value
     if isinstance(default, str):
-        # torch has precisions and accelerators of its own; Lightning says which.
+        # torch has precisions and accelerators of its own; Lightning says which ones.
         if not isinstance(value, str):
             raise ValueError(f"{name} is {value!r}; expected a name")
         return value

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a segmentation study."""
+"""Writes the report of a segmentation study."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scans for the segmentation report: some test cases, and a scan that is no part of the study, as an illustration."""
+"""Draws scans for the segmentation report: some test cases, and a scan that is no part of the study, as an
+illustration."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ _CASES = 2
 def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
     """Test cases with contours of the truth and of the run of each initialization that is nearest to its mean.
 
-    At the primary comparison's fraction if the task has it, else at the smallest. Initializations without a stored
+    The fraction is the primary comparison's if the task has it, else the smallest. Initializations without a stored
     network are left out.
     """
     groups = outcome.of(task)

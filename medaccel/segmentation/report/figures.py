@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the segmentation report, as PNG: Dice over labels, runs, learning curves, volumes, contours."""
+"""Draws the figures of the segmentation report, as PNG: Dice over labels, runs, learning curves, volumes,
+contours."""
 
 from __future__ import annotations
 
@@ -20,17 +21,18 @@ TRUTH, PREDICTION = "#2e8b57", "#d1495b"
 
 @styled
 def dice_plot(groups: Sequence[Group]) -> bytes:
-    """Dice over the fraction of labels, a curve an initialization: mean ± standard deviation over runs, and the runs.
+    """Draws Dice over the fraction of labels, a curve per initialization: mean ± standard deviation over runs, and
+    the runs.
 
     Args:
-        groups: of one task.
+        groups: groups of one task.
     """
     figure = new_figure(7.5, 3.6)
     axes = figure.add_axes((0.1, 0.14, 0.62, 0.82))
     fractions = sorted({group.fraction for group in groups})
     curves = _by_init(groups)
     for number, (init, found) in enumerate(curves.items()):
-        # Side by side, so that no error bar hides another.
+        # Curves stand side by side, so that no error bar hides another.
         shift = (number - (len(curves) - 1) / 2) * 0.06
         spreads = [group.spread("dice") for group in found]
         places = [fractions.index(group.fraction) + shift for group in found]
@@ -51,10 +53,10 @@ def dice_plot(groups: Sequence[Group]) -> bytes:
 
 @styled
 def paired_plot(groups: Sequence[Group]) -> bytes:
-    """Each run's Dice under each initialization; a grey line joins the runs of one seed.
+    """Draws each run's Dice under each initialization; a grey line joins the runs of one seed.
 
     Args:
-        groups: of one task and fraction.
+        groups: groups of one task and fraction.
     """
     figure = new_figure(7.5, 3.0)
     axes = figure.add_axes((0.1, 0.12, 0.62, 0.84))
@@ -73,10 +75,10 @@ def paired_plot(groups: Sequence[Group]) -> bytes:
 
 @styled
 def learning_plot(groups: Sequence[Group]) -> bytes:
-    """Dice on validation cases over the steps: mean over the runs, and ± their standard deviation.
+    """Draws Dice on validation cases over the steps: mean over the runs, and ± their standard deviation.
 
     Args:
-        groups: of one task and fraction.
+        groups: groups of one task and fraction.
     """
     figure = new_figure(7.5, 3.2)
     axes = figure.add_axes((0.1, 0.15, 0.62, 0.8))
@@ -96,10 +98,10 @@ def learning_plot(groups: Sequence[Group]) -> bytes:
 
 @styled
 def volume_plot(groups: Sequence[Group]) -> bytes:
-    """Bland and Altman's plot, a panel an initialization: difference of the volumes over their mean, mL.
+    """Draws Bland and Altman's plot, a panel per initialization: difference of the volumes over their mean, mL.
 
     Args:
-        groups: of one task and fraction.
+        groups: groups of one task and fraction.
     """
     figure = new_figure(11.0, 3.1)
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
@@ -131,9 +133,9 @@ class SegmentationExample:
     """A scan with the truth and predictions, to be shown as axial slices.
 
     Args:
-        affine: (4, 4), voxel indices to RAS, mm.
+        affine: (4, 4), maps voxel indices to RAS, mm.
         hu: (i, j, k).
-        truth: (i, j, k), above 0 is foreground; None where it isn't known.
+        truth: (i, j, k), above 0 is foreground; None if it is unknown.
         predicted: likewise, by the title of the picture.
         window: HU that are black and white.
     """
@@ -155,7 +157,7 @@ def contour_figure(example: SegmentationExample) -> bytes:
     picture = axial_slice(hu, spacing, k)
     (height, width), (down, right) = picture.pixels.shape, picture.spacing
     low, high = example.window
-    wide = 3.0  # inches of a picture
+    wide = 3.0  # width of a picture, inches
     tall = wide * height * down / (width * right)
     figure = new_figure(wide * len(masks), tall + 0.25)
     panels = figure.subplots(1, len(masks), squeeze=False)[0]
@@ -176,7 +178,7 @@ def contour_figure(example: SegmentationExample) -> bytes:
 
 
 def _fullest_slice(mask: Any) -> int:
-    """The axial slice with most of a mask; the middle one of an empty mask."""
+    """Returns the axial slice with most of a mask; the middle one of an empty mask."""
     areas = np.asarray(mask).sum(axis=(0, 1))
     return int(areas.argmax()) if areas.any() else areas.shape[0] // 2
 
@@ -193,6 +195,6 @@ def _legend(axes: Any) -> None:
 
 
 def representative(group: Group) -> Run:
-    """The run whose Dice is nearest to the group's mean; of equal ones, the first seed's."""
+    """Returns the run whose Dice is nearest to the group's mean; among equal ones, the first seed's."""
     mean = group.spread("dice").mean
     return min(group.runs.values(), key=lambda run: (abs(run.mean("dice") - mean), run.cell.seed))

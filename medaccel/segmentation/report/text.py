@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the segmentation report says in words."""
+"""Writes the words of the segmentation report."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def primary_title(wanted: Mapping[str, Any]) -> str:
 
 
 def primary_sentence(wanted: Mapping[str, Any], first: Spread, second: Spread, found: Comparison) -> str:
-    """The result as it is, and how it stands to what was expected."""
+    """States the result, and how it compares with the expected one."""
     if math.isfinite(found.p):
         test = f"paired t({found.runs - 1}) = {_signed(found.t, 2)}, p = {found.p:.3g}"
     else:
@@ -77,7 +77,7 @@ def incomplete(finished: int, planned: int) -> str:
 
 
 def mean_sd(value: Spread, digits: int = 1) -> str:
-    """Such as 83.1 ± 1.2; without a deviation where there is one run."""
+    """Formats mean and deviation, such as 83.1 ± 1.2; without a deviation for one run."""
     if not math.isfinite(value.mean):
         return "–"
     deviation = f" ± {value.sd:.{digits}f}" if math.isfinite(value.sd) else ""
@@ -85,7 +85,7 @@ def mean_sd(value: Spread, digits: int = 1) -> str:
 
 
 def head_start(first: Sequence[Sequence[tuple[int, float]]], second: Sequence[Sequence[tuple[int, float]]]) -> str:
-    """How two initializations differ on the validation cases at the first and at the last step, in a sentence."""
+    """Says in a sentence how two initializations differ on the validation cases at the first and at the last step."""
     steps, means, _ = mean_curve(first)
     others = dict(zip(*mean_curve(second)[:2], strict=True))
     shared = [(step, 100 * (mean - others[step])) for step, mean in zip(steps, means, strict=True) if step in others]
@@ -99,7 +99,7 @@ def head_start(first: Sequence[Sequence[tuple[int, float]]], second: Sequence[Se
     )
 
 
-# Of a pretraining task's figures: what it is measured by, and its unit.
+# Each pretraining task is measured by this figure, in this unit.
 _MEASURED = {
     "accuracy": "accuracy",
     "error_hu": "mean error, HU (asked: the harmonic fill's)",
@@ -109,7 +109,8 @@ _MEASURED = {
 
 
 def pretraining_rows(name: str, content: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
-    """Of a pretraining's metrics.json, a row a task: measure, figure, chance, what is asked for, whether reached."""
+    """Returns a row per task of a pretraining's metrics.json: measure, figure, chance, target, and whether it is
+    reached."""
     rows = []
     for task, found in content["held_out"].items():
         figures = nan_for_null(found)

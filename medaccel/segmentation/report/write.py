@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The segmentation study's report: metrics.json, metrics.csv, figures and one HTML file, of finished cells."""
+"""Writes the segmentation study's report on finished cells: metrics.json, metrics.csv, figures and one HTML file."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def write_report(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
     """Writes all that the cells found into the study's folder.
 
     Args:
-        study: whose cells are looked for.
-        say: told what happens.
+        study: the study whose finished cells are reported.
+        say: a function that is called with each line of progress.
 
     Returns:
-        The path of report.html, or of the folder where no cell has ended yet.
+        The path of report.html, or of the folder if no cell has ended yet.
 
     Raises:
-        ValueError: a result that can't be read.
+        ValueError: a result can't be read.
     """
     cells, folder = study.config.cells(), study.folder
     outcome = Outcome(cells, {cell.name: folder.cell(cell.name) for cell in cells})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The denoised copy of a PET that networks may start from: non-local means, of a fixed strength."""
+"""Computes the denoised copy of a PET that networks may start from: non-local means of a fixed strength."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.classical import NonLocalMeans
 
-# Times the noise level that is estimated in each PET: what the search finds on phantoms at 30 and at 60 s.
+# This factor multiplies the noise level that is estimated in each PET; the search finds it on phantoms at 30 and at
+# 60 s.
 STRENGTH = 1.6
 
 
@@ -22,7 +23,7 @@ def _filter() -> NonLocalMeans:
 
 
 def base_image(volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """The PET denoised by non-local means: (i, j, k), SUV, float32. Where no body is found, the PET itself.
+    """Denoises a PET by non-local means: (i, j, k), SUV, float32. If no body is found, returns the PET itself.
 
     Args:
         volume: (i, j, k), SUV.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the networks are trained on: squared error and 1 − SSIM, both in SUV within the body."""
+"""Computes the losses of the networks: squared error and 1 − SSIM, both in SUV within the body."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from medaccel.restoration.evaluation.metrics import SSIM_RANGE, SSIM_SIGMA
 
 
 def _wide(*volumes: Tensor) -> list[Tensor]:
-    """Half precision as fp32: sums over a volume lose everything in bf16 and overflow in fp16."""
+    """Converts half precision to fp32: sums over a volume lose everything in bf16 and overflow in fp16."""
     return [v.to(torch.promote_types(v.dtype, torch.float32)) for v in volumes]
 
 
 def squared_error(restored: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """The body's mean squared error, a value a sample.
+    """Returns the body's mean squared error, one value per sample.
 
     Args:
         restored, reference: (B, 1, i, j, k), SUV.
         mask: (B, 1, i, j, k), 1 in the body.
 
     Returns:
-        (B,), SUV², in fp32 (fp64 for fp64); 0 where a patch holds no body.
+        (B,), SUV², in fp32 (fp64 for fp64); 0 for a patch that holds no body.
     """
     restored, reference, mask = _wide(restored, reference, mask)
     inside = mask.flatten(1).sum(1)
@@ -31,13 +31,13 @@ def squared_error(restored: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 
 
 def ssim_distance(restored: Tensor, reference: Tensor, mask: Tensor, *, data_range: float = SSIM_RANGE) -> Tensor:
-    """1 − SSIM averaged over the body, a value a sample: `metrics.ssim_distance`, differentiable.
+    """Returns 1 − SSIM averaged over the body, one value per sample: `metrics.ssim_distance`, differentiable.
 
     MONAI's SSIMLoss convolves with the dense 11³ window and drops the border; the window is separable, and our
     filter's borders are the metric's.
 
     Args:
-        restored, reference, mask: as `squared_error`.
+        restored, reference, mask: see `squared_error`.
         data_range: L of the constants (0.01·L)² and (0.03·L)², SUV.
 
     Returns:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods with a network share: patches, training that resumes, windows, and a choice on validation."""
+"""Holds the parts that the methods with a network share: patches, training that resumes, windows, and a choice on
+validation."""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ from medaccel.restoration.study import PETStudy, load_study
 from medaccel.training import ranks
 from medaccel.training.fit import NetworkFit, train
 
-#: Weights of PET_t beyond t/T among which the blend with the activity is chosen: SSIM asks for a little more noise.
+#: The blend with the activity is chosen among these weights of PET_t beyond t/T: SSIM favours a little more noise.
 EXTRA_WEIGHTS = (0.0, 0.03, 0.06, 0.09)
 _MARGIN = 16.0  # mm
-_CT_DROPOUT = 0.2  # of the patches are shown without their CT, so that a PET without one is nothing new
+_CT_DROPOUT = 0.2  # share of the patches that are shown without their CT, so that a PET without one is nothing new
 
 
 class NetworkMethod(Method):
@@ -35,7 +36,7 @@ class NetworkMethod(Method):
     Settings: ClassVar[type[NetworkSettings]] = NetworkSettings
     multiple: ClassVar[int] = 32  # that windows must be of
     least: ClassVar[int] = (
-        64  # voxels of a window's longest side: at 32 one is left of the last map, which has no norm
+        64  # voxels of a window's longest side: at 32 the last map has one voxel, which has no norm
     )
     distributed = True
 
@@ -52,18 +53,18 @@ class NetworkMethod(Method):
                 f"{self.name}: roi_size is {list(roi)}; expected three multiples of {self.multiple} voxels, one of "
                 f"them {self.least} or more"
             )
-        with torch.random.fork_rng(devices=[]):  # the weights of a method that isn't fitted yet depend on nothing
+        with torch.random.fork_rng(devices=[]):  # the weights of an unfitted method are always the same
             torch.manual_seed(0)
             self.network = self.build()
         self.network.eval()
 
     @abc.abstractmethod
     def build(self) -> nn.Module:
-        """The network of these settings, untrained."""
+        """Builds the network of these settings, untrained."""
 
     @abc.abstractmethod
     def module(self) -> NetworkFit:
-        """What trains `network`."""
+        """Returns the module that trains `network`."""
 
     @abc.abstractmethod
     def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
@@ -112,7 +113,7 @@ class NetworkMethod(Method):
         self.fitted = fitted
 
     def windows(self, inputs: Tensor, network: nn.Module | Any) -> Tensor:
-        """A network over one volume (1, C, i, j, k) of any size, in blended windows; on the device that there is."""
+        """Applies a network to one volume (1, C, i, j, k) of any size, in blended windows, on the method's device."""
         from monai.inferers import sliding_window_inference
 
         device = self.device()
@@ -148,7 +149,7 @@ class NetworkMethod(Method):
         return result
 
     def device(self) -> torch.device:
-        """Where windows are computed: the first GPU, unless the settings keep to the CPU."""
+        """Returns the device on which windows are computed: the first GPU, unless the settings keep to the CPU."""
         gpu = torch.cuda.is_available() and self.settings["accelerator"] != "cpu"
         return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
@@ -164,7 +165,7 @@ class Candidates:
     """Scores candidate restorations on validation studies, and picks one.
 
     The criterion is the mean of the MSE score's share of its limit and the 1 − SSIM score's share of its ceiling, so
-    that neither is bought with the other; where a study has no noise-free image, the ceiling is unknown and the
+    that neither is improved at the other's cost; if a study has no noise-free image, the ceiling is unknown and the
     plain 1 − SSIM score stands for it.
     """
 
@@ -182,12 +183,12 @@ class Candidates:
         self.rows.setdefault((name, seconds), []).append(self._scorers[study.name, seconds](restored))
 
     def best(self, seconds: int, among: Sequence[str] | None = None) -> str:
-        """The candidate with the highest criterion; the first of equal ones."""
+        """Returns the candidate with the highest criterion; the first of equal ones."""
         names = [name for name, s in self.rows if s == seconds and (among is None or name in among)]
         return max(names, key=lambda name: np.mean([row[2] for row in self.rows[name, seconds]]))
 
     def scores(self) -> dict[str, tuple[float, float]]:
-        """Mean MSE and 1 − SSIM score (%) of each candidate."""
+        """Returns the mean MSE and 1 − SSIM score (%) of each candidate."""
         result = {}
         for (name, seconds), rows in self.rows.items():
             mean = np.mean(rows, axis=0)
@@ -196,7 +197,7 @@ class Candidates:
 
 
 class _Scorer:
-    """MSE score, 1 − SSIM score and criterion of a restoration of one study."""
+    """Computes MSE score, 1 − SSIM score and criterion of a restoration of one study."""
 
     def __init__(self, study: PETStudy, seconds: int, target_seconds: int) -> None:
         self.image, self.target = study.exposures[seconds], study.exposures[target_seconds]
@@ -222,7 +223,8 @@ class _Scorer:
 
 
 def body_box(volume: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice, slice]:
-    """The body and 16 mm of air around it, all that a network need look at; the whole volume where none is found."""
+    """Returns the box of the body and 16 mm of air around it, which is all that a network needs; the whole volume if
+    no body is found."""
     steps = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     body = metrics.body_mask(volume, steps)
     if not body.any():
@@ -237,7 +239,7 @@ def body_box(volume: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice
 
 
 def weights(seconds: int, target_seconds: int) -> Iterator[float]:
-    """Weights of PET_t in the blend with the activity; t/T, the one of least MSE, comes first."""
+    """Yields the weights of PET_t in the blend with the activity; t/T, which has the least MSE, comes first."""
     for extra in EXTRA_WEIGHTS:
         yield round(seconds / target_seconds + extra, 4)
 
@@ -245,7 +247,7 @@ def weights(seconds: int, target_seconds: int) -> Iterator[float]:
 def as_batch(
     volume: np.ndarray, spacing: Sequence[float], seconds: int, ct: np.ndarray | None, base: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One volume as `Conditioning`'s arguments."""
+    """Turns one volume into the arguments of `Conditioning`."""
     image = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None, None]
     hu = None if ct is None else torch.from_numpy(np.ascontiguousarray(ct, dtype=np.float32))[None, None]
     denoised = torch.from_numpy(base_image(volume, spacing))[None, None] if base == "nlm" else None

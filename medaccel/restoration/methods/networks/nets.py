@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the networks see of a PET, and the residual network that predicts the activity."""
+"""Builds the inputs of the networks from a PET, and the residual network that predicts the activity."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.methods.networks.scaling import scaling
 
-# σ in mm of the smoothed copies that a network sees beside the PET: about the width of the noise, and twice that.
-# With the base "gaussian" the narrower one is what its output is added to: a network then starts as a filter.
+# A network sees smoothed copies beside the PET with these σ in mm: about the width of the noise, and twice that. With
+# the base "gaussian", the network's output is added to the narrower one: it then starts as a filter.
 SMOOTHING = (4.0, 8.0)
 BASES = ("gaussian", "nlm")
 REFERENCE_SECONDS = 60.0
@@ -22,13 +22,13 @@ _CT_SCALE = 1000.0  # HU
 
 
 class Conditioning(nn.Module):
-    """PET, exposure and CT as input channels, in the scaling that the network works in.
+    """Turns PET, exposure and CT into input channels, in the scaling that the network works in.
 
     Args:
-        name: of the scaling.
-        use_ct: add two channels: HU/1000, and whether there is a CT.
-        base: what residuals are added to: the narrower smoothed copy ("gaussian"), or the PET denoised by non-local
-            means ("nlm"), which is a channel then.
+        name: name of the scaling.
+        use_ct: add two channels: HU/1000, and one that tells whether there is a CT.
+        base: the image that residuals are added to: the narrower smoothed copy ("gaussian"), or the PET denoised by
+            non-local means ("nlm"), which is then a channel.
     """
 
     def __init__(self, name: str = "asinh", use_ct: bool = False, base: str = "gaussian") -> None:
@@ -47,20 +47,20 @@ class Conditioning(nn.Module):
         ct: Tensor | None = None,
         denoised: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The channels (B, C, i, j, k), and the scaled base (B, 1, i, j, k) that a residual is added to.
+        """Returns the channels (B, C, i, j, k), and the scaled base (B, 1, i, j, k) that a residual is added to.
 
         Args:
             volume: (B, 1, i, j, k), SUV.
             spacing: (B, 3), mm.
             seconds: (B,), the exposure.
-            ct: (B, 1, i, j, k), HU; NaN throughout a sample that has none; None: no sample has one.
+            ct: (B, 1, i, j, k), HU; NaN throughout a sample without a CT; None: no sample has one.
             denoised: (B, 1, i, j, k), SUV, for the base "nlm".
         """
         scaled = [self.scaling.forward(volume)]
-        # Residuals are added to this: it keeps its precision under autocast.
+        # Residuals are added to the base, so it keeps its precision under autocast.
         with torch.autocast(volume.device.type, enabled=False):
             for sigma in SMOOTHING:
-                # Samples of one batch may have other voxel sizes.
+                # The samples of a batch may differ in voxel size.
                 smooth = [
                     gaussian_filter(v[None], sigma / s.to("cpu", torch.float64), mode="nearest", normalize=True)
                     for v, s in zip(volume, spacing, strict=True)
@@ -81,9 +81,9 @@ class Conditioning(nn.Module):
 
 
 class ActivityNet(nn.Module):
-    """A PET's smoothed or denoised copy plus what a network adds to it in the scaled domain.
+    """Adds a network's output, in the scaled domain, to a PET's smoothed or denoised copy.
 
-    The sum is meant to be the activity, or the target itself.
+    The sum predicts the activity, or the target itself.
 
     Args:
         network: (B, `Conditioning.channels`, i, j, k) → (B, 1, i, j, k).
@@ -102,13 +102,14 @@ class ActivityNet(nn.Module):
         ct: Tensor | None = None,
         denoised: Tensor | None = None,
     ) -> Tensor:
-        """Arguments as `Conditioning`'s; (B, 1, i, j, k), SUV."""
+        """Predicts (B, 1, i, j, k), SUV; its arguments are those of `Conditioning`."""
         channels, base = self.conditioning(volume, spacing, seconds, ct, denoised)
         return self.conditioning.scaling.inverse(base + self.network(channels).to(base.dtype))
 
 
 def swin_unetr(channels: int, settings: Mapping[str, Any]) -> nn.Module:
-    """MONAI's Swin UNETR with our kernels in it, its last layer near zero: the residual starts small."""
+    """Builds MONAI's Swin UNETR with medaccel's kernels; its last layer is near zero, so that the residual starts
+    small."""
     from monai.networks.nets import SwinUNETR
 
     from medaccel._accelerate import accelerate
@@ -132,11 +133,11 @@ def swin_unetr(channels: int, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def blend(volume: Tensor, activity: Tensor, seconds: Tensor, target_seconds: float) -> Tensor:
-    """E[PET_T | PET_t, λ] = (t·PET_t + (T − t)·λ)/T, with a value of t a sample; all (B, 1, i, j, k), SUV."""
+    """Returns E[PET_T | PET_t, λ] = (t·PET_t + (T − t)·λ)/T, with one t per sample; all (B, 1, i, j, k), SUV."""
     weight = (seconds.to(volume) / target_seconds).reshape(-1, *[1] * (volume.dim() - 1))
     return weight * volume + (1 - weight) * activity
 
 
 def whole(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least n."""
+    """Returns the smallest multiple of `multiple` that is at least n."""
     return multiple * math.ceil(n / multiple)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training patches of study folders: preprocessing that is done once, then random crops that depend on their number.
+"""Draws training patches from study folders: preprocessing is done once, then random crops depend on their number.
 
 Item n of a run is the same whatever the number of workers and processes, and whenever it is drawn: its random
 numbers come from (seed, n) alone. So a run that was killed goes on with the items that it would have had.
@@ -38,13 +38,14 @@ _IMAGES = ("input", "target", "noise_free", "denoised", "ct")
 
 
 class PrepareStudy(MapTransform):
-    """{"study": folder} to its volumes (1, i, j, k), body, sampling weight and the errors that losses are divided by.
+    """Turns {"study": folder} into volumes (1, i, j, k), body, sampling weight and the errors that losses are divided
+    by.
 
     Args:
-        task: whose exposures are needed.
-        reference: "noise_free" (simulated studies have one), "target", or "auto": the first where there is one.
-        use_ct: read the CT where there is one.
-        base: of the network's `Conditioning`; "nlm" denoises each exposure.
+        task: the task whose exposures are needed.
+        reference: "noise_free" (simulated studies have one), "target", or "auto": the first if it exists.
+        use_ct: read the CT if the study has one.
+        base: the base of the network's `Conditioning`; "nlm" denoises each exposure.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PrepareStudy(MapTransform):
             "noise_free": torch.from_numpy(target if reference is None else reference)[None],
             "has_noise_free": reference is not None,
             "mask": mask,
-            # Where the error is: hot organs weigh more, fat and the air around the patient still count.
+            # The weight follows the error: hot organs weigh more, but fat and the air around the patient still count.
             "weight": (torch.from_numpy(target)[None].sqrt() + 0.1) * mask + 1e-3,
             "ct": torch.full_like(mask, torch.nan),
         }
@@ -100,19 +101,19 @@ class PrepareStudy(MapTransform):
 
 
 class Patches(torch.utils.data.Dataset):
-    """Endless numbered patches of studies.
+    """Yields endless numbered patches of studies.
 
     Args:
         studies: folders.
-        task, reference, use_ct, base: of `PrepareStudy`.
+        task, reference, use_ct, base: those of `PrepareStudy`.
         roi_size: voxels along each axis.
         ct_dropout: share of the patches that are shown as if there were no CT.
-        seed: with an item's number, of all that is random in it.
+        seed: together with an item's number, it seeds all randomness of the item.
         cache: "memory", "disk" (in `cache_folder`) or "none".
         augment: flips, rotations by 90° in the axial plane, and ±10 % of intensity.
 
     Raises:
-        ValueError: no studies, unknown `cache`, or as `PrepareStudy`.
+        ValueError: there are no studies, `cache` is unknown, or `PrepareStudy` refuses a study.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Patches(torch.utils.data.Dataset):
         self.random = _random_transforms(self.roi_size, augment)
 
     def __len__(self) -> int:
-        return 1 << 62  # as many as are asked for
+        return 1 << 62  # the dataset is endless
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, index])
@@ -177,7 +178,8 @@ class Patches(torch.utils.data.Dataset):
 
 
 def remove_damaged(cache_folder: Path | None) -> None:
-    """Removes prepared studies that are damaged, so that they are made again: MONAI takes them, or stops at them."""
+    """Removes prepared studies that are damaged, so that they are made again: MONAI would use them, or stop at
+    them."""
     for path in sorted(cache_folder.glob("*.pt")) if cache_folder is not None else []:
         try:
             check_tensors(path)
@@ -189,7 +191,7 @@ def remove_damaged(cache_folder: Path | None) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """MONAI wraps what a transform raises in a RuntimeError about the transform; the user's file is what matters."""
+    """Unwraps the RuntimeError about a transform in which MONAI hides an error about the user's file."""
     try:
         yield
     except RuntimeError as error:
@@ -210,6 +212,6 @@ def _random_transforms(roi_size: Sequence[int], augment: bool) -> Compose:
         steps += [RandFlipd(spatial, prob=0.5, spatial_axis=axis) for axis in range(3)]
         if roi_size[0] == roi_size[1]:
             steps.append(RandRotate90d(spatial, prob=0.5, max_k=3, spatial_axes=(0, 1)))
-        # One factor for all: a patient with another uptake. Relative noise stays as it was.
+        # One factor scales all images, like a patient with another uptake; relative noise stays as it was.
         steps.append(RandScaleIntensityd(images, factors=0.1, prob=0.5))
     return Compose(steps)

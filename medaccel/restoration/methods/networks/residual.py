@@ -19,7 +19,7 @@ import torch
 from medaccel.ops import gaussian_filter
 from medaccel.restoration.evaluation.metrics import Array, Mask
 
-#: Standard deviation, mm, of the smoothing: 10 mm FWHM, the smallest lesion that is called large.
+#: The smoothing has this standard deviation, mm: 10 mm FWHM, the smallest lesion that is called large.
 SIGMA_MM = 4.25
 #: A sphere of that size keeps a third of its height through the smoothing: what is still missing is added in turns.
 ROUNDS = 3
@@ -42,14 +42,14 @@ def residual_shrinkage(
     Args:
         volume: PET_t, (i, j, k), SUV.
         activity: λ̂, likewise.
-        mask: of the body, which the noise's level is found in.
-        spacing: mm.
+        mask: the body, in which the noise's level is measured.
+        spacing: voxel size, mm.
         threshold: standard deviations of the smoothed, scaled residual that count as noise.
-        sigma: of the smoothing, mm.
-        rounds: how often what is still missing is looked for.
+        sigma: σ of the smoothing, mm.
+        rounds: how often the missing uptake is searched for.
 
     Returns:
-        (i, j, k), SUV, at least 0; `activity` itself outside the mask, and where the mask is empty.
+        (i, j, k), SUV, at least 0; `activity` itself outside the mask, or everywhere if the mask is empty.
     """
     if not mask.any():
         return activity

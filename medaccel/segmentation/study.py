@@ -49,8 +49,11 @@ def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
     Raises:
         FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
     """
-    given = {name: task for name, task in config.tasks.items() if task.data is not None}
-    found = {name: read_dataset(task.data, check_units=task.check_units) for name, task in given.items()}
+    found = {
+        name: read_dataset(task.data, check_units=task.check_units)
+        for name, task in config.tasks.items()
+        if task.data is not None
+    }
     for name, dataset in found.items():
         check_fractions([case.name for case in dataset.cases], config.fractions, f"task {name}")
     return found

@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
 
-# At run time a registered mapping, not one by its bases: jsonargparse takes a class for a group of options where all of
-# them are dataclasses.
+# At run time a registered mapping, not one by its bases: jsonargparse takes a class for a group of options where all
+# of them are dataclasses.
 if TYPE_CHECKING:
     _Base = Mapping[str, Any]
 else:

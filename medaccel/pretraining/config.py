@@ -120,7 +120,9 @@ class PretrainingConfig(Settings):
     def plain(self) -> dict[str, Any]:
         """As plain YAML and JSON values; paths absolute, so that a run can be resumed from anywhere."""
         # Where things lie is no part of what they are.
-        values = {name: plain(getattr(self, name)) for name in self.names() if name not in ("output", "cache_folder")}
+        values = {
+            name: plain(getattr(self, name)) for name in self.option_names() if name not in ("output", "cache_folder")
+        }
         if self.check_units:  # runs of before there was the option go on
             del values["check_units"]
         values["scans"] = [str(Path(path).resolve()) for path in self.scans]

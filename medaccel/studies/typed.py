@@ -94,7 +94,7 @@ class Settings(_Base):
     def __new__(cls, *values: Any, **given: Any) -> Any:
         self = super().__new__(cls)
         # How many values there may be is __init__'s to say.
-        object.__setattr__(self, "_written", dict(zip(cls.names(), values, strict=False)) | given)
+        object.__setattr__(self, "_written", dict(zip(cls.option_names(), values, strict=False)) | given)
         return self
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class Settings(_Base):
             if old in given and new in given:
                 raise UnfitError(f": {old} is given beside {new}, its name today; expected {new} alone")
         current = {cls.renamed.get(key, key): value for key, value in given.items()}
-        known = cls.names()
+        known = cls.option_names()
         unknown = sorted(str(key) for key in current if key not in known)
         if unknown:
             raise UnfitError(cls.unknown(unknown, given))
@@ -137,12 +137,12 @@ class Settings(_Base):
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
         """What follows the group's name in the message about names that it doesn't have."""
-        known = cls.names()
+        known = cls.option_names()
         expected = f"; expected some of {', '.join(known) or 'none'}{nearest(names[0], known)}"
         return cls.unknown_names.format(names=list(names)) + expected
 
     @classmethod
-    def names(cls) -> list[str]:
+    def option_names(cls) -> list[str]:
         """The options' names, in their order."""
         return [field.name for field in dataclasses.fields(cls)]
 
@@ -153,7 +153,7 @@ class Settings(_Base):
 
     def whole(self) -> dict[str, Any]:
         """All options, plain: those that were given, and the others' defaults."""
-        return {name: plain(getattr(self, name)) for name in self.names()}
+        return {name: plain(getattr(self, name)) for name in self.option_names()}
 
     def written(self) -> dict[str, Any]:
         """What was given, plain: as it was written, or as the types have it."""

@@ -370,6 +370,7 @@ def _without(names: list[str], *arguments: str, folder: Path) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", NEEDING)
 def test_without_the_extras_a_command_says_what_to_install(command: str, tmp_path: Path):
     found = _without(EXTRAS, *command.split(), *NEEDING[command], folder=tmp_path)
@@ -380,6 +381,7 @@ def test_without_the_extras_a_command_says_what_to_install(command: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["smooth", "--help"], ["restoration", "--help"]])
 def test_the_kernels_commands_need_no_extras(arguments: list[str], tmp_path: Path):
     found = _without(EXTRAS, *arguments, folder=tmp_path)

@@ -133,6 +133,7 @@ def test_half_storage_has_fp32_arithmetic_and_gradients(dtype: torch.dtype, mode
 
 
 # --- the driver without Python ------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
 def test_kernels_are_clean_under_sanitizers(sanitizer: str):
     if compiler_is_missing():
@@ -144,6 +145,7 @@ def test_kernels_are_clean_under_sanitizers(sanitizer: str):
         assert "all held" in result.output
 
 
+@pytest.mark.slow
 def test_every_order_of_threads_and_blocks_gives_the_same_bits():
     if compiler_is_missing():
         pytest.skip("g++ is not here")
@@ -154,6 +156,7 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits():
 
 
 # --- compiled for the GPUs ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_no_kernel_spills_on_any_architecture():
     if nvcc_is_missing():
         pytest.skip("nvcc is not here")

@@ -20,6 +20,8 @@ from tests.ops.checks import assert_twice_as_good
 from tests.ops.window_attention_cases import Case, named
 from tests.triton_interpretation.aot import ARCHS, Build, assert_resources, compile_all
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from tests.triton_interpretation.interpret import Interpreter
 

@@ -102,6 +102,7 @@ def test_resources_lead_to_occupancy() -> None:
     assert march.occupancy(256, 40000) == occupancy(80, 256, 32, 44096)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_emulated_source_compiles_for_every_gpu_without_warnings_and_spills() -> None:
     kernels = compile_for_gpu(KERNELS)

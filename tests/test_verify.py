@@ -24,6 +24,7 @@ runpy.run_module("medaccel.verify", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_verify_runs_and_times_where_only_torch_and_numpy_are():
     result = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -23,7 +23,10 @@ from tests.cuda_emulation.sanitized import (
     load_module,
 )
 
-pytestmark = pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing())),
+]
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "kernels.cu", FOLDER / "check_kernels.cpp")

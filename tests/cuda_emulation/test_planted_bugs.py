@@ -19,7 +19,10 @@ from tests.cuda_emulation.sanitized import (
     run,
 )
 
-pytestmark = pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing())),
+]
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.cu" for name in ("memory_bugs", "thread_bugs", "host_bugs", "planted_bugs"))

@@ -82,6 +82,7 @@ def _own_forward(layer: nn.Module) -> None:
     norm.forward = lambda x: 3.0 * type(norm).forward(norm, x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:medaccel. a .* runs MONAI's own forward")
 @pytest.mark.parametrize(
     "edit",
@@ -158,6 +159,7 @@ def _shard(port: int, queue: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_blocks_keep_the_kernel_and_monais_numbers():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -118,6 +118,7 @@ def check(model: nn.Module, arguments: Arguments, record: Callable[[nn.Module, A
         torch.testing.assert_close(record(model, arguments), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [traced, exported])
 def test_recorded_model_gives_what_eager_gives(
     accelerated: tuple[nn.Module, Arguments], record: Callable[[nn.Module, Arguments], Tensor]
@@ -136,6 +137,7 @@ def test_recorded_model_in_training_gives_what_eager_gives(
 
 
 # By what torch.onnx.export calls them.
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "swin unetr v2"])
 def test_onnx_gives_what_eager_gives(name: str, dynamo: bool, tmp_path: Path):

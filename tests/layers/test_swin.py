@@ -214,6 +214,7 @@ def _train(rank: int, world: int, port: int, queue) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ddp_processes_give_one_processs_gradients():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

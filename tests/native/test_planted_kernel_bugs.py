@@ -9,7 +9,10 @@ import pytest
 from tests.compiled import compiler_is_missing, execute
 from tests.native.kernel_drivers import ADDRESS, THREAD, build, exchanged
 
-pytestmark = pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing())),
+]
 
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 RACE = "ThreadSanitizer: data race"

@@ -12,7 +12,10 @@ import medaccel
 from tests.compiled import compiler_is_missing, execute
 from tests.native.kernel_drivers import ADDRESS_AND_BEHAVIOUR, THREAD, build, exchanged
 
-pytestmark = pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler_is_missing() is not None, reason=str(compiler_is_missing())),
+]
 
 # How much each driver checks: of everything, and of what runs in several threads.
 CHECKED = {

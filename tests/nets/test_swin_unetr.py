@@ -120,6 +120,7 @@ def test_dropout_is_random_in_training_and_monais_in_evaluation():
     torch.testing.assert_close(ours(x), monais(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_fifty_training_steps_follow_monais_loss():
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(50, 2, 1, 64, 64, generator=generator)
@@ -151,6 +152,7 @@ def test_it_copies_pickles_and_casts():
     torch.testing.assert_close(ours.float()(x.float()), expected.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_whole_net_compiles_as_one_graph():
     ours, _ = pair(torch.float32, feature_size=12, depths=(1, 1, 1, 1), spatial_dims=2)
     x = torch.randn(1, 1, 64, 64)

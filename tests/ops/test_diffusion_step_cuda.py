@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DRIVER = (CSRC / "diffusion_step" / "cuda.cu", ROOT / "tests" / "native" / "diffusion_step_cuda_driver.cpp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
 def test_kernels_are_clean_under_sanitizers(sanitizer: str):
     if compiler_is_missing():
@@ -26,6 +27,7 @@ def test_kernels_are_clean_under_sanitizers(sanitizer: str):
     assert "all held" in result.output
 
 
+@pytest.mark.slow
 def test_every_order_of_threads_and_blocks_gives_the_same_bits():
     if compiler_is_missing():
         pytest.skip("g++ is not here")
@@ -63,6 +65,7 @@ def test_a_launch_that_fails_names_the_kernel_and_the_line():
     module.reset()
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_on_any_architecture():
     if nvcc_is_missing():
         pytest.skip("nvcc is not here")

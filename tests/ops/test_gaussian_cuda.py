@@ -134,6 +134,7 @@ def test_half_storage_has_fp32_arithmetic_and_gradients(dtype: torch.dtype, mode
 
 
 # --- the driver without Python ------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD])
 def test_kernels_are_clean_under_sanitizers(sanitizer: str):
     if compiler_is_missing():
@@ -145,6 +146,7 @@ def test_kernels_are_clean_under_sanitizers(sanitizer: str):
         assert "all held" in result.output
 
 
+@pytest.mark.slow
 def test_every_order_of_threads_and_blocks_gives_the_same_bits():
     if compiler_is_missing():
         pytest.skip("g++ is not here")
@@ -155,6 +157,7 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits():
 
 
 # --- compiled for the GPUs ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_no_kernel_spills_on_any_architecture():
     if nvcc_is_missing():
         pytest.skip("nvcc is not here")

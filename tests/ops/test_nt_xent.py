@@ -240,6 +240,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_together_give_the_loss_and_gradients_of_one(world: int, tmp_path: Path):
     commands = [

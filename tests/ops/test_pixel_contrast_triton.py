@@ -19,6 +19,8 @@ from medaccel.ops.pixel_contrast.cases import Views, named
 from tests.ops.checks import assert_twice_as_good
 from tests.triton_interpretation.aot import ARCHS, Build, assert_resources, compile_all
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from tests.triton_interpretation.interpret import Interpreter
 

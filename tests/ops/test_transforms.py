@@ -74,6 +74,7 @@ def test_incoming_gradients_may_be_views(view: str):
 
 
 # --- torch.compile -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.numbers])
 def test_compiles_as_one_graph_with_symbols_for_sizes_and_numbers(name: str):
     case = CASES[name]

@@ -20,6 +20,8 @@ from medaccel.ops.window_attention.cases import Case, named
 from tests.ops.checks import assert_twice_as_good
 from tests.triton_interpretation.aot import ARCHS, Build, assert_resources, compile_all
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from tests.triton_interpretation.interpret import Interpreter
 

@@ -61,6 +61,7 @@ def test_three_layers_score_what_one_does_and_the_mix_no_less(scored: ScoreConfi
     assert mix > one - 0.3
 
 
+@pytest.mark.slow
 def test_the_same_run_elsewhere_gives_the_same_figures(
     finished: RestorationConfig, scored: ScoreConfig, tmp_path: Path
 ):
@@ -114,6 +115,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(finished: RestorationC
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_simulated_phantoms_go_from_nothing_to_two_reports(tmp_path: Path):
     config = RestorationConfig(
         output=tmp_path / "run",
@@ -148,6 +150,7 @@ def test_two_processes_make_one_run(folders: tuple[Path, Path], tmp_path: Path):
     assert score(ScoreConfig(tmp_path / "run", test_studies=folders[1])).exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on(folders: tuple[Path, Path], tmp_path: Path):
     output = tmp_path / "run"
     command = [sys.executable, "-m", "medaccel.cli", "restoration", "run", "--output", str(output)]

@@ -108,6 +108,7 @@ def test_any_list_of_durations_is_simulated():
 
 
 # --- the frozen difficulty ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_liver_noise_is_10_to_13_percent_at_90_seconds(studies: list[PETStudy]):
     values = []
     for study in studies:

@@ -59,6 +59,7 @@ def _weights(method: DiffusionConditional) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in method.network.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_it_learns_and_writes_both_logs(studies: list[Path], tmp_path: Path):
     method = _method(steps=60, steps_per_epoch=4, learning_rate=5e-3, warm_up=5)
     losses, seconds, per_step = train(method.module(), _patches(studies), tmp_path, progress=False)

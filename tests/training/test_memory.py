@@ -50,6 +50,7 @@ print(json.dumps([most() - before, sum(part.bytes for part in parts)]))
 """
 
 
+@pytest.mark.slow
 @needs_linux
 @pytest.mark.parametrize(
     "case",
@@ -86,6 +87,7 @@ print(json.dumps([memory._status("VmHWM"), memory.expect("it", [part for part in
 
 
 # The second would need 2.2 GB for two copies of its probabilities.
+@pytest.mark.slow
 @needs_linux
 @pytest.mark.parametrize("case", ["[[140, 100, 100], 104]", "[[280, 100, 100], 104]", "[[256, 200, 200], 3]"])
 def test_a_segmentations_estimate_is_within_a_factor_of_one_and_a_half(case: str):

@@ -29,7 +29,7 @@ from .interpret import check_triton_version, interpreting
 if TYPE_CHECKING:
     from .interpret import Interpreter
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.slow, pytest.mark.interpreted]
 
 BLOCK = 16
 N = 40  # two and a half blocks

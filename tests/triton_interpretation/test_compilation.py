@@ -15,6 +15,8 @@ from . import kernels
 from .aot import ARCHS, Build, assert_resources, compile_all
 from .errors import CompilationFailed, ResourceLimit
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KERNELS, BUGS = "tests.triton_interpretation.kernels", "tests.triton_interpretation.planted_bugs"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CONFTEST = """
 from tests.triton_interpretation.delegation import (
     pytest_collection_modifyitems, pytest_configure, pytest_unconfigure

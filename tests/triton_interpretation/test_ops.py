@@ -15,7 +15,7 @@ from . import kernels
 if TYPE_CHECKING:
     from .interpret import Interpreter
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.slow, pytest.mark.interpreted]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
-from medaccel.restoration.methods.patches import REFERENCES
-from medaccel.restoration.methods.scaling import SCALINGS
 
 from medaccel._arguments import prepared
 from medaccel._commands import COMMANDS
@@ -28,7 +26,9 @@ from medaccel.pretraining.tasks import TASKS
 from medaccel.restoration.config import RestorationConfig
 from medaccel.restoration.methods import METHODS, method_class
 from medaccel.restoration.methods.classical import STABILISERS
-from medaccel.restoration.methods.networks import BASES
+from medaccel.restoration.methods.networks.nets import BASES
+from medaccel.restoration.methods.networks.patches import REFERENCES
+from medaccel.restoration.methods.networks.scaling import SCALINGS
 from medaccel.restoration.settings import ClassicalSettings, SettingsByMethod, SwinSettings, TrainerSettings
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.model.presets import PRESETS

@@ -82,7 +82,7 @@ class SimulatorConfig(Settings):
     def _check(self, field: str, low: float, high: float, expected: str) -> None:
         value = getattr(self, field)
         if not low <= value < high:  # NaN fails too
-            raise ValueError(f"{field}={value} (expected {expected})")
+            raise ValueError(f"{field} is {value}; expected {expected}")
 
     def to_json(self) -> dict[str, object]:
         """The parameters as plain JSON values."""

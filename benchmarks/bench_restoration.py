@@ -25,7 +25,7 @@ SPACINGS = {"128x128x267": (4.6875, 4.6875, 3.27), "440x440x644": (1.65, 1.65, 1
 def training_step(features: int, repeats: int) -> dict[str, float]:
     """Median seconds of a step, by contender."""
     from medaccel.restoration.methods import make_method
-    from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
+    from medaccel.restoration.methods.base import RestorationTask
 
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, 64, 64, 64)

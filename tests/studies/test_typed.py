@@ -14,8 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 
 from medaccel._arguments import prepared
+from medaccel._commands import COMMANDS
 from medaccel._parser import explanations
-from medaccel.cli import _COMMANDS, main, parse
+from medaccel.cli import main, parse
 from medaccel.data import TwoViews
 from medaccel.nets import SwinUNETR
 from medaccel.pretraining.config import PretrainingConfig
@@ -25,9 +26,9 @@ from medaccel.pretraining.tasks import TASKS
 from medaccel.restoration.config import RestorationConfig
 from medaccel.restoration.methods import METHODS, method_class
 from medaccel.restoration.methods.classical import STABILISERS
-from medaccel.restoration.methods.networks import BASES
-from medaccel.restoration.methods.patches import REFERENCES
-from medaccel.restoration.methods.scaling import SCALINGS
+from medaccel.restoration.methods.networks.nets import BASES
+from medaccel.restoration.methods.networks.patches import REFERENCES
+from medaccel.restoration.methods.networks.scaling import SCALINGS
 from medaccel.restoration.settings import ClassicalSettings, SettingsByMethod, SwinSettings, TrainerSettings
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.model.presets import PRESETS
@@ -180,7 +181,7 @@ def test_help_is_readable(command: str, capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.parametrize("command", RUNS)
 def test_every_option_of_a_group_is_refused_by_name(command: str, capsys: pytest.CaptureFixture[str]):
     """Nonsense, and a letter too many."""
-    parser, hints = _COMMANDS[command].parser(), _COMMANDS[command].types()
+    parser, hints = COMMANDS[command].parser(), COMMANDS[command].types()
     parser.prog = f"medaccel {command}"
     for name, hint in groups_of(RUNS[command]).items():
         if "." not in name:
@@ -363,4 +364,4 @@ def test_the_files_in_configs_have_settings_that_there_are(command: str, size: s
 
 def test_commands_know_the_types_of_their_options():
     for command, kind in RUNS.items():
-        assert hints_of(kind).items() <= _COMMANDS[command].types().items()
+        assert hints_of(kind).items() <= COMMANDS[command].types().items()

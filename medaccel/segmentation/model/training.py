@@ -72,7 +72,7 @@ class Crops(torch.utils.data.Dataset):
     Args:
         dataset: that the cases are of.
         cases: to train on.
-        settings: of `medaccel.segmentation.model.presets.make_settings`; `cache` "memory" reads each case once, "none" for
+        settings: from `model.presets.make_settings`; `cache` "memory" reads each case once, "none" for
             each crop.
         seed: with a crop's number, of all that is random in it.
         progress: show a bar while cases are read.
@@ -178,7 +178,7 @@ class SegmentationFit(NetworkFit):
     Args:
         network: (B, 1, i, j, k) to logits (B, classes, i, j, k).
         classes: with the background.
-        settings: of `medaccel.segmentation.model.presets.make_settings`; more keys, which tell one training from another,
+        settings: from `model.presets.make_settings`; more keys, which tell one training from another,
             may be in it.
     """
 

@@ -133,9 +133,9 @@ class _Line:
             return True
         hint = self._hint(name)
         kind = _kind(hint)
-        if kind == "scalar or list":  # of numbers, as a filter's widths
+        if kind == "scalar or list":  # one number or several, such as a filter's widths
             return _is_number(word) and _is_number(values[0])
-        # What is in brackets is the whole list, unless the list is one of lists.
+        # Brackets hold the whole list, unless it is a list of lists.
         nested = hint is not None and _kind(next(iter(typing.get_args(hint)), None)) == "list"
         return kind == "list" and (nested or not values[0].startswith(("[", "{")))
 

@@ -50,7 +50,7 @@ class _Laid(str):
 
 
 class Parser(ArgumentParser):
-    """A command's parser, whose errors are a sentence without the usage of all options."""
+    """Parses a command's arguments; its errors are a sentence without the usage of all options."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -22,9 +22,9 @@ class PretrainingFit(NetworkFit):
     changes nothing. Only the levels that some task needs are computed.
 
     Args:
-        network: with the tasks' heads.
-        tasks: in its order.
-        weights: of their losses, by name.
+        network: the network with the tasks' heads.
+        tasks: the tasks, in the network's order.
+        weights: weights of their losses, by name.
         settings: as `settings_of` gives them.
     """
 

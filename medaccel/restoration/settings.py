@@ -98,7 +98,7 @@ class BM4DSettings(ClassicalSettings):
         threshold: threshold of the hard-thresholding stage. bm4d's own estimate, 3.04 for such noise, is not asked:
             it calls a function that NumPy 2.4 no longer has.
         wiener: μ² of the Wiener stage; bm4d's own estimate is 1.01.
-        search_window: half the side of the cube where blocks are looked for, voxels.
+        search_window: half the side of the cube in which blocks are searched, voxels.
         variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
             the time and gains nothing (27.1 and 27.1 % on a training phantom).
     """

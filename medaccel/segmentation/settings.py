@@ -36,8 +36,8 @@ class PresetSettings(Settings):
             for an organ that has a side.
         rotate90: turn crops by multiples of 90° in the axial plane (roi_size must be square there).
         rotate: largest angle that a crop is turned by about each axis, degrees.
-        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. What comes from outside of the crop
-            is background, as dark as air.
+        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. Voxels from outside the crop are
+            background, as dark as air.
         intensity_scale: largest relative change of a crop's intensities.
         intensity_shift: largest shift of a crop's intensities, shares of the window.
         noise: largest standard deviation of added noise, share of the window.

@@ -105,7 +105,7 @@ class Settings(_Base):
         """A group from a mapping, such as YAML gives.
 
         Raises:
-            ValueError: no mapping, an unknown name, a value of another type or out of range.
+            ValueError: `given` is no mapping, has an unknown name, or a value of another type or out of range.
         """
         if isinstance(given, cls):
             return given
@@ -213,10 +213,10 @@ def plain(value: Any) -> Any:
 
 
 def check_fields(options: Any) -> None:
-    """Brings the fields of a frozen dataclass to their annotated types, as lists to tuples and text to paths.
+    """Converts the fields of a frozen dataclass to their annotated types, such as lists to tuples and text to paths.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: a value has another type.
     """
     kind: Any = type(options)
     given = set(options) if isinstance(options, Settings) else None
@@ -227,7 +227,7 @@ def check_fields(options: Any) -> None:
 
 @cache
 def hints_of(target: Any) -> dict[str, Any]:
-    """Annotations of a dataclass's fields or of a function's parameters, as types."""
+    """Returns the annotations of a dataclass's fields or of a function's parameters, as types."""
     if dataclasses.is_dataclass(target):
         hints = typing.get_type_hints(target, include_extras=True)
         return {field.name: hints[field.name] for field in dataclasses.fields(target)}
@@ -245,18 +245,18 @@ def hints_of(target: Any) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A question after the known name that is most like an unknown one; empty where none is."""
+    """Returns a question after the known name that is most like an unknown one; empty if no name is like it."""
     found = difflib.get_close_matches(str(name), [str(other) for other in known], n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 def converted(name: str, value: Any, hint: Any) -> Any:
-    """The value as `hint` has it: lists may be given as lists, as text with commas, or as their only entry.
+    """Converts a value to the type `hint`: lists may be given as lists, as text with commas, or as their only entry.
 
     Args:
-        name: what a message begins with.
-        value: plain, such as YAML gives.
-        hint: a type. One that is not known here, such as a class, takes any value.
+        name: the beginning of a message.
+        value: a plain value, such as YAML gives.
+        hint: a type. A type that is unknown here, such as a class, takes any value.
 
     Raises:
         ValueError: the value isn't of that type.
@@ -334,7 +334,7 @@ def separator(hint: Any) -> str:
 
 
 def describe(hint: Any) -> str:
-    """A type in words."""
+    """Describes a type in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return str(hint.__metadata__[0].expected)
@@ -456,7 +456,7 @@ def _listed(value: Any, hint: Any, inner: Sequence[Any]) -> Any:
 
 
 def _scalar(text: str, hint: Any) -> Any:
-    """A part of a text with commas: a number where the list has numbers."""
+    """Converts a part of a text with commas: to a number if the list holds numbers."""
     if hint in (int, float, Any) or is_list(hint):
         for kind in (int, float):
             try:

@@ -62,7 +62,7 @@ class PretextTask(abc.ABC):
     name: ClassVar[str]
     #: The task's settings: their names, types, defaults and meanings.
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
-    #: Backbone levels of inputs of the task's own, beside the views.
+    #: The task's own inputs, beside the views, need these backbone levels.
     own_levels: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Sequence[int]) -> None:

@@ -51,9 +51,9 @@ class RestorationRequest:
         volume: (i, j, k), SUV, float32.
         spacing: mm.
         seconds: its exposure; None: the task's primary one.
-        ct: HU on the same grid, for the methods that look at it.
+        ct: HU on the same grid, for the methods that use it.
         samples: how many to draw, for the methods that draw; None: the setting.
-        keep_samples: return them, not their mean and deviation alone.
+        keep_samples: return the samples too, not only their mean and deviation.
         seed: of the samples.
         progress: show a progress bar.
     """
@@ -124,8 +124,8 @@ class Method(abc.ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     #: Settings' names in configs and checkpoints of earlier versions, and their names today.
     renamed: ClassVar[Mapping[str, str]] = {}
-    samples: ClassVar[bool] = False  # whether restore can draw several
-    distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
+    samples: ClassVar[bool] = False  # True if `restore` can draw several
+    distributed: ClassVar[bool] = False  # True if all processes of `torchrun` fit together
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         self.task = task

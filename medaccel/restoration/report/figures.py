@@ -48,7 +48,7 @@ class RestorationExample:
 def example_figures(
     example: RestorationExample, names: Mapping[str, str], input_name: str, target_name: str
 ) -> list[Figure]:
-    """Projections, then coronal and axial slices with their differences from the target.
+    """Draws projections, then coronal and axial slices with their differences from the target.
 
     Args:
         names: names of the restored methods for readers; a method without one has its key.

@@ -57,10 +57,10 @@ def build_report(
     """The whole page.
 
     Args:
-        scorer: that made `scored`, one an exposure, the primary one first.
+        scorer: the scorer that made `scored`, which has one entry per exposure, the primary one first.
         analyses: of them.
-        calibrations: method: seconds: factors of its intervals.
-        data: what the studies are, to complete "scored on … studies: ".
+        calibrations: factors of the intervals, by method and seconds.
+        data: the kind of studies, to complete "scored on … studies: ".
         best: the method chosen on validation.
         options: of the run and of the scoring, plain values.
         notes: further sentences that the reader must know.
@@ -83,7 +83,7 @@ def build_report(
     if analyses.responses:
         extra.append(Section("Resolution", resolution_blocks(analyses.responses)))
     extra.append(Section("How the methods were fitted and chosen", fit_blocks(scorer.methods, best)))
-    # Tables first, then what explains them, then the run's own record.
+    # Tables come first, then their explanations, then the run's own record.
     sections = pages[0].sections
     kept = [s for s in sections if s.key not in _LAST]
     last = [s for s in sections if s.key in _LAST]
@@ -135,7 +135,7 @@ def _scores(
 def _evaluation(
     one: Scored, analyses: Analyses, calibrations: Mapping[str, Mapping[str, Calibration]], start: str
 ) -> list[Section]:
-    """Comparison, dependence on noise, and uncertainty, of one exposure."""
+    """Makes sections on comparison, dependence on noise, and uncertainty, for one exposure."""
     covered, compared = analyses.coverage[one.seconds], analyses.comparisons[one.seconds]
     sections = []
     blocks: list[Block] = []

@@ -37,7 +37,8 @@ def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarr
 
 
 def attenuation_from_activity(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones too."""
+    """Returns the water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones
+    too."""
     return np.where(attenuating_body(activity, spacing), np.float32(WATER_ATTENUATION), np.float32(0.0))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attenuation of 511 keV photons, from CT numbers."""
+"""Computes the attenuation of 511 keV photons from CT numbers."""
 
 from __future__ import annotations
 

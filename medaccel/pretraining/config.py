@@ -121,7 +121,8 @@ class PretrainingConfig(Settings):
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be resumed from anywhere."""
+        """Returns the options as plain YAML and JSON values; paths are absolute, so that a run can be resumed from
+        anywhere."""
         # Folders may be moved, so they don't identify a run.
         values = {name: plain(getattr(self, name)) for name in self.names() if name not in ("output", "cache_folder")}
         if self.check_units:  # runs from before the option existed can continue

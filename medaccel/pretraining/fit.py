@@ -25,7 +25,7 @@ class PretrainingFit(NetworkFit):
         network: the network with the tasks' heads.
         tasks: the tasks, in the network's order.
         weights: weights of their losses, by name.
-        settings: as `settings_of` gives them.
+        settings: the result of `settings_of`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PretrainingFit(NetworkFit):
 
 
 def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A training's settings: what was given, and the others' defaults.
+    """Returns a training's settings: the given ones, and the others' defaults.
 
     Raises:
         ValueError: a setting is unknown, has another type or is out of range, or the cache is unknown.

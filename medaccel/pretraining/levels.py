@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feature maps of a Swin UNETR, by name: their strides and channels, and how they are computed."""
+"""Computes the feature maps of a Swin UNETR by name, and knows their strides and channels."""
 
 from __future__ import annotations
 
@@ -127,5 +127,5 @@ def parts_for(levels: Collection[str]) -> set[str]:
 
 
 def within(name: str, parts: Collection[str]) -> bool:
-    """Whether a parameter, by its name, is of one of these modules."""
+    """Tells whether a parameter, by its name, belongs to one of these modules."""
     return any(name.startswith(f"{part}.") for part in parts)

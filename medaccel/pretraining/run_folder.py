@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a pretraining.
+"""Describes the folder of a pretraining.
 
 config.yaml             the options
 scans/                  phantoms, where no scans were given

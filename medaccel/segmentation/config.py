@@ -190,7 +190,7 @@ class SegmentationConfig:
         return digest(self.plain())
 
     def _of_task(self, unfit: UnfitError) -> ValueError:
-        """An error in the settings of cells, as a task's."""
+        """Returns an error in the settings of cells as a task's."""
         where = unfit.path
         if where[0] == "settings":
             task, inner = next(iter(self.tasks), ""), where[1:]

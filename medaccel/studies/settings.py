@@ -76,7 +76,7 @@ _StrategyName = Annotated[str, _Strategy()]
 
 @dataclass(frozen=True, eq=False)
 class TrainingSettings(Settings):
-    """The settings of every network's training.
+    """Holds the settings of every network's training.
 
     Args:
         steps: optimizer steps, a multiple of steps_per_epoch.

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of studies: bootstrap intervals (Efron and Tibshirani, 1993), agreement, and paired comparisons.
+"""Computes statistics of studies: bootstrap intervals (Efron and Tibshirani, 1993), agreement, and paired
+comparisons.
 
 A table's score is the **mean of the studies' scores**, and its interval resamples studies. The other choice, the
 ratio of the summed errors, weighs a patient by the square of the uptake: with one hot bladder it is the score of that
 patient. `ratio_score` is for one patient, where the ratio of sums over blocks is the score of the whole body.
 
-Where two factors are crossed (runs and cases, realisations and blocks), both are resampled, independently of each
-other: the pigeonhole bootstrap (Owen, Annals of Applied Statistics 2007), which errs on the wide side.
+If two factors are crossed (runs and cases, realisations and blocks), both are resampled, independently of each other:
+the pigeonhole bootstrap (Owen, Annals of Applied Statistics 2007), which errs on the wide side.
 
 All intervals are percentile intervals from a seeded generator: the same values give the same interval, and rows of
 one table are resampled alike.
@@ -25,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 RESAMPLES = 4000
 LEVEL = 0.95
 _LIMITS = 1.96  # standard deviations: 95 % of a normal distribution lie within
-_ROUNDING = 1e-12  # of the values: differences that are equal but for rounding
+_ROUNDING = 1e-12  # share of the values: smaller differences are rounding
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def mean_statistic(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) ->
 def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Statistic:
     """Computes the within-patient score, 100·(1 − Σ errors / Σ input_errors), over noise realisations × axial blocks.
 
-    Both are resampled, the blocks alone where there is one realisation. The interval says how sure the score of
-    *this* patient is; it says nothing about other patients.
+    Both are resampled; with one realisation, the blocks alone. The interval says how certain the score of *this*
+    patient is; it says nothing about other patients.
 
     Args:
         errors, input_errors: (realisations, blocks), summed errors of the restored and of the unrestored image.
@@ -208,7 +209,7 @@ def compare(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison
 def interval(values: ArrayLike, *, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
     """Returns the bootstrap interval of the mean of (runs, cases).
 
-    Both are resampled. The interval is NaN where there is one value alone.
+    Both are resampled. The interval of a single value is NaN.
 
     Raises:
         ValueError: the values don't have two axes or are empty, or `level` is outside (0, 1).
@@ -225,10 +226,10 @@ def interval(values: ArrayLike, *, seed: int = 0, level: float = LEVEL) -> tuple
 
 
 def paired_t_test(first: NDArray[Any], second: NDArray[Any]) -> tuple[float, float]:
-    """The statistic and the two-sided p value of Student's paired t test.
+    """Returns the statistic and the two-sided p value of Student's paired t test.
 
-    Both are NaN below two pairs, or where all differences are equal but for rounding: SciPy would divide by a
-    deviation of 0, or of what rounding left.
+    Both are NaN below two pairs, or if all differences are equal but for rounding: SciPy would divide by a deviation
+    of 0, or by rounding errors.
     """
     from scipy.stats import ttest_rel
 
@@ -259,7 +260,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _pigeonhole(shape: tuple[int, ...], seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """How often each row and each column of a table is drawn: (RESAMPLES, rows) and (RESAMPLES, columns)."""
+    """Draws how often each row and each column of a table occurs: (RESAMPLES, rows) and (RESAMPLES, columns)."""
     generator = np.random.default_rng(seed)
     rows, columns = (
         generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64) for size in shape
@@ -268,7 +269,7 @@ def _pigeonhole(shape: tuple[int, ...], seed: int) -> tuple[NDArray[Any], NDArra
 
 
 def _weighted_sums(table: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
-    """(n,): the sum over a table's elements, weighted by the n-th weights of its rows and of its columns."""
+    """Sums a table's elements, (n,), weighted by the n-th weights of its rows and of its columns."""
     sums: NDArray[Any] = np.einsum("nr,rc,nc->n", rows, table, columns, optimize=True)
     return sums
 

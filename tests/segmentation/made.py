@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study of twelve cells that take no time, and what it ran."""
+"""Makes a study of twelve cells that take no time, and records what it ran."""
 
 from pathlib import Path
 from typing import Any

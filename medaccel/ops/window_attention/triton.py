@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""Shifted-window attention for GPUs: the tiles and launches of the kernels in triton_kernels.py."""
+"""Launches shifted-window attention on GPUs: the tiles and launches of the kernels in triton_kernels.py."""
 
 from __future__ import annotations
 

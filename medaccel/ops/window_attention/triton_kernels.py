@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""Shifted-window attention's Triton kernels: forward, and a backward pass that recomputes the scores.
+"""Holds shifted-window attention's Triton kernels: forward, and a backward pass that recomputes the scores.
 
 No score is stored. Forward, a program holds BLOCK_M queries of one head of one window and streams the window's keys
 with an online softmax. Backward there are three such streams, so that every sum has one owner and a fixed order (no

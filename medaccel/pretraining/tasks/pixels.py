@@ -66,7 +66,7 @@ class _Projecting(nn.Module):
 
 
 class PixelContrast(_PixelTask):
-    """Contrast of pixels, `medaccel.losses.PixelContrastiveLoss`, in both directions.
+    """Contrasts pixels by `medaccel.losses.PixelContrastiveLoss`, in both directions.
 
     A place is told from all others of the other view.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of one patient's image by axial block, which `medaccel.studies.statistics.ratio_score` resamples."""
+"""Sums errors of one patient's image by axial block, which `medaccel.studies.statistics.ratio_score` resamples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def block_errors(
     Args:
         image, target: (i, j, k), SUV.
         distance: "mse", or "ssim" for 1 − SSIM (primary convention).
-        block_length: in mm: several times what PET noise correlates over.
+        block_length: length of a block in mm: several times the range over which PET noise correlates.
 
     Raises:
         ValueError: `distance` is unknown; the volumes' shapes differ.

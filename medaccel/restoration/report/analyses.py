@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analyses that a report shows beside the scores: comparisons, coverage, resolution, noise, one patient's spread."""
+"""Runs the analyses that a report shows beside the scores: comparisons, coverage, resolution, noise, one patient's
+spread."""
 
 from __future__ import annotations
 
@@ -31,13 +32,13 @@ _BLOB_SAMPLES = 4  # samples that a drawing method draws for each blob: a respon
 
 @dataclass(frozen=True)
 class Analyses:
-    """The analyses of one scoring. Keys are exposures in s where nothing else is said.
+    """Holds the analyses of one scoring. Keys are exposures in s unless said otherwise.
 
     Args:
-        coverage: by method, of the intervals of the methods that draw samples.
-        comparisons: by quantity ("share_of_limit", "share_of_ceiling"), every method against the chosen one.
-        within_patient: by method and distance, intervals of one patient's scores; empty for several patients.
-        responses: by method, to blobs in the first study at the primary exposure.
+        coverage: coverage of the intervals of the methods that draw samples, by method.
+        comparisons: every method against the chosen one, by quantity ("share_of_limit", "share_of_ceiling").
+        within_patient: intervals of one patient's scores, by method and distance; empty for several patients.
+        responses: responses to blobs in the first study at the primary exposure, by method.
         noise_changes: noise before and after, at the primary exposure.
     """
 

@@ -25,7 +25,7 @@ MARGIN = 12.0  # mm of air around the body that pictures keep
 
 @dataclass(frozen=True)
 class RestorationExample:
-    """One study to show.
+    """Holds one study to show.
 
     Attributes:
         name: the study's.

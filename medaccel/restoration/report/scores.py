@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of one exposure as a page: fill `RestorationResults`, call `build_page`."""
+"""Builds the scores of one exposure as a page: fill `RestorationResults`, call `build_page`."""
 
 from __future__ import annotations
 

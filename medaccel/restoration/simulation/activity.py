@@ -18,7 +18,8 @@ DENOISE_METHODS = ("nlm", "gaussian", "none")
 
 
 def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """All that attenuates in an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by slice.
+    """Returns the attenuating part of an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by
+    slice.
 
     Arms and legs that lie apart belong to it. Scores are taken over another mask, which is smaller:
     `medaccel.restoration.evaluation.metrics.body_mask` is the largest connected part, above twice this threshold.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The physical parameters of the simulated scanner and acquisition."""
+"""Defines the physical parameters of the simulated scanner and acquisition."""
 
 from __future__ import annotations
 

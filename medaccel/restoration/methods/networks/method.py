@@ -139,7 +139,7 @@ class NetworkMethod(Method):
         return {key: value for key, value in self.settings.items() if key != "residual_shrinkage"}
 
     def shrunk_residual_added(self, volume: Array, activity: Array, spacing: Sequence[float]) -> Array:
-        """The activity, (i, j, k) SUV, after the residual shrinkage that the settings ask for."""
+        """Returns the activity, (i, j, k) SUV, after the residual shrinkage that the settings ask for."""
         threshold = self.settings["residual_shrinkage"]
         if not threshold:
             return activity

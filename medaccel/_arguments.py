@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -267,8 +268,9 @@ def _is_text(hint: Any) -> bool:
     """Tells whether values are taken letter by letter, such as a path that is called 1e3."""
     if typing.get_origin(hint) is Annotated:
         return _is_text(hint.__origin__)
-    kinds = set(typing.get_args(hint)) - {type(None)} if typing.get_origin(hint) is not Literal else {str}
-    return hint in (str, Path) or (bool(kinds) and kinds <= {str, Path})
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return {one for one in typing.get_args(hint) if one is not type(None)} <= {str, Path}
+    return hint in (str, Path) or typing.get_origin(hint) is Literal
 
 
 def _of_text(hint: Any) -> bool:

@@ -74,6 +74,7 @@ def add_options(parser: Parser, kind: Any) -> None:
     hints, said = hints_of(kind), explanations(kind)
     named = {name: hint for name, hint in hints.items() if is_group(hint) or _table_of_groups(hint)}
     parser.add_class_arguments(kind, as_positional=True, skip=set(named))
+    parser._action_groups[-1].title = kind.__doc__.partition(";")[0].strip()
     defaults = {field.name: default_of(field) for field in dataclasses.fields(kind)}
     for action in parser._actions:
         if action.dest in hints:
@@ -133,10 +134,10 @@ def _add_group(
     set_elsewhere = getattr(owner, "set_elsewhere", {}).get(name, ())
     for key, hint in leaves.items():
         action = section.add_argument(f"--{name}.{key}", type=_bare(hint), default=SUPPRESS)
-        default = default_of(fields[key] if own is None or key not in own.names() else _field(own, key))
+        default = default_of(fields[key] if own is None or key not in own.option_names() else _field(own, key))
         _explain(action, hint, texts[key], default)
-        repeated = whole is not None and key in whole.names() and default == default_of(_field(whole, key))
-        if repeated or key in set_elsewhere or (own is not None and key not in own.names()):
+        repeated = whole is not None and key in whole.option_names() and default == default_of(_field(whole, key))
+        if repeated or key in set_elsewhere or (own is not None and key not in own.option_names()):
             action.help = SUPPRESS
     if own is not None:
         explained[own] = f"--{name}"

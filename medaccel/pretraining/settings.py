@@ -145,7 +145,7 @@ class _Arguments(Settings):
 
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
-        found = nearest(names[0], cls.names())
+        found = nearest(names[0], cls.option_names())
         return f" is {dict(given)}; expected options of {cls.whose}, of which {names[0]} is none{found}"
 
 

@@ -94,7 +94,7 @@ class SegmentationSettings(TrainingSettings, PresetSettings):
 
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
-        known = sorted(cls.names())
+        known = sorted(cls.option_names())
         return f" names {', '.join(names)}; expected some of {', '.join(known)}{nearest(names[0], known)}"
 
 

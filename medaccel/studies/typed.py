@@ -93,8 +93,8 @@ class Settings(_Base):
 
     def __new__(cls, *values: Any, **given: Any) -> Any:
         self = super().__new__(cls)
-        # __init__ itself checks the number of values.
-        object.__setattr__(self, "_written", dict(zip(cls.names(), values, strict=False)) | given)
+        # How many values there may be is __init__'s to say.
+        object.__setattr__(self, "_written", dict(zip(cls.option_names(), values, strict=False)) | given)
         return self
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class Settings(_Base):
             if old in given and new in given:
                 raise UnfitError(f": {old} is given beside {new}, its name today; expected {new} alone")
         current = {cls.renamed.get(key, key): value for key, value in given.items()}
-        known = cls.names()
+        known = cls.option_names()
         unknown = sorted(str(key) for key in current if key not in known)
         if unknown:
             raise UnfitError(cls.unknown(unknown, given))
@@ -137,14 +137,14 @@ class Settings(_Base):
 
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
-        """Returns the text after the group's name in the message about names that it doesn't have."""
-        known = cls.names()
+        """What follows the group's name in the message about names that it doesn't have."""
+        known = cls.option_names()
         expected = f"; expected some of {', '.join(known) or 'none'}{nearest(names[0], known)}"
         return cls.unknown_names.format(names=list(names)) + expected
 
     @classmethod
-    def names(cls) -> list[str]:
-        """Returns the options' names, in their order."""
+    def option_names(cls) -> list[str]:
+        """The options' names, in their order."""
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
@@ -153,8 +153,8 @@ class Settings(_Base):
         return cls().whole()
 
     def whole(self) -> dict[str, Any]:
-        """Returns all options, plain: the given ones, and the others' defaults."""
-        return {name: plain(getattr(self, name)) for name in self.names()}
+        """All options, plain: those that were given, and the others' defaults."""
+        return {name: plain(getattr(self, name)) for name in self.option_names()}
 
     def written(self) -> dict[str, Any]:
         """Returns the given options, plain: as they were written, or as the types have them."""

@@ -78,15 +78,15 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
     preset = PRESETS[name]
-    unknown = sorted(set(overrides) - set(preset.names()))
+    unknown = sorted(set(overrides) - set(preset.option_names()))
     if unknown:
         raise ValueError(f"settings{preset.unknown(unknown, overrides)}")
     settings: dict[str, Any] = {"preset": name}
-    for key in preset.names()[1:]:
+    for key in preset.option_names()[1:]:
         default = getattr(preset, key)
         settings[key] = _checked(key, overrides.get(key, default), default)
     _check_ranges(settings)
-    converted("settings", {key: settings[key] for key in TrainingSettings.names()}, TrainingSettings)
+    converted("settings", {key: settings[key] for key in TrainingSettings.option_names()}, TrainingSettings)
     return settings
 
 

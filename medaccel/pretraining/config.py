@@ -121,12 +121,13 @@ class PretrainingConfig(Settings):
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be resumed from anywhere."""
-        # Where things lie is no part of what they are.
+        """Returns the options as plain YAML and JSON values; paths are absolute, so that a run can be resumed from
+        anywhere."""
+        # Folders may be moved, so they don't identify a run.
         values = {
             name: plain(getattr(self, name)) for name in self.option_names() if name not in ("output", "cache_folder")
         }
-        if self.check_units:  # runs of before there was the option go on
+        if self.check_units:  # runs from before the option existed can continue
             del values["check_units"]
         values["scans"] = [str(Path(path).resolve()) for path in self.scans]
         found: dict[str, Any] = json.loads(json.dumps(values))

@@ -93,7 +93,7 @@ class Settings(_Base):
 
     def __new__(cls, *values: Any, **given: Any) -> Any:
         self = super().__new__(cls)
-        # How many values there may be is __init__'s to say.
+        # __init__ itself checks the number of values.
         object.__setattr__(self, "_written", dict(zip(cls.option_names(), values, strict=False)) | given)
         return self
 
@@ -137,14 +137,14 @@ class Settings(_Base):
 
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
-        """What follows the group's name in the message about names that it doesn't have."""
+        """Returns the text after the group's name in the message about names that it doesn't have."""
         known = cls.option_names()
         expected = f"; expected some of {', '.join(known) or 'none'}{nearest(names[0], known)}"
         return cls.unknown_names.format(names=list(names)) + expected
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The options' names, in their order."""
+        """Returns the options' names, in their order."""
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
@@ -153,7 +153,7 @@ class Settings(_Base):
         return cls().whole()
 
     def whole(self) -> dict[str, Any]:
-        """All options, plain: those that were given, and the others' defaults."""
+        """Returns all options, plain: the given ones, and the others' defaults."""
         return {name: plain(getattr(self, name)) for name in self.option_names()}
 
     def written(self) -> dict[str, Any]:

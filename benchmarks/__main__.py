@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops' benchmarks, one after the other: `python -m benchmarks [op …] [--quick]`, by default every op's."""
+"""Runs the ops' benchmarks, one after the other: `python -m benchmarks [op …] [--quick]`, by default every op's."""
 
 import argparse
 import subprocess
@@ -9,7 +9,7 @@ from medaccel.ops._registry import OPS
 
 
 def main() -> int:
-    """Runs the benchmarks of the ops named; 1 where one failed."""
+    """Runs the benchmarks of the named ops; returns 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"some of {', '.join(OPS)}")
     parser.add_argument("--quick", action="store_true", help="a few seconds each")

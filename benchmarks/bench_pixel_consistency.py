@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixPro's loss, forward and backward, against plain PyTorch.
+"""Times PixPro's loss, forward and backward, against plain PyTorch.
 
-`python -m benchmarks.bench_pixel_consistency [--quick]`: fp32, 64 channels, the threads that torch has. Plain PyTorch
-is the op's reference: all cosines and all distances. Each row is a ratio within one run: its median time / ours.
+`python -m benchmarks.bench_pixel_consistency [--quick]`: fp32, 64 channels, on torch's threads. Plain PyTorch is the
+op's reference: all cosines and all distances. Each row is a ratio within one run: its median time / medaccel's.
 """
 
 import functools
@@ -17,7 +17,7 @@ from medaccel.ops.pixel_consistency.cases import Views
 
 
 def contenders(size: int) -> list[Contender]:
-    """The loss of two views with size³ pixels each, and its gradients."""
+    """Computes the loss of two views with size³ pixels each, and its gradients."""
     query, key, *place = Views("", (size,) * 3, 64, batch=1, radius=1.0).tensors()
     at_query, at_key, radius = place
 

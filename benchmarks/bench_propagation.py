@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel propagation, forward and backward, against plain PyTorch: `python -m benchmarks.bench_propagation [--quick]`.
+"""Times pixel propagation, forward and backward, against plain PyTorch: `python -m benchmarks.bench_propagation
+[--quick]`.
 
-fp32, 64 channels, the threads that torch has. Plain PyTorch is the op's reference, with all weights in memory. Each
-row is a ratio within one run: its median time / ours.
+Maps are fp32 with 64 channels, on torch's threads. Plain PyTorch is the op's reference, with all weights in memory.
+Each row is a ratio within one run: its median time / medaccel's.
 """
 
 import functools
@@ -17,7 +18,7 @@ from medaccel.ops.propagation.cases import Case
 
 
 def contenders(size: int) -> list[Contender]:
-    """The propagated values of a map with size³ pixels, and the gradients to features and values."""
+    """Computes the propagated values of a map with size³ pixels, and the gradients to features and values."""
     case = Case("", (1, size**3, 64, 64))
     features, values, grad = case.tensors()
 

@@ -171,14 +171,14 @@ def check_parity(name: str, ours: Sequence[torch.Tensor], peer: Sequence[torch.T
         error = float((a - b).abs().max() / b.abs().max())
         if not error <= bound:
             raise SystemExit(
-                f"{name}: differs from medaccel by {error:.2g} (expected at most {bound}); nothing is timed"
+                f"{name}: differs from medaccel by {error:.2g}; expected at most {bound}, so nothing is timed"
             )
 
 
 def against_reference(
     run: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]], tensors: Sequence[torch.Tensor], bound: float
 ) -> list[Contender]:
-    """medaccel and the op's plain PyTorch reference on the same tensors, after a check that they agree."""
+    """Returns medaccel and the op's plain PyTorch reference on the same tensors, after a check that they agree."""
 
     def plain() -> Sequence[torch.Tensor]:
         with use_reference():

@@ -3,7 +3,7 @@
 lists may be written as people write them: `--methods a b`, `--methods a,b`, `--methods "[a, b]"`.
 
 Options that are groups of options, such as `--trainer.steps`, are combined here, one by one, from files and words:
-what was given is kept as it was written, and what was not given is nowhere.
+given values are kept as they were written, and options that were not given are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def prepared(
         hints: types of options by name, such as `hints_of` gives.
 
     Returns:
-        The arguments, and what was given of each group of options.
+        The arguments, and the given options of each group.
     """
     try:
         line = _Line(parser, arguments, hints)
@@ -52,11 +52,11 @@ class _Line:
         names = {name.lstrip("-").partition(".")[0] for name in self.actions}
         self.hints = {name: hint for name, hint in hints.items() if name in names}
         self.positionals = sum(not action.option_strings for action in parser._actions)
-        #: What was given of options that have a name for each of their parts.
+        #: These are the given values of options that have a name for each of their parts.
         self.given: dict[str, Any] = {}
 
     def groups(self) -> dict[str, dict[str, Any]]:
-        """What was given of each group, as a run's record has it."""
+        """Returns the given options of each group, as a run's record has them."""
         groups = {name: hint for name, hint in self.hints.items() if is_group(hint)}
         given = {name: self.given.get(name, {}) for name in groups}
         return {name: v if groups[name].as_written else checked(name, v, groups[name]) for name, v in given.items()}
@@ -100,9 +100,9 @@ class _Line:
         return [*result, *self._named(), *free]
 
     def _add(self, base: str, value: Any, path: Sequence[str] = ()) -> None:
-        """Notes what was given of an option that has a name for each of its parts."""
+        """Notes the given value of an option that has a name for each of its parts."""
         hint = self.hints[base]
-        # Alone, so that it is this value which a message is about.
+        # The value is checked alone, so that a message is about this value.
         checked(base, combined(None, value, hint, path), hint)
         before = self.given.get(base)
         if before is None and path and base in self.parser.defaults_of_tables:
@@ -110,12 +110,13 @@ class _Line:
         self.given[base] = combined(before, value, hint, path)
 
     def _named(self) -> list[str]:
-        """Options that have names for their parts, combined, for the parser."""
+        """Returns the options that have names for their parts, combined, for the parser."""
         found = {name: checked(name, value, self.hints[name]) for name, value in self.given.items()}
         return [f"--config={json.dumps(found, default=str)}"] if found else []
 
     def _hint(self, name: str) -> Any:
-        """The type of an option, or of a part of one, as `--select.init`; None of what has none here."""
+        """Returns the type of an option, or of a part of one, such as `--select.init`; None for an option without a
+        type here."""
         base, *path = _path(name)
         hint = self.hints.get(base)
         for key in path:
@@ -134,9 +135,9 @@ class _Line:
             return True
         hint = self._hint(name)
         kind = _kind(hint)
-        if kind == "scalar or list":  # of numbers, as a filter's widths
+        if kind == "scalar or list":  # one number or several, such as a filter's widths
             return _is_number(word) and _is_number(values[0])
-        # What is in brackets is the whole list, unless the list is one of lists.
+        # Brackets hold the whole list, unless it is a list of lists.
         nested = hint is not None and _kind(next(iter(typing.get_args(hint)), None)) == "list"
         return kind == "list" and (nested or not values[0].startswith(("[", "{")))
 
@@ -152,7 +153,7 @@ class _Line:
         return json.dumps(found, default=str)
 
     def _config(self, path: str) -> str:
-        """A YAML file as JSON, whose keys and values are those of the command; options with parts are noted."""
+        """Converts a YAML file, whose keys and values are the command's, to JSON; options with parts are noted."""
         content = _read(path)
         known = {action.dest: action for action in self.parser._actions if action.dest not in ("help", "config")}
         values: dict[str, Any] = {}
@@ -184,7 +185,7 @@ class _Line:
 
 
 def _read(path: str) -> Mapping[Any, Any]:
-    """What a YAML file holds."""
+    """Reads a YAML file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -201,7 +202,7 @@ def _read(path: str) -> Mapping[Any, Any]:
 
 
 def _path(name: str) -> list[str]:
-    """The names that lead to a part of an option; a number with a point is one of them."""
+    """Returns the names that lead to a part of an option; a number with a point is one of them."""
     return re.split(r"\.(?!\d)|(?<!\d)\.", name)
 
 
@@ -255,7 +256,7 @@ def _kind(hint: Any) -> str:
 
 
 def _has_names(hint: Any) -> bool:
-    """Whether an option's parts have names."""
+    """Tells whether an option's parts have names."""
     return _kind(hint) in ("group", "table")
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel doctor` and `explain`: what is installed and built, and which kernel serves an op where, or why none.
+"""Defines `medaccel doctor` and `explain`: what is installed and built, and which kernel serves an op where, or why
+none.
 
 Both read the registry of ops, and each op's own `unsupported`, by which the op itself chooses.
 """
@@ -20,7 +21,8 @@ from medaccel.ops._registry import OPS, Kernel
 
 @dataclass
 class Diagnosis:
-    """Facts (name, value) and the table of kernels (op, device, what serves); `str()` gives the printed form."""
+    """Holds facts (name, value) and the table of kernels (op, device, what serves); `str()` gives the printed
+    form."""
 
     facts: list[tuple[str, str]]
     kernels: list[tuple[str, str, str]]
@@ -50,7 +52,7 @@ def _cpu_fact() -> str:
 
 
 def cuda_state() -> str:
-    """The CUDA kernels in one sentence: built or not, for what, and what the machine lets them do."""
+    """Describes the CUDA kernels in one sentence: built or not, for what, and what the machine lets them do."""
     if _native.cuda is None:
         return "not built: nvcc was not there when medaccel was built (MEDACCEL_CUDA=1 makes that an error)"
     archs = ", ".join(f"sm_{a}" for a in _native.cuda.architectures.split(","))
@@ -88,7 +90,8 @@ def _devices() -> list[torch.device]:
 
 
 def _serving(name: str, tensor: Tensor) -> tuple[str | None, str]:
-    """Which kernel of an op serves `tensor`, and on what: ("C++", "avx2"); or (None, why plain PyTorch does)."""
+    """Returns the kernel of an op that serves `tensor`, and its target, ("C++", "avx2"); or (None, why plain PyTorch
+    serves it)."""
     if _dispatch.reference_forced:
         return None, "use_reference() is in force"
     op, device = OPS[name], tensor.device
@@ -108,14 +111,14 @@ def _serving(name: str, tensor: Tensor) -> tuple[str | None, str]:
 
 
 def explain(op: str | Callable[..., object], input: Tensor) -> str:
-    """Which kernel serves an op on a tensor, or why plain PyTorch does: one sentence, nothing is computed.
+    """Says which kernel serves an op on a tensor, or why plain PyTorch does: one sentence, nothing is computed.
 
     Args:
         op: a function of `medaccel.ops`, or its name.
         input: the op's first tensor (`input`, `qkv`, `sample`); its device and dtype decide.
 
     Raises:
-        ValueError: an op that there is not; the known ones are named.
+        ValueError: no op has that name; the message lists the known ones.
         TypeError: `input` is not a floating-point tensor: the op refuses it too.
 
     >>> import torch, medaccel

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader of the compiled modules: which one is loaded, and why another is not.
+"""Loads the compiled modules: says which one is loaded, and why another is not.
 
-It knows nothing of an op. What calls the modules is each op's ``native.py``; those files alone take a tensor's
-address, and keep their tensors in locals until the kernel has returned: a copy made inside the call's argument list
-would be freed before the kernel reads it.
+It knows nothing of an op. Each op's ``native.py`` calls the modules; those files alone take a tensor's address, and
+keep their tensors in locals until the kernel has returned: a copy made inside the call's argument list would be freed
+before the kernel reads it.
 """
 
 import functools
@@ -52,20 +52,20 @@ cuda, cuda_problem = _import("_cuda")
 
 
 def cpu_module() -> ModuleType:
-    """The CPU's module; the caller has made sure that there is one."""
+    """Returns the CPU's module; the caller has made sure that it exists."""
     assert cpu is not None
     return cpu
 
 
 def address(tensor: Tensor | None) -> int:
-    """0 for a tensor that there is not; the caller keeps the others alive across the kernel's call."""
+    """Returns a tensor's address, 0 for None; the caller keeps the tensor alive across the kernel's call."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 # --- GPU ------------------------------------------------------------------------------------------------------
 # Tests put the emulated module here: the GPU's code paths then run on CPU tensors.
 emulated: ModuleType | None = None
-# And σ then counts as lying on the device or, where this is False, on the host.
+# With it, σ counts as lying on the device or, if this is False, on the host.
 emulate_device_sigma = False
 
 
@@ -90,7 +90,7 @@ def _probe_gpu(index: int) -> str | None:
 
 
 def gpu_problem(index: int) -> str | None:
-    """None where the CUDA kernels run on this GPU; else why not, in a sentence."""
+    """Says in a sentence why the CUDA kernels don't run on this GPU; returns None if they do."""
     return _probe_gpu(index)
 
 
@@ -100,17 +100,17 @@ gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def emulates_device_scalars() -> bool:
-    """Whether a test has σ, coefficients and keys on the host count as lying on the device."""
+    """Tells whether a test makes σ, coefficients and keys on the host count as lying on the device."""
     return emulated is not None and emulate_device_sigma
 
 
 def on_gpu_path(tensor: Tensor) -> bool:
-    """Whether the GPU's kernels serve `tensor`: it is on a GPU, or a test emulates one."""
+    """Tells whether the GPU's kernels serve `tensor`: it is on a GPU, or a test emulates one."""
     return tensor.device.type == "cuda" or emulated is not None
 
 
 def gpu_module(tensor: Tensor) -> tuple[ModuleType, int, int]:
-    """The module that serves `tensor`'s device, the device's index, and the current stream's handle."""
+    """Returns the module that serves `tensor`'s device, the device's index, and the current stream's handle."""
     if tensor.device.type == "cuda":
         assert cuda is not None
         return cuda, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

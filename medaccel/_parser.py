@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command's parser, and how options that are dataclasses come into it: each field with its type and explanation.
+"""Builds a command's parser from dataclasses of options: each field has an option with its type and explanation.
 
-The command line has an option for every field of a group, such as `--trainer.steps`; --help explains what several
-groups have in common once.
+The command line has an option for every field of a group, such as `--trainer.steps`; --help explains fields that
+several groups share once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from medaccel.studies.typed import Settings, describe, hints_of, is_group, is_list, plain
 
-_INDENT = 10  # of explanations
+_INDENT = 10  # columns before an explanation
 
 
 class Formatter(DefaultHelpFormatter):
@@ -46,15 +46,15 @@ class Formatter(DefaultHelpFormatter):
 
 
 class _Laid(str):
-    """A text that is laid out already."""
+    """Is a text that is laid out already."""
 
 
 class Parser(ArgumentParser):
-    """A command's parser, whose errors are a sentence without the usage of all options."""
+    """Parses a command's arguments; its errors are a sentence without the usage of all options."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        #: Of options that are tables of a user's own names.
+        #: These are the defaults of options that are tables of a user's own names.
         self.defaults_of_tables: dict[str, Any] = {}
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -68,7 +68,7 @@ def add_options(parser: Parser, kind: Any) -> None:
     """Adds the fields of a dataclass, those without a default as positional arguments.
 
     Args:
-        parser: that they are added to.
+        parser: the parser to add to.
         kind: the dataclass; its fields may be groups of options.
     """
     hints, said = hints_of(kind), explanations(kind)
@@ -82,7 +82,7 @@ def add_options(parser: Parser, kind: Any) -> None:
             if action.option_strings and typing.get_origin(hints[action.dest]) is dict:
                 parser.defaults_of_tables[action.dest] = plain(defaults[action.dest])
     explained: dict[type[Settings], str] = {}
-    # What is explained for many comes before what has it too.
+    # Options that explain for several come before the others that have them too.
     for name, hint in sorted(named.items(), key=lambda item: getattr(item[1], "explained", None) is None):
         if is_group(hint):
             _add_group(parser, name, hint, said[name], explained, kind)
@@ -93,7 +93,7 @@ def add_options(parser: Parser, kind: Any) -> None:
 
 
 def explanations(kind: Any) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of each field.
+    """Returns the explanations of each field in the docstrings of a dataclass and its bases.
 
     Raises:
         ValueError: a field has no explanation.
@@ -110,7 +110,7 @@ def explanations(kind: Any) -> dict[str, str]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """A field's default; MISSING where it has none."""
+    """Returns a field's default; MISSING if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -178,7 +178,7 @@ def _explain(action: argparse.Action, hint: Any, said: str, default: Any) -> Non
 
 
 def _text(hint: Any, said: str, default: Any) -> str:
-    """An explanation, with what is expected and the default."""
+    """Returns an explanation, with the expected values and the default."""
     facts = [] if is_group(hint) else [describe(hint)]
     if default is not dataclasses.MISSING and not is_group(hint) and default not in ({}, ""):
         facts.append(f"default: {_written(default)}")
@@ -191,7 +191,7 @@ def _written(value: Any) -> str:
 
 
 def _metavar(hint: Any) -> str:
-    """What stands for an option's value."""
+    """Returns the placeholder for an option's value."""
     if typing.get_origin(hint) is Annotated:
         return _metavar(hint.__origin__)
     if typing.get_origin(hint) is Literal:
@@ -206,7 +206,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _bare(hint: Any) -> Any:
-    """A type as jsonargparse has it: what `Annotated` adds is checked before."""
+    """Returns a type as jsonargparse needs it: the conditions that `Annotated` adds are checked before."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _bare(hint.__origin__)

@@ -50,32 +50,30 @@ def smooth(
 
     Examples:
 
-        medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5
-        medaccel smooth ct.nii ct_smooth.nii.gz --sigma "[1, 1, 2]"
+        medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5 medaccel smooth ct.nii ct_smooth.nii.gz --sigma "[1, 1, 2]"
         medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
 
-    The output keeps the input's affine and header (sform and qform codes, units, description, NIfTI version).
-    Its voxels are float32 or float64 if the input's are; integers of 8 and 16 bits become float32, wider ones float64
+    The output keeps the input's affine and header (sform and qform codes, units, description, NIfTI version). Its
+    voxels are float32 or float64 if the input's are; integers of 8 and 16 bits become float32, wider ones float64
     (float32 can't hold them all). Each frame of a 4-D image is smoothed by itself. A NaN spreads as far as the kernel
     reaches (4 σ by default), and no farther.
 
     Args:
         input: a .nii or .nii.gz file, 3-D or 4-D, or a folder with one DICOM series.
         output: a .nii or .nii.gz file.
-        sigma: standard deviation of the Gaussian: one number, or three for the axes i, j, k of the NIfTI
-            array (DICOM: column, row, slice). 0 leaves an axis as it is. Give either sigma or fwhm.
+        sigma: standard deviation of the Gaussian: one number, or three for the axes i, j, k of the NIfTI array
+            (DICOM: column, row, slice). 0 leaves an axis as it is. Give either sigma or fwhm.
         fwhm: full width at half maximum instead: 2·sqrt(2·ln 2) σ = 2.3548 σ.
         unit: unit of sigma and fwhm; mm are divided by the voxel spacing of each axis.
         mode: assumption about the voxels beyond the border. The default reflects the image (d c b a | a b c d): the
-            sum
-            of all voxels, hence the total uptake, is kept, and a constant image stays constant. "constant"
-            means zeros, which darken a PET's first and last slices and brighten a CT's (air is -1000 HU).
-        approx: how the Gaussian is made discrete: "erf" integrates it over each voxel, "sampled" takes its
-            value at the voxels' centres (SciPy), "scalespace" is Lindeberg's discrete Gaussian, whose
-            variance is exact even where σ is under a voxel. The kernel's sum is 1.
+            sum of all voxels, hence the total uptake, is kept, and a constant image stays constant. "constant" means
+            zeros, which darken a PET's first and last slices and brighten a CT's (air is -1000 HU).
+        approx: how the Gaussian is made discrete: "erf" integrates it over each voxel, "sampled" takes its value at
+            the voxels' centres (SciPy), "scalespace" is Lindeberg's discrete Gaussian, whose variance is exact even
+            where σ is under a voxel. The kernel's sum is 1.
         truncated: where the kernel ends, in σ.
         suv: convert PET DICOM series to body-weight SUV; false keeps the files' unit, as a rule Bq/mL.
-        series_uid: SeriesInstanceUID, where the DICOM folder has several series.
+        series_uid: SeriesInstanceUID, if the DICOM folder has several series.
         force: overwrite the output where it exists.
         progress: show progress on stderr.
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`medaccel verify`: every kernel against its reference on the devices of this machine, errors and speed.
+"""Runs `medaccel verify`: every kernel against its reference on the devices of this machine, errors and speed.
 
-What CI can't do for a GPU, it does on the user's: numbers on the hardware, then speed against plain PyTorch (and
-MONAI, where it is installed) and the share of the machine's ceiling: a copy's bandwidth, or a matrix product's rate.
+CI has no GPU, so this command checks the user's: numbers on the hardware, then speed against plain PyTorch (and
+MONAI, if it is installed) and the share of the machine's ceiling: a copy's bandwidth, or a matrix product's rate.
 It needs torch, numpy and the built modules, nothing else: ``python -m medaccel.verify`` runs in a bare container
-(tools/build_in_place builds there). Its JSON belongs into a bug report. What is checked of each op stands in the
+(tools/build_in_place builds there). Its JSON belongs into a bug report. The checks of each op are in the
 ``verify.py`` of its folder.
 """
 
@@ -24,7 +24,7 @@ from medaccel.ops._registry import OPS
 
 
 def _peer(milliseconds: float | None, kernel_ms: float) -> str:
-    """A peer's time, and how many times the kernel's that is."""
+    """Formats a peer's time, and how many times the kernel's it is."""
     if milliseconds is None:
         return f"{'not here':>19}"
     return f"{milliseconds:>8.2f} ms{milliseconds / kernel_ms:>7.1f}×"
@@ -32,7 +32,7 @@ def _peer(milliseconds: float | None, kernel_ms: float) -> str:
 
 @dataclass
 class Verification:
-    """The outcome; `str()` prints it, `json()` is for a bug report."""
+    """Holds the outcome; `str()` prints it, `json()` is for a bug report."""
 
     machine: list[tuple[str, str]]
     checks: list[Check] = field(default_factory=list)
@@ -99,7 +99,7 @@ def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verificat
     """Runs everything on the devices given, by default the CPU and each GPU that torch sees.
 
     Raises:
-        ValueError: as `check_devices`.
+        ValueError: `check_devices` refuses the devices.
     """
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if devices is None else devices
     check_devices(names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands without the packages of `medaccel[pipelines]`: they say what to install, and the kernels need none."""
+"""Tests commands without the packages of `medaccel[pipelines]`: they say what to install; kernels need none."""
 
 import re
 import subprocess

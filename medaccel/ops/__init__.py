@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops: one folder each, with the public function, its plain PyTorch reference and its registration."""
+"""Holds the ops: one folder each, with the public function, its plain PyTorch reference and its registration."""
 
 from medaccel.ops._dispatch import use_reference
 from medaccel.ops.diffusion_step import diffusion_step

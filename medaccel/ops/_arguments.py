@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every public function accepts as a tensor, number, whole number or choice, and the sentence for the rest.
+"""Checks arguments of public functions: tensors, numbers, whole numbers and choices are accepted in many forms, and
+anything else gets a sentence.
 
-TypeError: the argument is of a kind that makes no sense; ValueError: its value doesn't.
+A TypeError says that the argument's kind makes no sense, a ValueError that its value doesn't.
 """
 
 import math
@@ -20,14 +21,14 @@ INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     *(torch.uint16, torch.uint32, torch.uint64),
 )
-# What a mask may be made of.
+# A mask may have these dtypes.
 _MASKS = (*FLOATING, *INTEGERS, torch.bool)
-# 1 / temperature, and what it is multiplied with and summed up over, stays far from float32's limits.
+# At this limit 1 / temperature, its products and their sums stay far from float32's limits.
 MIN_TEMPERATURE = 1e-18
 
 
 def describe(value: object) -> str:
-    """`value` in a few words, for an error's sentence."""
+    """Describes `value` in a few words, for an error's sentence."""
     if isinstance(value, Tensor):
         if value.is_nested:
             return f"a nested tensor of {value.dtype}"
@@ -39,13 +40,13 @@ def describe(value: object) -> str:
 
 
 def _is_dense(value: Any, dtypes: Collection[torch.dtype]) -> bool:
-    # The exact type first: torch's isinstance takes four times as long.
+    # The exact type is compared first: torch's isinstance takes four times as long.
     is_tensor = type(value) is Tensor or isinstance(value, Tensor)
     return is_tensor and value.dtype in dtypes and value.layout is torch.strided and not value.is_nested
 
 
 def check_floating(name: str, **tensors: object) -> None:
-    """A TypeError naming the first argument that is no dense floating-point tensor."""
+    """Raises a TypeError naming the first argument that is no dense floating-point tensor."""
     for argument, tensor in tensors.items():
         if not _is_dense(tensor, FLOATING):
             raise TypeError(
@@ -55,7 +56,7 @@ def check_floating(name: str, **tensors: object) -> None:
 
 
 def check_integers(name: str, argument: str, tensor: object) -> None:
-    """A TypeError where `tensor` is no dense integer tensor."""
+    """Raises a TypeError if `tensor` is no dense integer tensor."""
     if not _is_dense(tensor, INTEGERS):
         raise TypeError(
             f"{name}: {argument} is {describe(tensor)}; expected an integer tensor (indices have no gradient)"
@@ -63,22 +64,23 @@ def check_integers(name: str, argument: str, tensor: object) -> None:
 
 
 def check_mask(name: str, argument: str, tensor: object) -> None:
-    """A TypeError where `tensor` is no dense tensor of truth values or numbers."""
+    """Raises a TypeError if `tensor` is no dense tensor of truth values or numbers."""
     if not _is_dense(tensor, _MASKS):
         raise TypeError(f"{name}: {argument} is {describe(tensor)}; expected a dense tensor of bool or real numbers")
 
 
 def learnt(value: object) -> bool:
-    """Whether `value` is a tensor that stays one: a derivative by it is wanted, or vmap hides its values."""
+    """Tells whether `value` must stay a tensor, because a derivative by it is needed or vmap hides its values."""
     return isinstance(value, Tensor) and (wants_gradient(value) or is_hidden(value))
 
 
 def number(name: str, argument: str, value: Any, expected: str = "a number") -> float:
-    """`value` as a Python float: from a Python or NumPy number, or a tensor or array of one element.
+    """Converts `value` to a Python float: a Python or NumPy number, or a tensor or array of one element.
 
     Raises:
-        TypeError: bool, complex, text, None, several elements.
-        ValueError: a tensor that requires grad, which would lose its gradient in silence; a number beyond float64.
+        TypeError: `value` is a bool, complex, text or None, or has several elements.
+        ValueError: `value` is a tensor that requires grad, which would silently lose its gradient, or a number beyond
+            float64.
     """
     if type(value) is float:
         return value
@@ -113,7 +115,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def finite(name: str, argument: str, value: Any) -> float:
-    """A number that is finite in float32 too, which most kernels compute in."""
+    """Returns a number that is finite in float32 too, which most kernels compute in."""
     result = number(name, argument, value, "a finite number")
     if not -_FLOAT32_MAX <= result <= _FLOAT32_MAX:
         raise ValueError(f"{name}: {argument} is {value}; expected a finite number (of float32)")
@@ -121,9 +123,9 @@ def finite(name: str, argument: str, value: Any) -> float:
 
 
 def check_temperature(name: str, value: Any) -> float | Tensor:
-    """The temperature: a number or, where a gradient is wanted of it, the tensor () itself.
+    """Returns the temperature as a number or, if a gradient by it is needed, as the tensor () itself.
 
-    A tensor's value is looked at on the CPU only: nothing waits for a device.
+    A tensor's value is read only if it lies on the CPU: nothing waits for a device.
     """
     if not learnt(value):
         return _temperature(name, value, number(name, "temperature", value, "a number above 0"))
@@ -149,10 +151,10 @@ def _temperature(name: str, given: object, value: float) -> float:
 
 
 def whole(name: str, argument: str, value: Any, expected: str = "a whole number") -> int:
-    """`value` as a Python int: from a Python or NumPy integer, or a tensor or array of one integer.
+    """Converts `value` to a Python int: a Python or NumPy integer, or a tensor or array of one integer.
 
     Raises:
-        TypeError: anything else; numbers with a fraction are never cut off, and bool is no number.
+        TypeError: `value` is anything else; fractions are never cut off, and bool is no number.
     """
     if type(value) is int:
         return value
@@ -168,14 +170,15 @@ def whole(name: str, argument: str, value: Any, expected: str = "a whole number"
 
 
 def wholes(name: str, argument: str, values: Any, expected: str) -> list[int]:
-    """A sequence's values as Python ints; TypeError where it is none, or one of them isn't whole."""
+    """Converts a sequence's values to Python ints; raises TypeError if it is no sequence, or one of them isn't
+    whole."""
     if not is_sequence(values):
         raise TypeError(f"{name}: {argument} is {describe(values)}; expected {expected}")
     return [whole(name, f"{argument}[{i}]", value) for i, value in enumerate(values)]
 
 
 def is_sequence(value: object) -> bool:
-    """Whether `value` is a list, tuple or other sequence of numbers, or a tensor or array with an axis."""
+    """Tells whether `value` is a list, tuple or other sequence of numbers, or a tensor or array with an axis."""
     if isinstance(value, list | tuple):
         return True
     if isinstance(value, float | int | str | bytes | dict | set):
@@ -185,7 +188,7 @@ def is_sequence(value: object) -> bool:
 
 
 def choice(name: str, argument: str, value: object, options: Collection[str], expected: str = "") -> None:
-    """An error where `value` is none of the options."""
+    """Raises an error if `value` is none of the options."""
     if isinstance(value, str) and value in options:
         return
     error = ValueError if isinstance(value, str) else TypeError
@@ -193,7 +196,7 @@ def choice(name: str, argument: str, value: object, options: Collection[str], ex
 
 
 def flag(name: str, argument: str, value: object) -> bool:
-    """True or False, Python's or NumPy's; nothing else is taken for one."""
+    """Returns True or False, given as Python's or NumPy's; nothing else is accepted."""
     if value is True or value is False:
         return value
     if type(value).__name__ in ("bool", "bool_") and not isinstance(value, Tensor):

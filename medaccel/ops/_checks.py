@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a kernel is checked and timed: what `medaccel verify` and the tests share.
+"""Checks and times a kernel, for `medaccel verify` and the tests.
 
-The 2× rule: against the reference in fp64, a kernel's error is at most twice that of plain PyTorch in the kernel's
-own precision, plus a floor for the rounding of the result itself.
+The 2× rule says: against the reference in fp64, a kernel's error is at most twice that of plain PyTorch in the
+kernel's own precision, plus a floor for the rounding of the result itself.
 """
 
 import time
@@ -14,30 +14,30 @@ from torch import Tensor
 
 from medaccel.ops._dispatch import use_reference
 
-# Allowed beyond twice plain PyTorch's error, relative to the size of what is summed up.
+# So much is allowed beyond twice plain PyTorch's error, relative to the size of the summed terms.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the worst error of output and gradients, as a share of what is allowed."""
+    """Holds one comparison: the worst error of output and gradients, as a share of the allowed one."""
 
     op: str
     device: str
     dtype: str
     case: str
-    kernel: str  # "its kernel", or why the reference served
+    kernel: str  # "its kernel", or the reason why the reference served
     share: float  # error / allowed; NaN counts as infinite
     passed: bool
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians in ms, MONAI's where it is installed.
+    """Holds medians in ms, MONAI's if it is installed.
 
-    `ceiling_share`: how much of the device's measured ceiling the kernel reaches: of a copy's bandwidth, counting
-    each input and output once, or of a matrix product's rate, counting all pairs of a window or of two views
-    (a kernel may leave some out: more than 100 % is possible).
+    `ceiling_share` is the share of the device's measured ceiling that the kernel reaches: a copy's bandwidth,
+    counting each input and output once, or a matrix product's rate, counting all pairs of a window or of two views (a
+    kernel may leave some out: more than 100 % is possible).
     """
 
     op: str
@@ -52,19 +52,19 @@ class Speed:
 
 @dataclass(frozen=True)
 class Verifier:
-    """How `medaccel verify` checks one op: `check(device, dtype, case)` for each case, and what is timed."""
+    """Says how `medaccel verify` checks one op, `check(device, dtype, case)` for each case, and how it times it."""
 
     cases: Sequence[str]
     check: Callable[[torch.device, torch.dtype, str], Check]
     speeds: Callable[[torch.device], Iterable[Speed]]
 
     def checks(self, device: torch.device) -> Iterator[Check]:
-        """Every case in every dtype."""
+        """Yields the check of every case in every dtype."""
         return (self.check(device, dtype, case) for dtype in FLOOR for case in self.cases)
 
 
 def max_error(actual: Tensor, truth: Tensor) -> float:
-    """The largest |actual − truth|; infinite where only one of the two is NaN."""
+    """Returns the largest |actual − truth|; infinite if only one of the two is NaN."""
     a, t = actual.detach().cpu().double(), truth.detach().cpu().double()
     assert a.shape == t.shape, f"shapes differ: {tuple(a.shape)} and {tuple(t.shape)}"
     if a.numel() == 0:
@@ -88,10 +88,10 @@ def compare(
     Args:
         op: the public function's name.
         case: its name, for the report.
-        reason: why no kernel serves the tensors; None where one does.
-        run: from the tensors to the op's outputs and gradients; it makes all else on the first tensor's device.
-        tensors: those whose precision is the kernel's; the fp64 reference gets them on the CPU.
-        sizes: of what is summed up, one for each result; the result's own largest value counts where that is larger.
+        reason: the reason why no kernel serves the tensors; None if one does.
+        run: maps the tensors to the op's outputs and gradients; it makes all else on the first tensor's device.
+        tensors: the tensors that have the kernel's precision; the fp64 reference gets them on the CPU.
+        sizes: sizes of the summed terms, one per result; the result's own largest value counts if it is larger.
     """
     with use_reference():
         truth = run([t.cpu().double() for t in tensors])
@@ -110,13 +110,13 @@ def compare(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.float32 as "float32"."""
+    """Writes torch.float32 as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 # --- times -------------------------------------------------------------------------------------------------------
 def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    """The median of seven calls after one that is not counted, each waited for."""
+    """Returns the median of seven calls after one that is not counted, each waited for."""
 
     def finish() -> None:
         if device.type == "cuda":
@@ -134,12 +134,12 @@ def median_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def copy_ms(x: Tensor) -> float:
-    """The time of one copy: `x` is read once and as much is written."""
+    """Returns the time of one copy: `x` is read once, and as much is written."""
     target = torch.empty_like(x)
     return median_ms(lambda: target.copy_(x), x.device)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a ms of torch's own matrix product."""
+    """Returns the operations per ms of torch's own matrix product."""
     a = torch.rand(1024, 1024, device=device, dtype=dtype)
     return 2 * 1024**3 / median_ms(lambda: a @ a, device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a registered op makes sure of before its kernel takes addresses.
+"""Checks a registered op's operands before its kernel takes addresses.
 
-The public functions check what a user gives them, in a user's words. `torch.ops.medaccel.*` can be called past them,
-and a saved tensor can have been changed before the backward pass: so everything that a kernel's memory accesses rest
-on is checked again here, at about half a microsecond a tensor. Nothing here reads a GPU's memory.
+The public functions check a user's arguments, in a user's words. `torch.ops.medaccel.*` can be called past them, and
+a saved tensor can have been changed before the backward pass: so everything that a kernel's memory accesses rely on
+is checked again here, at about half a microsecond per tensor. Nothing here reads a GPU's memory.
 """
 
 import math
@@ -17,9 +17,9 @@ from medaccel.ops._arguments import FLOATING, describe
 
 
 class Operands:
-    """One call's operands: those of the op `name`, which lie where the tensor `first` lies.
+    """Checks one call's operands: those of the op `name`, which must lie where the tensor `first` lies.
 
-    The dispatcher hands None over also where the schema has a tensor: an undefined one.
+    The dispatcher passes None even for a tensor of the schema, if it is undefined.
     """
 
     def __init__(self, name: str, argument: str, first: Tensor, dtypes: Collection[torch.dtype] = FLOATING):
@@ -37,7 +37,7 @@ class Operands:
         shape: Sequence[int] | None,
         dtypes: Collection[torch.dtype] = FLOATING,
     ) -> None:
-        """An error where the tensor is missing, or has another shape, dtype, device or layout."""
+        """Raises an error if the tensor is missing, or has another shape, dtype, device or layout."""
         if tensor is None:
             self._missing(argument)
         if tensor.dtype not in dtypes or tensor.layout is not torch.strided:
@@ -58,25 +58,25 @@ class Operands:
         shape: Sequence[int] | None,
         dtypes: Collection[torch.dtype] = FLOATING,
     ) -> None:
-        """As `tensor`, for one that may be None."""
+        """Does the work of `tensor` for one that may be None."""
         if tensor is not None:
             self.tensor(argument, tensor, shape, dtypes)
 
     def rank(self, argument: str, tensor: Tensor, ranks: Collection[int], expected: str) -> None:
-        """An error where the tensor is missing, or has another number of axes."""
+        """Raises an error if the tensor is missing, or has another number of axes."""
         if tensor is None:
             self._missing(argument)
         if tensor.dim() not in ranks:
             self.refuse(argument, f"has shape {tuple(tensor.shape)}", expected)
 
     def number(self, argument: str, value: float, low: float, high: float = math.inf) -> None:
-        """An error where `value` isn't a finite number from low to high."""
+        """Raises an error if `value` isn't a finite number from low to high."""
         if not low <= value <= high or math.isinf(value):
             span = f" from {low:g} to {high:g}" if math.isfinite(high) else f" of at least {low:g}"
             self.refuse(argument, f"is {value}", f"a finite number{span if math.isfinite(low) else ''}")
 
     def refuse(self, argument: str, what: str, expected: str) -> NoReturn:
-        """A ValueError in a sentence."""
+        """Raises a ValueError in a sentence."""
         raise ValueError(f"{self.name}: {argument} {what}; expected {expected}")
 
     def _missing(self, argument: str) -> NoReturn:

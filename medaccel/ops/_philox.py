@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Philox-4x32-10 in plain PyTorch: the random words that every kernel must reproduce, bit for bit."""
+"""Implements Philox-4x32-10 in plain PyTorch: the random words that every kernel must reproduce, bit for bit."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox_4x32_10(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four random 32-bit words for each counter.
+    """Returns four random 32-bit words for each counter.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, with ten rounds.
 

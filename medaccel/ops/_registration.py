@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op's registration shares: gradients, vmap's rule, and the derivatives that are refused."""
+"""Registers the parts that every op shares: gradients, vmap's rule, and the refusal of unsupported derivatives."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +28,9 @@ def register_gradients(
         lib: the library that defines both.
         op: the op's name, without the namespace.
         of: the public function that it serves, for messages.
-        setup_context, backward: as `torch.library.register_autograd` takes them.
-        forward_mode: from the arguments and their tangents, None where one has none, to the outputs' tangents; or to
-            None where the kernel can't give these.
+        setup_context, backward: the arguments of `torch.library.register_autograd`.
+        forward_mode: maps the arguments and their tangents (None if one has none) to the outputs' tangents, or to
+            None if the kernel can't compute these.
     """
 
     advice = f"run medaccel.ops.{of} under medaccel.use_reference(), whose plain PyTorch code has one"
@@ -51,10 +51,11 @@ def register_gradients(
 
 
 class _Guarded:
-    """A library whose autograd kernels refuse what torch.library's would answer with a zero or an internal error.
+    """Wraps a library so that its autograd kernels refuse cases that torch.library would answer with a zero or an
+    internal error.
 
-    torch.library has no rule for forward mode, which then takes an op's result for a constant, and its gradients are
-    not for the transforms of torch.func. The public functions take the reference before it comes to that.
+    torch.library has no rule for forward mode, which then takes an op's result for a constant, and its gradients
+    don't support the transforms of torch.func. The public functions take the reference in these cases.
     """
 
     def __init__(self, lib: torch.library.Library, what: str, advice: str, forward_mode: ForwardMode | None):
@@ -86,7 +87,7 @@ def _dual(outputs: Any, tangents: Any) -> Any:
 
 
 def _sample_by_sample(name: str) -> Callable[..., Any]:
-    """vmap's rule: one sample after the other, so that no more memory is taken than for one."""
+    """Returns vmap's rule: one sample after the other, so that it needs no more memory than one sample."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         op, count = getattr(torch.ops.medaccel, name), info.batch_size

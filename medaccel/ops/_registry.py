@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of ops: one row for each public op, with all that belongs to it.
+"""Lists the ops: one row for each public op, with everything that belongs to it.
 
 `medaccel doctor`, `medaccel verify`, the parametrised tests, the benchmarks and the README's table of ops are made
-from `OPS`. A row names things by their paths, which are imported when they are first asked for, so that
-``import medaccel`` stays light. tests/ops/test_registry.py fails where a cell of a row is missing or untrue.
+from `OPS`. A row names things by their paths, which are imported at their first use, so that ``import medaccel``
+stays light. tests/ops/test_registry.py fails if a cell of a row is missing or untrue.
 """
 
 import functools
@@ -20,7 +20,7 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: its language, its source (from the repository's root), and what it is limited to."""
+    """Describes a kernel: its language, its source (from the repository's root), and its limits."""
 
     language: str  # "C++", "CUDA C++" or "Triton"
     source: str
@@ -32,7 +32,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class NoKernel:
-    """The reason why a device has no kernel of an op, which runs its plain PyTorch reference there."""
+    """Holds the reason why a device has no kernel of an op, which runs its plain PyTorch reference there."""
 
     reason: str
 
@@ -42,26 +42,26 @@ class NoKernel:
 
 @dataclass(frozen=True)
 class Op:
-    """One public op. Paths are "module:attribute", or "module" for a module."""
+    """Describes one public op. Paths are "module:attribute", or "module" for a module."""
 
     name: str  # in `medaccel.ops`
     folder: str  # in medaccel/ops, csrc and (test_<folder>.py) tests/ops
-    docs: str  # what it does, in the README's table
+    docs: str  # its purpose, in the README's table
     registered: str  # torch.ops.medaccel.<registered>, and <registered>_backward
     function: str
     reference: str
-    predicate: str  # `unsupported(tensor, …)`: why no kernel serves; None where one does
+    predicate: str  # `unsupported(tensor, …)`: the reason why no kernel serves; None if one does
     kernels: Mapping[str, Kernel | NoKernel]  # by device type, every one of `DEVICES`
     cases: str  # the module of sample inputs
     verifier: str  # a `Verifier`
     benchmark: str  # a module of the repository, `python -m` runs it
 
     def load(self, cell: str) -> Any:
-        """The object or module that a cell's path names."""
+        """Returns the object or module that a cell's path names."""
         return _load(getattr(self, cell))
 
     def unsupported(self, tensor: Tensor) -> str | None:
-        """None where a kernel serves the op's first tensor; else why not, in a sentence."""
+        """Says why no kernel serves the op's first tensor; returns None if one does."""
         predicate: Callable[[Tensor], str | None] = self.load("predicate")
         return predicate(tensor)
 
@@ -230,7 +230,7 @@ OPS = {op.name: op for op in _ROWS}
 
 
 def table() -> str:
-    """The README's table of ops, in Markdown; tools/ops_table writes it there."""
+    """Returns the README's table of ops, in Markdown; tools/ops_table writes it there."""
     lines = ["| op | what it does | CPU | CUDA |", "|---|---|---|---|"]
     lines += [f"| `{op.name}` | {op.docs} | {op.kernels['cpu']} | {op.kernels['cuda']} |" for op in OPS.values()]
     return "\n".join(lines) + "\n"

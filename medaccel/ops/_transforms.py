@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the transforms of torch.func and forward-mode differentiation do to an op's arguments.
+"""Detects the transforms of torch.func and forward-mode differentiation in an op's arguments.
 
-vmap and torch.func's derivatives wrap tensors, one wrapper a level; forward mode hangs a tangent on them.
+vmap and torch.func's derivatives wrap tensors, one wrapper per level; forward mode attaches a tangent to them.
 """
 
 import torch
@@ -11,24 +11,25 @@ from torch.autograd import forward_ad
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is going on, whatever it is applied to."""
+    """Tells whether a transform of torch.func or forward-mode differentiation is active, whatever it is applied
+    to."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def derivative_is_traced() -> bool:
-    """Whether what torch.compile or torch.export traces is to be differentiated by a transform."""
+    """Tells whether a transform is to differentiate the code that torch.compile or torch.export traces."""
     stack = _functorch.get_interpreter_stack() or []
     differentiating = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
     return forward_ad._current_level >= 0 or any(layer.key() in differentiating for layer in stack)
 
 
-# torch.compile asks while it traces; it compiles anew where transforms or dual levels are others.
+# torch.compile asks while it traces; it compiles anew if transforms or dual levels change.
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 derivative_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_tracked(tensor: Tensor, forward_mode: bool = True) -> bool:
-    """Whether a transform of torch.func or forward mode, if that counts, differentiates by `tensor`.
+    """Tells whether a transform of torch.func, or forward mode if that counts, differentiates by `tensor`.
 
     A tensor that is a constant to a forward mode further out than the innermost transform may count as well.
     """
@@ -46,7 +47,7 @@ def is_tracked(tensor: Tensor, forward_mode: bool = True) -> bool:
 
 
 def wants_gradient(tensor: Tensor) -> bool:
-    """Whether autograd, or a transform of torch.func at any level, records a gradient by `tensor`."""
+    """Tells whether autograd, or a transform of torch.func at any level, records a gradient by `tensor`."""
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling() or not in_transform():
@@ -59,7 +60,8 @@ def wants_gradient(tensor: Tensor) -> bool:
 
 
 def is_wrapped(value: object) -> bool:
-    """Whether `value` is a tensor without memory of its own, as transforms hand it on, or with a tangent."""
+    """Tells whether `value` is a tensor without memory of its own, as transforms pass it on, or one with a
+    tangent."""
     if not isinstance(value, Tensor) or not in_transform():
         return False
     if torch.compiler.is_compiling():
@@ -68,7 +70,7 @@ def is_wrapped(value: object) -> bool:
 
 
 def is_hidden(tensor: Tensor) -> bool:
-    """Whether a number that is read of `tensor` would have lost a derivative or, under vmap, isn't one number."""
+    """Tells whether a number read from `tensor` would have lost a derivative or, under vmap, isn't one number."""
     if not in_transform():
         return False
     if torch.compiler.is_compiling() or is_tracked(tensor):
@@ -81,7 +83,7 @@ def is_hidden(tensor: Tensor) -> bool:
 
 
 def tangent(value: object) -> Tensor | None:
-    """The derivative that forward-mode differentiation carries along with a tensor; None where it carries none."""
+    """Returns the derivative that forward-mode differentiation attaches to a tensor; None if it has none."""
     if forward_ad._current_level < 0 or not isinstance(value, Tensor):
         return None
     return forward_ad.unpack_dual(value).tangent
@@ -91,9 +93,10 @@ _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey
 
 
 def host_values(tensor: Tensor) -> Tensor | None:
-    """What the host may read of `tensor` without waiting: under vmap the values of all samples; else None.
+    """Returns the values of `tensor` if the host may read them without waiting (under vmap those of all samples),
+    else None.
 
-    None: they lie on a device, or torch.compile or another tracer goes by without values.
+    It is None if they lie on a device, or if torch.compile or another tracer works without values.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return None

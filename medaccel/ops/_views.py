@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops on the pixels of two views share: their arguments' checks."""
+"""Checks the arguments that the ops on the pixels of two views share."""
 
 import math
 
@@ -11,7 +11,7 @@ from medaccel.ops._transforms import host_values, tangent, wants_gradient
 
 
 def check_devices(name: str, first: str, **tensors: Tensor) -> None:
-    """A ValueError naming the first argument that lies elsewhere than `first`."""
+    """Raises a ValueError naming the first argument that lies elsewhere than `first`."""
     device = tensors[first].device
     for argument, tensor in tensors.items():
         if tensor.device != device:
@@ -21,7 +21,7 @@ def check_devices(name: str, first: str, **tensors: Tensor) -> None:
 
 
 def check_positive(name: str, argument: str, value: float) -> float:
-    """`value` as a float, or an error in a sentence where it is not finite and above 0."""
+    """Returns `value` as a float, or raises an error in a sentence if it is not finite and above 0."""
     result = number(name, argument, value, "a finite number above 0")
     if not 0 < result < math.inf:  # not math.isfinite: torch.compile may have made the number a symbol
         raise ValueError(f"{name}: {argument} is {value}; expected a finite number above 0")
@@ -29,7 +29,7 @@ def check_positive(name: str, argument: str, value: float) -> float:
 
 
 def check_features(name: str, query: Tensor, key: Tensor) -> None:
-    """Errors in a sentence where query and key are not (B, N, C) and (B, M, C)."""
+    """Raises errors in a sentence unless query and key are (B, N, C) and (B, M, C)."""
     check_floating(name, query=query, key=key)
     if query.dim() != 3 or query.shape[2] == 0:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected (B, N, C) with C >= 1")
@@ -43,9 +43,9 @@ def check_features(name: str, query: Tensor, key: Tensor) -> None:
 def check_views(
     name: str, query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The coordinates and the radius (B,) in one dtype, fp32 or fp64; or an error in a sentence.
+    """Returns the coordinates and the radius (B,) in one dtype, fp32 or fp64; or raises an error in a sentence.
 
-    Values are looked at on the CPU only: nothing here waits for a device.
+    Values are read only on the CPU: nothing here waits for a device.
     """
     check_features(name, query, key)
     check_floating(name, query_coords=query_coords, key_coords=key_coords)
@@ -68,7 +68,7 @@ def check_views(
 
 
 def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tensor:
-    """The radius of each sample, (B,), in the coordinates' dtype."""
+    """Returns the radius of each sample, (B,), in the coordinates' dtype."""
     batch = len(query)
     if not isinstance(radius, Tensor | float | int) and getattr(radius, "ndim", 0) == 1:
         radius = torch.as_tensor(radius, device=query.device)  # a NumPy array
@@ -93,6 +93,6 @@ def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tens
 def _check_radius(name: str, radius: float, dtype: torch.dtype) -> float:
     check_positive(name, "radius", radius)
     least = torch.finfo(dtype).tiny ** 0.5
-    if radius < least:  # its square would be 0, and nothing nearer than that
+    if radius < least:  # its square would be 0, and no distance is below that
         raise ValueError(f"{name}: radius is {radius}; expected at least {least:.3g}, whose square {dtype} can hold")
     return radius

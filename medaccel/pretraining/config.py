@@ -26,19 +26,20 @@ COARSEST = 8.0  # coarsest voxels of phantoms, mm
 
 @dataclass(frozen=True)
 class PretrainingConfig(Settings):
-    """Options of a pretraining; the same options give the same weights (on one number of threads and one processor).
+    """Holds the options of a pretraining; the same options give the same weights (on one number of threads and one
+    processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options continues where the first
             ended.
         scans: folders of CT scans, with folders below them: NIfTI, LUNA16's .mhd, DICOM series. Phantoms by default.
-        phantoms: how many phantom CTs are made where there are no `scans`.
+        phantoms: how many phantom CTs are made if `scans` is not given.
         phantom_spacing: voxel size of the phantoms, mm.
         spacing: voxel size that all scans are brought to, mm, from left to right, back to front and up.
         windows: lower and upper HU that become 0 and 1; one of them is drawn for each item.
         roi_size: voxels of a view: multiples of 32, one of them 64 or more.
-        preset: a set of tasks: nvidia (inpainting, rotation and instance contrast), instance, instance_pixel,
-            pixpro, all.
+        preset: a set of tasks: nvidia (inpainting, rotation and instance contrast), instance, instance_pixel, pixpro,
+            all.
         tasks: weights by task (inpainting, rotation, instance, pixel, pixpro), instead of the preset's.
         settings: settings of single tasks: '{pixel: {level: decoder3}}'.
         network: options of the Swin UNETR, `medaccel.nets.SwinUNETR`.
@@ -46,7 +47,7 @@ class PretrainingConfig(Settings):
         trainer: settings of the training; a step's items are pairs of views. Several devices: start the command with
             `torchrun`.
         seed: seed of everything.
-        held_out: share of the scans, at least one, that are trained on never and evaluated on.
+        held_out: share of the scans, at least one, that are never trained on and serve for evaluation.
         skip_limit: share of the scans that may be unreadable, or look like no CT; they are listed in scans.json.
         check_units: pass over files that don't look like a CT in HU: label maps, other modalities, scaled
             intensities.
@@ -120,12 +121,13 @@ class PretrainingConfig(Settings):
         return " + ".join(self.tasks) if self.tasks else self.preset
 
     def plain(self) -> dict[str, Any]:
-        """As plain YAML and JSON values; paths absolute, so that a run can be resumed from anywhere."""
-        # Where things lie is no part of what they are.
+        """Returns the options as plain YAML and JSON values; paths are absolute, so that a run can be resumed from
+        anywhere."""
+        # Folders may be moved, so they don't identify a run.
         values = {
             name: plain(getattr(self, name)) for name in self.option_names() if name not in ("output", "cache_folder")
         }
-        if self.check_units:  # runs of before there was the option go on
+        if self.check_units:  # runs from before the option existed can continue
             del values["check_units"]
         values["scans"] = [str(Path(path).resolve()) for path in self.scans]
         found: dict[str, Any] = json.loads(json.dumps(values))

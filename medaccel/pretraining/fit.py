@@ -22,10 +22,10 @@ class PretrainingFit(NetworkFit):
     changes nothing. Only the levels that some task needs are computed.
 
     Args:
-        network: with the tasks' heads.
-        tasks: in its order.
-        weights: of their losses, by name.
-        settings: as `settings_of` gives them.
+        network: the network with the tasks' heads.
+        tasks: the tasks, in the network's order.
+        weights: weights of their losses, by name.
+        settings: the result of `settings_of`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PretrainingFit(NetworkFit):
 
 
 def settings_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A training's settings: what was given, and the others' defaults.
+    """Returns a training's settings: the given ones, and the others' defaults.
 
     Raises:
         ValueError: a setting is unknown, has another type or is out of range, or the cache is unknown.

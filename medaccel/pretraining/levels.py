@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feature maps of a Swin UNETR, by name: their strides and channels, and how they are computed."""
+"""Computes the feature maps of a Swin UNETR by name, and knows their strides and channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medaccel.nets import SwinUNETR
 
-#: Names of the maps, and their strides: the transformer's stages, then the U-Net's blocks from the deepest on.
+#: Maps have these names and strides: the transformer's stages, then the U-Net's blocks from the deepest on.
 STRIDES: Mapping[str, int] = {
     "encoder0": 2,
     "encoder1": 4,
@@ -24,21 +24,22 @@ STRIDES: Mapping[str, int] = {
     "decoder1": 2,
     "decoder0": 1,
 }
-# A decoder level's own block, the block of its skip connection (None: the hidden state as it is), and that's number.
+# A decoder level has its own block, the block of its skip connection (None: the hidden state as it is), and the
+# number of that hidden state.
 _DECODER: Mapping[str, tuple[str, str | None, int | None]] = {
     "decoder4": ("decoder5", None, 3),
     "decoder3": ("decoder4", "encoder4", 2),
     "decoder2": ("decoder3", "encoder3", 1),
     "decoder1": ("decoder2", "encoder2", 0),
-    "decoder0": ("decoder1", "encoder1", None),  # the image itself
+    "decoder0": ("decoder1", "encoder1", None),  # the skip connection starts at the image itself
 }
 
 
 def check_level(name: str, level: Any) -> str:
-    """The level, if there is one of that name.
+    """Returns the level, if one has that name.
 
     Raises:
-        ValueError: there is none; `name` says which setting asked for it.
+        ValueError: no level has that name; `name` says which setting asked for it.
     """
     if level not in STRIDES:
         raise ValueError(f"{name} is {level!r}; expected one of {', '.join(STRIDES)}")
@@ -46,22 +47,22 @@ def check_level(name: str, level: Any) -> str:
 
 
 def channels(level: str, feature_size: int) -> int:
-    """Of a level's map."""
+    """Returns the number of channels of a level's map."""
     if level.startswith("encoder"):
         return feature_size * 2 ** int(level[-1])
     return {"decoder4": 8, "decoder3": 4, "decoder2": 2}.get(level, 1) * feature_size
 
 
 def elements(level: str, feature_size: int, roi_size: Sequence[int]) -> int:
-    """Of a level's map of one view: channels times pixels."""
+    """Returns the number of elements of a level's map of one view: channels times pixels."""
     return channels(level, feature_size) * math.prod(n // STRIDES[level] for n in roi_size)
 
 
 def features(backbone: SwinUNETR, x: Tensor, levels: Collection[str]) -> dict[str, Tensor]:
-    """Feature maps of a Swin UNETR; nothing is computed that none of them needs.
+    """Computes feature maps of a Swin UNETR, and nothing that none of them needs.
 
-    So a map of the transformer costs only the stages up to it, and one of the decoder no block of finer resolution,
-    which are the costly ones.
+    A map of the transformer costs only the stages up to it, and one of the decoder costs no block of finer
+    resolution, which are the expensive ones.
 
     Args:
         backbone: the net; its `out` is not used.
@@ -69,16 +70,16 @@ def features(backbone: SwinUNETR, x: Tensor, levels: Collection[str]) -> dict[st
         levels: names in `STRIDES`.
 
     Returns:
-        By name: (B, channels(level), *(spatial / STRIDES[level])).
+        Maps (B, channels(level), *(spatial / STRIDES[level])) by name.
 
     Raises:
-        ValueError: an unknown level, a size that is no multiple of 32.
+        ValueError: a level is unknown, or a size is no multiple of 32.
     """
     for level in levels:
         check_level("levels", level)
     backbone._check_input_size(x.shape[2:])
     decoded = [level for level in _DECODER if level in levels]
-    # A decoder level is reached through the coarser ones, and from the last stage.
+    # A decoder level needs the coarser ones, and the last stage.
     depth = 4 if decoded else max((int(level[-1]) for level in levels), default=-1)
     hidden = _stages(backbone, x, depth)
     maps = {level: hidden[int(level[-1])] for level in levels if level.startswith("encoder")}
@@ -95,7 +96,7 @@ def features(backbone: SwinUNETR, x: Tensor, levels: Collection[str]) -> dict[st
 
 
 def _stages(backbone: SwinUNETR, x: Tensor, depth: int) -> list[Tensor]:
-    """The transformer's hidden states 0 … depth, as its own forward gives them."""
+    """Returns the transformer's hidden states 0 … depth, as its own forward gives them."""
     vit = backbone.swinViT
     hidden: list[Tensor] = []
     if depth < 0:
@@ -111,7 +112,7 @@ def _stages(backbone: SwinUNETR, x: Tensor, depth: int) -> list[Tensor]:
 
 
 def parts_for(levels: Collection[str]) -> set[str]:
-    """Names of the backbone's modules that the maps of these levels need."""
+    """Returns the names of the backbone's modules that the maps of these levels need."""
     decoded = [level for level in _DECODER if level in levels]
     depth = 4 if decoded else max((int(level[-1]) for level in levels), default=-1)
     parts = {"swinViT.patch_embed"} if depth >= 0 else set()
@@ -126,5 +127,5 @@ def parts_for(levels: Collection[str]) -> set[str]:
 
 
 def within(name: str, parts: Collection[str]) -> bool:
-    """Whether a parameter, by its name, is of one of these modules."""
+    """Tells whether a parameter, by its name, belongs to one of these modules."""
     return any(name.startswith(f"{part}.") for part in parts)

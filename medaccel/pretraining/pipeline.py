@@ -39,9 +39,9 @@ def run(config: PretrainingConfig, *, force: bool = False, resume: bool = False,
 
     Args:
         config: the options.
-        force: start clean where the folder holds a run with other options, or a finished one.
+        force: start clean if the folder holds a run with other options, or a finished one.
         resume: refuse a folder that holds no run. (One that holds this run is resumed in any case.)
-        say: told what happens, a line at a time.
+        say: a function that is called with each line of progress.
 
     Returns:
         The path of report.html; beside it is `weights(output)`.
@@ -99,10 +99,10 @@ def check(config: PretrainingConfig, *, with_scans: bool = True) -> Plan:
         TwoViews(config.roi_size, **config.views)
     except (ValueError, TypeError) as error:
         raise ValueError(f"views is {dict(config.views)}: {error}") from error
-    torch.manual_seed(config.seed)  # of the weights
+    torch.manual_seed(config.seed)  # the weights are random
     try:
         net = PretrainingNet(tasks, **config.network)
-    except Exception as error:  # what a network stumbles over depends on what is wrong
+    except Exception as error:  # a network may raise anything on wrong options
         raise ValueError(f"network is {dict(config.network)}; expected options of SwinUNETR ({error})") from error
     found = find_scans(*config.scans, check_units=config.check_units) if config.scans and with_scans else None
     return Plan(settings, tasks, net, found)
@@ -191,7 +191,7 @@ def _run(config: PretrainingConfig, plan: Plan, say: Say) -> Path:
     epochs = (dict(zip(losses, values, strict=True)) for values in zip(*losses.values(), strict=True))
     rows = [{"epoch": number, **epoch} for number, epoch in enumerate(epochs, start=1)]
     write_csv(folder / "metrics.csv", rows, ["epoch", *losses])
-    write_report(report, config, metrics, held_out, plain)  # the last file: where it is, the run has ended
+    write_report(report, config, metrics, held_out, plain)  # the last file: if it exists, the run has ended
     say(f"weights: {weights(folder).resolve()}")
     say(f"report: {report.resolve()}")
     ranks.leave()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a pretraining.
+"""Describes the folder of a pretraining.
 
 config.yaml             the options
 scans/                  phantoms, where no scans were given
@@ -19,7 +19,7 @@ from medaccel.studies.run_folder import REPORT, OptionsFolder
 
 
 class PretrainingFolder(OptionsFolder):
-    """The folder of a pretraining."""
+    """Describes the folder of a pretraining."""
 
     generated = ("scans", "training", "checkpoints", "metrics.json", "metrics.csv", "scans.json")
     folders = ("checkpoints",)
@@ -31,5 +31,5 @@ class PretrainingFolder(OptionsFolder):
 
 
 def weights(output: Path) -> Path:
-    """Where a run leaves its weights."""
+    """Returns the path of a run's weights."""
     return output / "checkpoints" / "weights.pt"

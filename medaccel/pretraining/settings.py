@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of pretraining's tasks, network, views and training, with their types, defaults and meanings.
+"""Defines the settings of pretraining's tasks, network, views and training, with their types, defaults and meanings.
 
-They stand apart from what they are settings of so that the command line knows them without Lightning and MONAI, which
-take seconds to import.
+They are defined apart from their code, so that the command line knows them without Lightning and MONAI, which take
+seconds to import.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _Power = Annotated[float, Limit(lambda x: x >= 1, "a number of at least 1")]
 
 @dataclass(frozen=True, eq=False)
 class PretrainingTrainerSettings(TrainingSettings):
-    """The settings of the training. By default the last weights are kept, not a running average.
+    """Holds the settings of the training. By default the last weights are kept, not a running average.
 
     Args:
-        cache: where the prepared scans are read from: memory, or disk, which they are written to in any case.
+        cache: place that the prepared scans are read from: memory, or disk, which they are written to in any case.
     """
 
     batch_size: Count = 4
@@ -36,14 +36,14 @@ class PretrainingTrainerSettings(TrainingSettings):
 
 @dataclass(frozen=True, eq=False)
 class TaskSettings(Settings):
-    """The settings of one task."""
+    """Holds the settings of one task."""
 
     unknown_names: ClassVar[str] = ": settings {names} are unknown"
 
 
 @dataclass(frozen=True, eq=False)
 class InpaintingSettings(TaskSettings):
-    """The settings of inpainting.
+    """Holds the settings of inpainting.
 
     Args:
         level: level of the backbone that the view is predicted at, encoder0 to decoder0; decoder2 has stride 4.
@@ -70,7 +70,7 @@ class RotationSettings(TaskSettings):
 
 @dataclass(frozen=True, eq=False)
 class InstanceSettings(TaskSettings):
-    """The settings of instance contrast.
+    """Holds the settings of instance contrast.
 
     Args:
         temperature: temperature of NT-Xent.
@@ -83,11 +83,11 @@ class InstanceSettings(TaskSettings):
 
 @dataclass(frozen=True, eq=False)
 class PixelSettings(TaskSettings):
-    """The settings of pixel contrast.
+    """Holds the settings of pixel contrast.
 
     Args:
         level: level of the backbone whose pixels are compared, encoder0 to decoder0; decoder2 has stride 4.
-        dimensions: dimensions of the projection, which the loss costs in proportion to.
+        dimensions: dimensions of the projection; the loss's cost is proportional to them.
         temperature: temperature of the contrastive loss.
         radius: distance in mm below which two pixels are the same place; null is about one bin.
     """
@@ -100,7 +100,7 @@ class PixelSettings(TaskSettings):
 
 @dataclass(frozen=True, eq=False)
 class PixProSettings(TaskSettings):
-    """The settings of PixPro's consistency.
+    """Holds the settings of PixPro's consistency.
 
     Args:
         level: level of the backbone whose pixels are compared, encoder0 to decoder0; decoder2 has stride 4.
@@ -117,13 +117,13 @@ class PixProSettings(TaskSettings):
 
 @dataclass(frozen=True, eq=False)
 class SettingsByTask(Settings):
-    """The settings of each task that differ from its defaults.
+    """Holds the settings of each task that differ from its defaults.
 
     Args:
-        inpainting: what a masked part of a view was.
-        rotation: by how many right angles the patient was turned.
-        instance: which view is of the same scan.
-        pixel: which pixel is of the same place.
+        inpainting: restores a masked part of a view.
+        rotation: tells by how many right angles the patient was turned.
+        instance: finds the view of the same scan.
+        pixel: finds the pixel of the same place.
         pixpro: PixPro's consistency of pixels.
     """
 
@@ -138,7 +138,7 @@ class SettingsByTask(Settings):
 
 @dataclass(frozen=True, eq=False)
 class _Arguments(Settings):
-    """Arguments of a class, as the command line knows them."""
+    """Holds arguments of a class, as the command line knows them."""
 
     separator: ClassVar[str] = "."
     whose: ClassVar[str]
@@ -151,7 +151,7 @@ class _Arguments(Settings):
 
 @dataclass(frozen=True, eq=False)
 class NetworkSettings(_Arguments):
-    """The Swin UNETR: arguments of `medaccel.nets.SwinUNETR`.
+    """Holds the options of the Swin UNETR: arguments of `medaccel.nets.SwinUNETR`.
 
     Args:
         patch_size: side of a patch token, voxels.
@@ -194,11 +194,13 @@ class NetworkSettings(_Arguments):
 
 @dataclass(frozen=True, eq=False)
 class ViewSettings(_Arguments):
-    """The two views of an item: arguments of `medaccel.data.TwoViews`.
+    """Holds the options of the two views of an item: arguments of `medaccel.data.TwoViews`.
 
     Args:
-        scale: range of the size of what a view shows on each axis, in views: below 1 it is magnified. At most region.
-        region: size of the region that both views are cut from, in views: at 1 both have its middle.
+        scale: range of the extent that a view shows on each axis, as a multiple of the view's size: below 1 it is
+            magnified. At most region.
+        region: size of the region that both views are cut from, as a multiple of the view's size: at 1 both show its
+            middle.
         rotate: largest angle of the small rotation about each axis, radians.
         shear: largest shear.
         flip: probability that an axis is flipped.

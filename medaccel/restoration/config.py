@@ -37,7 +37,8 @@ _STUDIES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RestorationConfig:
-    """Options of a run; the same options give the same figures (on one number of threads and one processor).
+    """Holds the options of a run; the same options give the same figures (for one number of threads and one
+    processor).
 
     Args:
         output: folder of the run; made if missing. A second run with the same options continues where the first
@@ -234,7 +235,7 @@ DEMO_RUN = RestorationConfig(
         gaussian1=GaussianSettings(epochs=4),
         gaussian3=GaussianSettings(epochs=4),
         gaussian_mix=GaussianSettings(epochs=4),
-        # So few steps can't do much; small ones keep it near the denoised copy that it starts from.
+        # So few steps can't do much; small ones keep the network near the denoised copy that it starts from.
         swin_unetr=SwinSettings(steps=15, steps_per_epoch=5, learning_rate=1e-4, base="nlm"),
         diffusion_sdedit=SDEditSettings(
             steps=20,

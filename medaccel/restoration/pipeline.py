@@ -51,15 +51,15 @@ Say = Callable[[str], None]
 
 
 def run(config: RestorationConfig, *, force: bool = False, resume: bool = False, say: Say = print) -> Path:
-    """Fits the methods, chooses on validation studies, and writes a report of that.
+    """Fits the methods, chooses on validation studies, and writes a report of the choice.
 
     Under `torchrun` all processes train together; the first one does everything else.
 
     Args:
         config: the options.
-        force: start clean where the folder holds a run with other options, or a finished one.
+        force: start clean if the folder holds a run with other options, or a finished one.
         resume: refuse a folder that holds no run. (One that holds this run is resumed in any case.)
-        say: told what happens, a line at a time.
+        say: a function that is called with each line of progress.
 
     Returns:
         The path of report.html.
@@ -83,7 +83,7 @@ def run(config: RestorationConfig, *, force: bool = False, resume: bool = False,
 
 
 def check(config: RestorationConfig) -> None:
-    """Refuses what can be refused before anything is made: settings, devices, packages, studies.
+    """Refuses bad settings, devices, packages and studies before anything is made.
 
     Raises:
         ValueError, OSError: something is refused.
@@ -236,12 +236,12 @@ def _score(
 
 
 def task_of(config: RestorationConfig) -> RestorationTask:
-    """What the options ask to predict from what."""
+    """Returns the task that the options describe."""
     return RestorationTask(config.exposures, config.target_seconds)
 
 
 def settings_of(config: RestorationConfig, name: str) -> dict[str, Any]:
-    """A method's settings: the trainer's, where it takes them, then its own."""
+    """Returns a method's settings: the trainer's, as far as the method takes them, then its own."""
     kind = method_class(name)
     shared = {key: value for key, value in config.trainer.items() if key in kind.defaults}
     return shared | dict(config.settings.get(name, {}))

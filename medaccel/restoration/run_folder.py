@@ -44,7 +44,7 @@ class RunFolder(OptionsFolder):
         return values
 
     def freeze(self, config: RestorationConfig, choices: Mapping[str, Any], best: str) -> None:
-        """Records what was chosen, and the hashes that hold it fast.
+        """Records the choices, and the hashes that reveal a later change.
 
         Args:
             choices: plain values by method.
@@ -63,7 +63,7 @@ class RunFolder(OptionsFolder):
         self.write(config.plain() | {"frozen": content | {"digest": digest(content)}})
 
     def frozen(self) -> tuple[RestorationConfig, dict[str, Any]]:
-        """The options and what was chosen.
+        """Returns the options and the choices.
 
         Raises:
             FileNotFoundError: the folder holds no run, or its fits have not ended.
@@ -109,7 +109,7 @@ class RunFolder(OptionsFolder):
         return sum(e["studies_digest"] == entry["studies_digest"] for e in entries)
 
     def hashes(self, config: RestorationConfig) -> dict[str, str]:
-        """SHA-256 of each method's checkpoint that is there."""
+        """Returns the SHA-256 of each method's checkpoint that exists."""
         found = {}
         for name in config.methods:
             path = self.checkpoint(name)

@@ -45,9 +45,9 @@ class Scored:
         seconds, target_seconds: exposures of input and target.
         paths: study folders.
         rows: method: rows of `StudyEvaluator.evaluate`; of a study that a method was not asked for, NaN.
-        noise: how noisy each input is.
-        times: method: seconds of each restoration.
-        blocks: distance ("mse", "ssim"): method: summed errors (studies, axial blocks).
+        noise: noise level of each input.
+        times: seconds of each restoration, by method.
+        blocks: summed errors (studies, axial blocks), by distance ("mse", "ssim") and method.
     """
 
     seconds: int

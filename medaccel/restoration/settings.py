@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of the restoration methods, with their types, defaults and meanings.
+"""Defines the settings of the restoration methods, with their types, defaults and meanings.
 
-They stand apart from the methods so that the command line knows them without Lightning and MONAI, which take seconds
-to import.
+They are defined apart from the methods, so that the command line knows them without Lightning and MONAI, which take
+seconds to import.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _Slices = Annotated[int, Limit(lambda n: n >= 3, "at least three, or null")]
 
 @dataclass(frozen=True, eq=False)
 class MethodSettings(Settings):
-    """The settings of one restoration method."""
+    """Holds the settings of one restoration method."""
 
     unknown_names: ClassVar[str] = ": settings {names} are unknown"
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianSettings(MethodSettings):
-    """The settings of the fitted Gaussian filters.
+    """Holds the settings of the fitted Gaussian filters.
 
     Args:
         epochs: rounds of up to 5 L-BFGS iterations over all studies.
-        studies: how many of the training studies are used, the first ones; a handful of parameters needs no more.
+        studies: number of training studies that are used, from the first on; a handful of parameters needs no more.
     """
 
     epochs: Count = 10
@@ -41,13 +41,13 @@ class GaussianSettings(MethodSettings):
 
 @dataclass(frozen=True, eq=False)
 class ClassicalSettings(MethodSettings):
-    """The settings of a denoiser whose strength is searched for.
+    """Holds the settings of a denoiser whose strength is searched for.
 
     Args:
         stabiliser: function that evens out the noise before denoising.
         strengths: multiples of the noise level where the search starts, increasing.
-        search_studies: how many studies are searched on, the first ones.
-        search_slices: how many central slices of each are searched on; null takes all. Hot organs lie at the ends, so
+        search_studies: number of studies to search on, from the first on.
+        search_slices: number of central slices of each to search on; null takes all. Hot organs lie at the ends, so
             the strength that is best in the middle need not be the best of the whole.
     """
 
@@ -59,12 +59,12 @@ class ClassicalSettings(MethodSettings):
 
 @dataclass(frozen=True, eq=False)
 class NonLocalMeansSettings(ClassicalSettings):
-    """The settings of non-local means.
+    """Holds the settings of non-local means.
 
     Args:
         patch_size: side of a patch, voxels. 3 instead of 5 costs 4 points of the MSE score, 7 one point.
-        patch_distance: distance along each axis within which patches are looked for, voxels. 2 costs 0.3 points; 4 as
-            much, and three times the time: in a body, what is near is more often alike.
+        patch_distance: greatest distance of a similar patch along each axis, voxels. 2 costs 0.3 points; 4 as much,
+            and three times the time: in a body, near structures are more often alike.
     """
 
     strengths: tuple[float, ...] = (0.6, 1.0, 1.6)
@@ -74,7 +74,7 @@ class NonLocalMeansSettings(ClassicalSettings):
 
 @dataclass(frozen=True, eq=False)
 class TotalVariationSettings(ClassicalSettings):
-    """The settings of total variation.
+    """Holds the settings of total variation.
 
     Args:
         rounds: rounds of Bregman's iteration; 1 is plain total variation, about 3 points of the MSE score below 2.
@@ -92,13 +92,13 @@ class TotalVariationSettings(ClassicalSettings):
 
 @dataclass(frozen=True, eq=False)
 class BM4DSettings(ClassicalSettings):
-    """The settings of BM4D.
+    """Holds the settings of BM4D.
 
     Args:
-        threshold: threshold of the hard-thresholding stage. bm4d's own estimate, 3.04 for such noise, is not asked:
-            it calls a function that NumPy 2.4 no longer has.
+        threshold: threshold of the hard-thresholding stage; bm4d's own estimate is 3.04 for such noise. It is not
+            called, since it needs a function that NumPy 2.4 has removed.
         wiener: μ² of the Wiener stage; bm4d's own estimate is 1.01.
-        search_window: half the side of the cube where blocks are looked for, voxels.
+        search_window: half the side of the cube in which blocks are searched, voxels.
         variance_layers: how many of a stack's blocks enter the exact variances; bm4d's 4 instead of 1 takes 2.5 times
             the time and gains nothing (27.1 and 27.1 % on a training phantom).
     """
@@ -114,20 +114,20 @@ class BM4DSettings(ClassicalSettings):
 
 @dataclass(frozen=True, eq=False)
 class NetworkSettings(MethodSettings, TrainingSettings):
-    """The settings that all networks of restoration have.
+    """Holds the settings that all networks of restoration have.
 
     Args:
         roi_size: voxels of a training patch and of a window of inference, multiples of 32 (8 for the diffusion
             methods), one of them 64 (8) or more.
         overlap: share that neighbouring windows have in common.
         sw_batch_size: windows that are restored at once.
-        reference: image that is trained to: noise_free (of simulated studies), target, or auto, the first where there
-            is one.
-        use_ct: show the network the CT, where there is one.
+        reference: image that the network is trained to: noise_free (of simulated studies), target, or auto, the first
+            if it exists.
+        use_ct: show the network the CT, if the study has one.
         scaling: scaling of SUV that the network works in.
         base: image that the network's output is added to: gaussian, a smoothed copy, or nlm, the PET denoised by
             non-local means.
-        validation_studies: how many validation studies the choices are made on, the first ones.
+        validation_studies: number of validation studies to choose on, from the first on.
         residual_shrinkage: threshold of the residual shrinkage that the restored activity goes through, in standard
             deviations; 0 leaves it out. Files of earlier versions call it give_back.
     """
@@ -147,7 +147,7 @@ class NetworkSettings(MethodSettings, TrainingSettings):
 
 @dataclass(frozen=True, eq=False)
 class SwinSettings(NetworkSettings):
-    """The settings of the Swin UNETR.
+    """Holds the settings of the Swin UNETR.
 
     Args:
         feature_size: channels of the first stage, a multiple of 12.
@@ -168,14 +168,14 @@ class SwinSettings(NetworkSettings):
     ssim_weight: float = 0.3
     predict: Literal["activity", "target"] = "activity"
     accelerate: bool = True
-    # On phantoms of the training generator it costs 0.4 points of share at 60 s, and lesions from 10 mm are within
+    # On phantoms of the training generator this costs 0.4 points of share at 60 s, and lesions from 10 mm are within
     # −13 … 7 % of their uptake instead of −15 … 7 (30 s: −23 … 10, not −32 … 14, and none is lost).
     residual_shrinkage: NotNegative = 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class DiffusionSettings(NetworkSettings):
-    """The settings that both diffusion methods have. Where training is in bf16-mixed, so is sampling.
+    """Holds the settings that both diffusion methods have. If training is in bf16-mixed, so is sampling.
 
     Args:
         channels: channels of the U-Net's levels.
@@ -197,23 +197,23 @@ class DiffusionSettings(NetworkSettings):
 
 @dataclass(frozen=True, eq=False)
 class SDEditSettings(DiffusionSettings):
-    """The settings of SDEdit.
+    """Holds the settings of SDEdit.
 
     Args:
-        t0: levels that are tried, from small to large; the search ends where two in a row are worse than the best.
-        levels: level up to which the prior is trained; SDEdit never visits what lies above.
+        t0: levels that are tried, from small to large; the search ends when two in a row are worse than the best.
+        levels: level up to which the prior is trained; SDEdit never visits higher ones.
     """
 
     t0: tuple[int, ...] = (5, 10, 20, 35, 50, 75, 100, 140)
     levels: int = 200
-    # A prior that never saw the PET bends what is hottest: on three validation phantoms, 60 s, t0 = 20, K = 2, the
-    # MSE score was −137 % of its limit without this and 52 % with it.
+    # A prior that never saw the PET changes the hottest structures: on three validation phantoms, 60 s, t0 = 20, K =
+    # 2, the MSE score was −137 % of its limit without this and 52 % with it.
     residual_shrinkage: NotNegative = 1.5
 
 
 @dataclass(frozen=True, eq=False)
 class ConditionalSettings(DiffusionSettings):
-    """The settings of the conditional diffusion.
+    """Holds the settings of the conditional diffusion.
 
     Args:
         spread: standard deviation of the residual that is diffused, in the network's scaling.
@@ -232,7 +232,7 @@ class TrainerSettings(
     TotalVariationSettings,
     BM4DSettings,
 ):
-    """Settings that hold for every method that has them, unless the method's own say otherwise."""
+    """Holds settings for every method that has them, unless the method's own settings differ."""
 
     unknown_names: ClassVar[str] = Settings.unknown_names
     explained: ClassVar[type[Settings]] = NetworkSettings
@@ -240,7 +240,7 @@ class TrainerSettings(
 
 @dataclass(frozen=True, eq=False)
 class SettingsByMethod(Settings):
-    """The settings of each method that differ from its defaults.
+    """Holds the settings of each method that differ from its defaults.
 
     Args:
         gaussian1: one Gaussian filter.

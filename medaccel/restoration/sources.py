@@ -33,7 +33,7 @@ VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds of these sets start here, so tha
 
 
 def check_sources(config: RestorationConfig) -> None:
-    """Fails before the fits at what would fail after them: options and folders that can't be used."""
+    """Checks options and folders before the fits, which would otherwise fail after hours."""
     simulator_of(config)
     if config.train_studies is not None:
         # A study that lacks an exposure is found here, and not by a worker that draws it after hours.
@@ -68,7 +68,8 @@ def check_study_units(studies: Sequence[Path], exposures: Sequence[int]) -> None
 
 
 def _checked_before(config: RestorationConfig, studies: Sequence[Path]) -> bool:
-    """Whether a run of the same studies has got as far as its splits.json, and nothing has been changed since."""
+    """Tells whether a run of the same studies has already written its splits.json, and nothing has been changed
+    since."""
     record = config.output / "splits.json"
     try:
         content = read_json(record)
@@ -82,7 +83,7 @@ def _checked_before(config: RestorationConfig, studies: Sequence[Path]) -> bool:
 
 
 def simulator_of(config: RestorationConfig) -> SimulatorConfig:
-    """The simulator that the options describe.
+    """Returns the simulator that the options describe.
 
     Raises:
         ValueError: one of the run's exposures is not simulated.
@@ -98,7 +99,7 @@ def simulator_of(config: RestorationConfig) -> SimulatorConfig:
 
 
 def split(config: RestorationConfig) -> tuple[list[Path], list[Path]]:
-    """Training and validation studies of `train_studies` and `validation_studies`; no patient is in both.
+    """Splits `train_studies` and `validation_studies` into training and validation studies; no patient is in both.
 
     Raises:
         ValueError: a patient is in both folders, or a single patient is to be split.
@@ -132,7 +133,8 @@ def patient(study: Path) -> str:
 
 
 def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
-    """Study folders to fit to and to choose on; simulated where the options name none. Written to splits.json.
+    """Returns study folders to fit to and to choose on, simulated if the options name none, and writes them to
+    splits.json.
 
     Raises:
         ValueError: the given studies differ from those in splits.json.
@@ -168,14 +170,14 @@ def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> t
 
 
 def _files(study: Path, config: RestorationConfig) -> list[Path]:
-    """What a run reads of a study."""
+    """Lists the files that a run reads from a study."""
     names = [f"PET_{seconds}.nii.gz" for seconds in (*config.exposures, config.target_seconds)]
     names += ["CT.nii.gz", "lesions.nii.gz", "noise_free.nii.gz", "activity.nii.gz", "organs.nii.gz", STUDY_JSON]
     return [study / name for name in names if (study / name).is_file()]
 
 
 def given_to_score(config: RestorationConfig, chosen: ScoreConfig) -> list[Path]:
-    """The files of the studies, or of the series, that are given to score on; none where phantoms are made.
+    """Lists the files of the studies, or of the series, that are given to score on; empty if phantoms are made.
 
     Raises:
         ValueError: one of their patients was fitted to or chosen on; the folder holds no PET series.
@@ -198,13 +200,13 @@ def _unseen(config: RestorationConfig, folder: Path) -> list[Path]:
 
 
 def known_studies(config: RestorationConfig) -> tuple[list[Path], list[Path]]:
-    """What `training_studies` of another process wrote."""
+    """Returns the studies that `training_studies` of another process wrote down."""
     names = read_json(config.output / "splits.json")
     return tuple([Path(entry["study"]) for entry in names[role]] for role in ("training", "validation"))  # type: ignore[return-value]
 
 
 def studies_to_score(config: RestorationConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
-    """Study folders to score on.
+    """Returns study folders to score on.
 
     Raises:
         ValueError: one of their patients was fitted to or chosen on.
@@ -249,7 +251,7 @@ def _phantoms(
 def _real_patient(
     config: RestorationConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]
 ) -> list[Path]:
-    """Simulated exposures of a measured PET: its denoised activity is the truth."""
+    """Simulates exposures of a measured PET: its denoised activity is the truth."""
     say(f"test studies: {chosen.realisations} noise realisations of the PET in {dicom} (simulated exposures)")
     simulator = simulator_of(config)
     open_series(dicom)

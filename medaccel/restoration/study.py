@@ -47,7 +47,7 @@ _AFFINE_TOLERANCE = 1e-2
 
 @dataclass
 class PETStudy:
-    """One patient; all arrays (i, j, k) on one grid.
+    """Holds one patient's study; all arrays (i, j, k) on one grid.
 
     Args:
         name: the study's name, which is its folder's.
@@ -77,7 +77,7 @@ class PETStudy:
 
 
 def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PETStudy:
-    """Read and check a study.
+    """Reads and checks a study.
 
     Args:
         folder: see the module.
@@ -129,7 +129,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PE
 
 
 def save_study(folder: str | Path, study: PETStudy, *, force: bool = False) -> None:
-    """Write a study, each file atomically; the folder is made if missing.
+    """Writes a study, each file atomically; the folder is made if missing.
 
     Files of an interrupted writing are replaced. `force` replaces a complete study as well.
 

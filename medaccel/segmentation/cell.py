@@ -50,7 +50,7 @@ from medaccel.training.fit import train
 _LAST = "last.ckpt"
 # These tensors of the network give the classes, and are never taken from elsewhere.
 _HEAD = "out."
-# Settings that change where and how it is computed, not what.
+# These settings change where and how a cell is computed, but not its result.
 _MACHINE = ("accelerator", "strategy", "num_workers", "cache", "checkpoint_minutes", "sw_batch_size")
 
 

@@ -51,7 +51,8 @@ class SegmentationConfig:
     processor).
 
     Args:
-        output: folder of the run; made if missing. A second run with the same options goes on where the first ended.
+        output: folder of the run; made if missing. A second run with the same options continues where the first
+            ended.
         tasks: the tasks, by name: '{spleen: {data: data/Task09_Spleen, preset: Task09_Spleen}}'. Without data,
             "spleen" and "lung" are phantom tasks.
         phantoms: the cases of phantom tasks, and the scans that are pretrained on where there are no others.
@@ -60,14 +61,14 @@ class SegmentationConfig:
         fractions: shares of the training half's labels.
         seeds: seeds of the runs, one split each.
         weights: given weights of initializations, by name, one file or several, which the seeds take in turn:
-            '{published: [model_swinvit.pt]}'. Where there are none, the initialization is pretrained.
+            '{published: [model_swinvit.pt]}'. An initialization without weights is pretrained.
         pretraining: options of `medaccel pretraining run` that all presets share. The study sets output, preset,
             tasks and seed itself.
         pretraining_seeds: how many times each preset is pretrained; seeds take the weights in turn.
         settings: settings that differ from the presets', in all tasks; the defaults below are those of "generic".
-        select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report is
-            on all cells that are there.
-        jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and what is there is
+        select: the part of the grid to run now: '{task: [spleen], fraction: [0.2], init: [random]}'. The report
+            covers all finished cells.
+        jobs: cells at a time on this machine. 0 runs none: data and pretraining are prepared, and finished cells are
             reported.
         backend: joblib's backend: loky (processes on this machine), dask or ray (an existing cluster that sees the
             same folders), or sequential.
@@ -131,7 +132,7 @@ class SegmentationConfig:
 
     @property
     def comparison(self) -> dict[str, Any] | None:
-        """The primary comparison, whole; None where none is asked for."""
+        """Returns the complete primary comparison; None if none is asked for."""
         if self.primary.none:
             return None
         return {name: value for name, value in self.primary.whole().items() if name != "none"}
@@ -172,7 +173,8 @@ class SegmentationConfig:
         return names[(names.index(task) + 1) % len(names)]
 
     def plain(self) -> dict[str, Any]:
-        """What a run is, as plain YAML and JSON values, with absolute paths; how and where it is run is left out."""
+        """Returns the options that define a run, as plain YAML and JSON values with absolute paths; those on how and
+        where it runs are left out."""
         names = [one.name for one in dataclasses.fields(self) if one.name not in _NO_OPTIONS]
         values: dict[str, Any] = {name: plain(getattr(self, name)) for name in names}
         for task in values["tasks"].values():
@@ -188,7 +190,7 @@ class SegmentationConfig:
         return digest(self.plain())
 
     def _of_task(self, unfit: UnfitError) -> ValueError:
-        """An error in the settings of cells, as a task's."""
+        """Returns an error in the settings of cells as a task's."""
         where = unfit.path
         if where[0] == "settings":
             task, inner = next(iter(self.tasks), ""), where[1:]

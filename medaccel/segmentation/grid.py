@@ -25,7 +25,7 @@ from medaccel.studies.lock import locked
 from medaccel.studies.run_folder import remove_temporaries
 from medaccel.training import ranks
 
-# There while a cell is run, and afterwards where its process was killed.
+# This file exists while a cell runs, and stays if its process is killed.
 _BEGUN = "begun"
 #: It has the signature of `medaccel.segmentation.cell.run_cell`.
 RunCell = Callable[..., Mapping[str, Any]]

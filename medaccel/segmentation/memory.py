@@ -95,7 +95,7 @@ def expected_of_study(config: SegmentationConfig, settings: Mapping[str, Mapping
 
 
 def _sizes(config: SegmentationConfig, task: str, spacing: Sequence[float]) -> tuple[list[Size], int]:
-    """Of a task's cases, and its classes; of phantoms that are still to be made, too."""
+    """Returns the sizes of a task's cases, and its number of classes; also for phantoms that are still to be made."""
     given = config.tasks[task].data
     if given is None:
         made = config.phantoms

@@ -2,11 +2,11 @@
 """Runs `medaccel segmentation run`: data, pretraining, the grid of cells, and the report on all finished cells.
 
 Each part is resumed where it was: phantoms that are written, pretrainings and cells that have ended are kept. On a
-cluster without dask or ray, the cells are an array of jobs:
+without dask or ray, the cells are an array of jobs:
 
-    medaccel segmentation run --config study.yaml --jobs 0        prepares data and pretraining
-    sbatch --array=0-143 … medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
-    medaccel segmentation run --config study.yaml --jobs 0        reports
+    medaccel segmentation run --config study.yaml --jobs 0        prepares data and pretraining sbatch --array=0-143 …
+    medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID medaccel segmentation run --config
+    study.yaml --jobs 0        reports
 
 Several devices within a cell are Lightning's: `torchrun … -m medaccel.cli segmentation run … --cell i`, or with
 `--backend sequential` for one cell after the other.
@@ -39,7 +39,7 @@ from medaccel.training.memory import expect, local_processes
 Say = Callable[[str], None]
 #: It has the signature of `pretrain_preset`.
 Pretrain = Callable[[SegmentationConfig, str, int, StudyFolder, int, Say], None]
-_NAMED = 5  # of many failed cells, this many are named
+_NAMED = 5  # an error names this many of the failed cells
 
 
 def run(
@@ -56,13 +56,13 @@ def run(
 
     Args:
         config: the options.
-        force: start clean where the folder holds a study with other options, or a finished one.
+        force: start clean if the folder holds a study with other options, or a finished one.
         resume: refuse a folder that holds no study. (One that holds this study is resumed in any case.)
-        cell: number of one of the chosen cells, from 0: that one alone is run, what it needs must be there, and no
-            report is written.
-        say: told what happens, a line at a time.
-        run_cell: stands for `medaccel.segmentation.cell.run_cell`.
-        pretrain: stands for `pretrain_preset`.
+        cell: number of one of the chosen cells, from 0: that one alone is run, its inputs must exist, and no report
+            is written.
+        say: a function that is called with each line of progress.
+        run_cell: replaces `medaccel.segmentation.cell.run_cell`.
+        pretrain: replaces `pretrain_preset`.
 
     Returns:
         The path of report.html; of result.json if one cell was run; of the folder if no cell has ended yet.
@@ -158,7 +158,8 @@ def _inputs(config: SegmentationConfig, data: Mapping[str, MSDDataset]) -> list[
 
 
 def _refuse_changed_data(study: SegmentationStudy, cell: int) -> None:
-    """`--cell`: as a study's own run, of the one task; nothing is recorded, others may run beside it."""
+    """Checks for `--cell`, as a study's own run does, the data of one task; records nothing, since others may run
+    beside it."""
     record, chosen = study.folder.path / INPUTS, study.config.chosen()
     if record.exists() and 0 <= cell < len(chosen):
         task = chosen[cell].task
@@ -223,7 +224,8 @@ def _run_cells(
 
 
 def _run_one(study: SegmentationStudy, number: int, say: Say, run_cell: RunCell | None) -> Path:
-    """`--cell`: beside others of an array, so that nothing is prepared that they would prepare too."""
+    """Runs a single cell (`--cell`) beside others of an array, and so prepares nothing that they would prepare
+    too."""
     with before_work():
         one = _prepared(study, number)
     chosen = study.config.chosen()
@@ -238,7 +240,7 @@ def _run_one(study: SegmentationStudy, number: int, say: Say, run_cell: RunCell 
 
 
 def _prepared(study: SegmentationStudy, number: int) -> Cell:
-    """One of the chosen cells, if what it needs is there."""
+    """Returns one of the chosen cells, if its inputs exist."""
     study.folder.check(options_of(study.config, study.settings))
     chosen = study.config.chosen()
     if not 0 <= number < len(chosen):

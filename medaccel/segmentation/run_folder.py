@@ -19,12 +19,12 @@ from typing import Any
 from medaccel.segmentation.protocol import Cell
 from medaccel.studies.run_folder import OptionsFolder
 
-#: Files of a cell: what it found, the network that was chosen, and why it failed.
+#: These are a cell's files: its results, its chosen network, and the reason of its failure.
 RESULT, BEST, ERROR = "result.json", "best.pt", "error.txt"
 
 
 class StudyFolder(OptionsFolder):
-    """Names what is in it; `start` begins or resumes a study."""
+    """Names the files of a study; `start` begins or resumes it."""
 
     noun = "study"
     generated = (
@@ -52,7 +52,7 @@ class StudyFolder(OptionsFolder):
         return self.path / "cells" / name
 
     def network(self, cell: Cell) -> Path:
-        """The file of the network that a cell chose."""
+        """Returns the file of the network that a cell chose."""
         return self.cell(cell.name) / BEST
 
     def check(self, options: Mapping[str, Any]) -> None:

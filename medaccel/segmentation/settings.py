@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a segmentation study's parts, with their types, defaults and meanings."""
+"""Defines the settings of a segmentation study's parts, with their types, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from medaccel.segmentation.protocol import RANDOM, SEEDS
 from medaccel.studies.settings import Decay, TrainingSettings
 from medaccel.studies.typed import Count, Limit, Positive, Settings, UnfitError, nearest
 
-#: Where training cases can be kept.
+#: Training cases can be kept here.
 CACHES = ("memory", "none")
 _Cache = Annotated[str, Limit(lambda v: v in CACHES, f"one of {', '.join(CACHES)}")]
 
 
 @dataclass(frozen=True, eq=False)
 class PresetSettings(Settings):
-    """What a network of one task sees, learns and gives.
+    """Holds the settings of one task's network: its inputs, its training and its results.
 
     Args:
-        preset: preset whose settings hold where nothing else is said: generic, Task06_Lung, Task09_Spleen,
+        preset: preset whose settings hold unless others are given: generic, Task06_Lung, Task09_Spleen,
             phantom_spleen or phantom_lung.
         spacing: voxel size that the network sees, mm, to the right, the front and up.
         window: HU that become 0 and 1.
@@ -32,12 +32,12 @@ class PresetSettings(Settings):
         sw_batch_size: windows that are segmented at once.
         positive: part of the crops that are centred on foreground.
         negative: part of the crops that are centred on the rest of the body.
-        flip_axes: axes that crops are flipped along, half of them each; 0 exchanges left and right, which is nonsense
+        flip_axes: axes along which half of the crops are flipped; 0 exchanges left and right, which makes no sense
             for an organ that has a side.
         rotate90: turn crops by multiples of 90° in the axial plane (roi_size must be square there).
         rotate: largest angle that a crop is turned by about each axis, degrees.
-        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. What comes from outside of the crop
-            is background, as dark as air.
+        zoom: largest change of a crop's size along each axis; 0.1 is 0.9 to 1.1. Voxels from outside the crop are
+            background, as dark as air.
         intensity_scale: largest relative change of a crop's intensities.
         intensity_shift: largest shift of a crop's intensities, shares of the window.
         noise: largest standard deviation of added noise, share of the window.
@@ -79,7 +79,7 @@ class PresetSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class SegmentationSettings(TrainingSettings, PresetSettings):
-    """The settings of a task's cells. The defaults are those of the preset "generic"; the other presets differ.
+    """Holds the settings of a task's cells. The defaults are those of the preset "generic"; the other presets differ.
 
     Args:
         cache: where the training cases are kept: memory, or none, which reads a case for each crop.
@@ -89,7 +89,7 @@ class SegmentationSettings(TrainingSettings, PresetSettings):
     steps_per_epoch: Count = 50
     batch_size: Count = 2
     learning_rate: Positive = 4e-4
-    ema_decay: Decay = 0.0  # the best on validation is chosen
+    ema_decay: Decay = 0.0  # no average: the best network on validation is chosen
     cache: _Cache = "memory"
 
     @classmethod
@@ -100,15 +100,15 @@ class SegmentationSettings(TrainingSettings, PresetSettings):
 
 @dataclass(frozen=True, eq=False)
 class TaskOptions(Settings):
-    """One task of a study.
+    """Describes one task of a study.
 
     Args:
-        by_fraction: settings that differ further at a share of the labels, by share, for every initialization alike:
+        by_fraction: further settings at a share of the labels, by share, for every initialization alike:
             '{1.0: {steps: 1000}}', as more labels take more steps to a plateau.
         check_units: refuse data that don't look like CT in HU.
         data: folder of a Decathlon task; without it, "spleen" and "lung" are phantom tasks.
         preset: name of the preset; by default the phantoms', or "generic".
-        settings: settings that differ from the preset's in this task alone, such as --settings has.
+        settings: settings that differ from the preset's in this task alone, in the form of --settings.
     """
 
     separator: ClassVar[str] = "."
@@ -128,13 +128,13 @@ class TaskOptions(Settings):
 
 @dataclass(frozen=True, eq=False)
 class PhantomSettings(Settings):
-    """The phantoms of a study.
+    """Describes the phantoms of a study.
 
     Args:
         cases: labelled cases of each phantom task.
         spacing: voxel size of the cases, mm.
-        pool: how many unlabelled scans are pretrained on where `pretraining` names no scans.
-        pool_spacing: voxel size of those, mm.
+        pool: how many unlabelled scans are pretrained on if `pretraining` names no scans.
+        pool_spacing: voxel size of these scans, mm.
         seed: seed of the first phantom.
     """
 
@@ -149,7 +149,7 @@ class PhantomSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class Selection(Settings):
-    """The part of the grid that is run now; without a list, all of it.
+    """Selects the part of the grid that is run now; without a list, all of it is.
 
     Args:
         task: tasks.
@@ -168,16 +168,16 @@ class Selection(Settings):
 
 @dataclass(frozen=True, eq=False)
 class PrimarySettings(Settings):
-    """The comparison that the report begins with.
+    """Names the comparison that the report begins with.
 
     Args:
-        task: task that is compared on.
+        task: task of the comparison.
         fraction: share of the labels.
         init: initialization that is tested.
         against: initialization that it is compared with.
-        seeds: seeds that the comparison is over.
-        expected: gain that is expected, Dice points.
-        none: true is for no primary comparison.
+        seeds: seeds of the compared runs.
+        expected: expected gain, Dice points.
+        none: true leaves the primary comparison out.
     """
 
     as_written: ClassVar[bool] = False
@@ -193,7 +193,7 @@ class PrimarySettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class IllustrationSettings(Settings):
-    """A scan that a cell's model is shown on.
+    """Names a scan that a cell's model is shown on.
 
     Args:
         image: file of the scan.

@@ -17,10 +17,10 @@ from medaccel.segmentation.run_folder import StudyFolder
 
 
 def settings_of(config: SegmentationConfig, task: str, fraction: float | None = None) -> dict[str, Any]:
-    """All settings of a task's cells, or of those at one fraction.
+    """Returns all settings of a task's cells, or of those at one fraction.
 
     Raises:
-        ValueError: an unknown preset or setting, or a value out of range.
+        ValueError: a preset or setting is unknown, or a value is out of range.
     """
     from medaccel.segmentation.model.presets import make_settings
 
@@ -38,16 +38,17 @@ def settings_of(config: SegmentationConfig, task: str, fraction: float | None = 
 
 
 def options_of(config: SegmentationConfig, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a study is: its options, and the cells' settings, which another version's presets could change."""
+    """Returns everything that defines a study: its options, and the cells' settings, which another version's presets
+    could change."""
     plain: dict[str, Any] = json.loads(json.dumps({"cells": settings}))
     return config.plain() | plain
 
 
 def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
-    """The tasks' data that are given, checked.
+    """Checks and returns the given data of the tasks.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case.
+        FileNotFoundError, ValueError: `read_dataset` refuses a task; or a fraction leaves no case.
     """
     found = {
         name: read_dataset(task.data, check_units=task.check_units)
@@ -60,14 +61,15 @@ def check_data(config: SegmentationConfig) -> dict[str, MSDDataset]:
 
 
 class SegmentationStudy:
-    """What the cells share: data, splits, settings, and what each starts from.
+    """Holds everything that the cells share: data, splits, settings, and the weights that each starts from.
 
     Args:
-        config, folder: of the study.
-        settings: of each task.
+        config, folder: the study's options and folder.
+        settings: the settings of each task.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_dataset`; fractions that leave no case. Phantoms may be missing.
+        FileNotFoundError, ValueError: `read_dataset` refuses a task; or a fraction leaves no case. Phantoms may
+            be missing.
     """
 
     def __init__(
@@ -86,20 +88,21 @@ class SegmentationStudy:
         }
 
     def supervised(self, cell: Cell) -> bool:
-        """Whether it starts from what another task's labels taught."""
+        """Tells whether a cell starts from a network trained on another task's labels."""
         return cell.init == SUPERVISED and SUPERVISED not in self.config.weights
 
     def pretrained(self, cell: Cell) -> bool:
-        """Whether it starts from a pretraining of the study's own."""
+        """Tells whether a cell starts from one of the study's own pretrainings."""
         return cell.init not in (RANDOM, SUPERVISED, *self.config.weights)
 
     def donor(self, cell: Cell) -> Cell:
-        """The cell whose network a supervised one starts from: the other task's, trained on all of its labels."""
+        """Returns the cell whose network a supervised one starts from: the other task's, trained on all of its
+        labels."""
         seed = self.config.seeds[cell.pretraining % len(self.config.seeds)]
         return Cell(self.config.donor(cell.task), RANDOM, 1.0, seed)
 
     def weights(self, cell: Cell) -> Path | None:
-        """The file that a cell starts from, there or not."""
+        """Returns the file that a cell starts from, whether it exists or not."""
         if cell.init == RANDOM:
             return None
         if cell.init in self.config.weights:

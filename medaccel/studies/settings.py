@@ -44,11 +44,11 @@ __all__ = [
     "nearest",
 ]
 
-# Lightning's names; what a device can't do of them Lightning says itself.
+# These are Lightning's names; Lightning itself says if a device doesn't support one.
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 _CACHES = ("memory", "disk", "none")
-_LARGEST_SEED = 2**31 - 1  # leaves room for what is added to it
+_LARGEST_SEED = 2**31 - 1  # leaves room for numbers that are added to a seed
 
 
 class _Strategy(Limit):
@@ -76,7 +76,7 @@ _StrategyName = Annotated[str, _Strategy()]
 
 @dataclass(frozen=True, eq=False)
 class TrainingSettings(Settings):
-    """The settings of every network's training.
+    """Holds the settings of every network's training.
 
     Args:
         steps: optimizer steps, a multiple of steps_per_epoch.

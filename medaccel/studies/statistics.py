@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of studies: bootstrap intervals (Efron and Tibshirani, 1993), agreement, and paired comparisons.
+"""Computes statistics of studies: bootstrap intervals (Efron and Tibshirani, 1993), agreement, and paired
+comparisons.
 
-A table's score is the **mean of the studies' scores**, and its interval resamples studies. The other choice,
-the ratio of the summed errors, weighs a patient by the square of the uptake: with one hot bladder it is the
-score of that patient. `ratio_score` is for within one patient, where blocks are not patients and the ratio of
-sums is the score of the whole body.
+A table's score is the **mean of the studies' scores**, and its interval resamples studies. The other choice, the
+ratio of the summed errors, weighs a patient by the square of the uptake: with one hot bladder it is the score of that
+patient. `ratio_score` is for one patient, where the ratio of sums over blocks is the score of the whole body.
 
-Where two factors are crossed (runs and cases, realisations and blocks), both are resampled, independently of each
-other: the pigeonhole bootstrap (Owen, Annals of Applied Statistics 2007), which errs on the wide side.
+If two factors are crossed (runs and cases, realisations and blocks), both are resampled, independently of each other:
+the pigeonhole bootstrap (Owen, Annals of Applied Statistics 2007), which errs on the wide side.
 
-All intervals are percentile intervals from a seeded generator: the same values give the same interval, and
-rows of one table are resampled alike.
+All intervals are percentile intervals from a seeded generator: the same values give the same interval, and rows of
+one table are resampled alike.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from numpy.typing import ArrayLike, NDArray
 RESAMPLES = 4000
 LEVEL = 0.95
 _LIMITS = 1.96  # standard deviations: 95 % of a normal distribution lie within
-_ROUNDING = 1e-12  # of the values: differences that are equal but for rounding
+_ROUNDING = 1e-12  # share of the values: smaller differences are rounding
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean with its standard deviation (n − 1) and bootstrap interval, over `count` finite values.
+    """Holds a mean with its standard deviation (n − 1) and bootstrap interval, over `count` finite values.
 
-    NaN where undefined: everything from no value, deviation and interval from one.
+    Undefined values are NaN: everything without a value, deviation and interval with one.
     """
 
     mean: float
@@ -45,7 +45,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Bland and Altman's (1986) bias and 95 % limits of agreement, bias ± 1.96·sd, over `count` pairs.
+    """Holds Bland and Altman's (1986) bias and 95 % limits of agreement, bias ± 1.96·sd, over `count` pairs.
 
     sd and the limits are NaN below two pairs, the bias below one.
     """
@@ -59,7 +59,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation (n − 1) over `runs`; NaN where undefined: the deviation of one, all of none."""
+    """Holds mean and standard deviation (n − 1) over `runs`; the deviation of one run and both of none are NaN."""
 
     mean: float
     sd: float
@@ -68,14 +68,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """First less second, over pairs of runs.
+    """Holds the difference first less second, over pairs of runs.
 
     Args:
         difference, sd: mean and standard deviation of the runs' differences.
-        t, p: of the paired t test, two-sided; NaN below two runs, or where all differences are equal.
+        t, p: statistic and p-value of the paired t test, two-sided; NaN below two runs, or if all differences are
+            equal.
         low, high: 95 % bootstrap interval of the mean difference over runs × cases.
-        runs, cases: how many.
-        won: runs in which the first is higher.
+        runs, cases: their numbers.
+        won: number of runs in which the first is higher.
     """
 
     difference: float
@@ -90,7 +91,7 @@ class Comparison:
 
 
 def spread(values: ArrayLike) -> Spread:
-    """Of one value a run; values that aren't finite are left out."""
+    """Summarises one value per run; values that aren't finite are left out."""
     array = np.asarray(values, dtype=np.float64)
     array = array[np.isfinite(array)]
     if not len(array):
@@ -100,14 +101,15 @@ def spread(values: ArrayLike) -> Spread:
 
 
 def mean_statistic(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Statistic:
-    """Mean, standard deviation and bootstrap interval of one value a study; values not finite are left out.
+    """Computes mean, standard deviation and bootstrap interval of one value per study; values that aren't finite are
+    left out.
 
     Raises:
         ValueError: `values` is not one-dimensional, or `level` is not within (0, 1).
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
-        raise ValueError(f"values has {array.ndim} dimensions (expected 1: a value a study)")
+        raise ValueError(f"values has {array.ndim} dimensions; expected 1: one value per study")
     _check_level(level)
     array = array[np.isfinite(array)]
     count = len(array)
@@ -120,21 +122,20 @@ def mean_statistic(values: ArrayLike, *, level: float = LEVEL, seed: int = 0) ->
 
 
 def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LEVEL, seed: int = 0) -> Statistic:
-    """Within-patient score, 100·(1 − Σ errors / Σ input_errors), over noise realisations × axial blocks.
+    """Computes the within-patient score, 100·(1 − Σ errors / Σ input_errors), over noise realisations × axial blocks.
 
-    Both are resampled, the blocks alone where there is one realisation. The interval says how sure the score of
-    *this* patient is; it says nothing about other patients.
+    Both are resampled; with one realisation, the blocks alone. The interval says how certain the score of *this*
+    patient is; it says nothing about other patients.
 
     Args:
-        errors, input_errors: (realisations, blocks), summed errors of the restored and of the unrestored
-            image.
+        errors, input_errors: (realisations, blocks), summed errors of the restored and of the unrestored image.
 
     Returns:
-        A `Statistic`, whose sd is that of the blocks' own scores and whose count is realisations · blocks.
+        A `Statistic`, whose sd is the standard deviation of the blocks' own scores and whose count is realisations ·
+        blocks.
 
     Raises:
-        ValueError: shapes differ or are not 2-D, a value is negative or not finite, or all input errors are
-            0.
+        ValueError: shapes differ or are not 2-D, a value is negative or not finite, or all input errors are 0.
     """
     errors, input_errors = np.asarray(errors, np.float64), np.asarray(input_errors, np.float64)
     _check_level(level)
@@ -145,7 +146,7 @@ def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LE
         )
     for name, array in (("errors", errors), ("input_errors", input_errors)):
         if not (np.isfinite(array).all() and (array >= 0).all()):
-            raise ValueError(f"{name} has values that are negative or not finite (expected sums of errors)")
+            raise ValueError(f"{name} has values that are negative or not finite; expected sums of errors")
     if not input_errors.sum() > 0:
         raise ValueError("input_errors are all 0: the input equals its target, and the score is undefined")
     drawn = _pigeonhole(errors.shape, seed)
@@ -161,7 +162,7 @@ def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LE
 
 
 def agreement(differences: ArrayLike) -> Agreement:
-    """Bias and limits of agreement of differences; those not finite are left out."""
+    """Computes bias and limits of agreement of differences; those that aren't finite are left out."""
     values = np.asarray(differences, dtype=np.float64)
     values = values[np.isfinite(values)]
     bias = float(values.mean()) if len(values) else math.nan
@@ -170,7 +171,7 @@ def agreement(differences: ArrayLike) -> Agreement:
 
 
 def pool_agreement(parts: Sequence[tuple[float, float, float]]) -> Agreement:
-    """The agreement over the lesions of all studies, from each study's (count, bias, sd)."""
+    """Computes the agreement over the lesions of all studies, from each study's (count, bias, sd)."""
     groups = [(int(n), bias, 0.0 if n < 2 else sd) for n, bias, sd in parts if n > 0 and math.isfinite(bias)]
     count = sum(n for n, _, _ in groups)
     if not count:
@@ -186,10 +187,10 @@ def compare(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison
 
     Args:
         first, second: (runs, cases), scores of the same cases by runs of the same seeds.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: not two axes, shapes that differ, nothing in them, or values that aren't finite.
+        ValueError: the arrays don't have two axes, differ in shape, are empty, or hold values that aren't finite.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.ndim != 2 or a.shape != b.shape or not a.size:
@@ -206,12 +207,12 @@ def compare(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Comparison
 
 
 def interval(values: ArrayLike, *, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
-    """Bootstrap interval of the mean of (runs, cases).
+    """Returns the bootstrap interval of the mean of (runs, cases).
 
-    Both are resampled. The interval is NaN where there is one value alone.
+    Both are resampled. The interval of a single value is NaN.
 
     Raises:
-        ValueError: not two axes or nothing in them, or `level` out of (0, 1).
+        ValueError: the values don't have two axes or are empty, or `level` is outside (0, 1).
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or not array.size:
@@ -225,10 +226,10 @@ def interval(values: ArrayLike, *, seed: int = 0, level: float = LEVEL) -> tuple
 
 
 def paired_t_test(first: NDArray[Any], second: NDArray[Any]) -> tuple[float, float]:
-    """The statistic and the two-sided p value of Student's paired t test.
+    """Returns the statistic and the two-sided p value of Student's paired t test.
 
-    Both are NaN below two pairs, or where all differences are equal but for rounding: SciPy would divide by a
-    deviation of 0, or of what rounding left.
+    Both are NaN below two pairs, or if all differences are equal but for rounding: SciPy would divide by a deviation
+    of 0, or by rounding errors.
     """
     from scipy.stats import ttest_rel
 
@@ -240,17 +241,18 @@ def paired_t_test(first: NDArray[Any], second: NDArray[Any]) -> tuple[float, flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction: the k-th smallest of m times m − k + 1, never decreasing, at most 1.
+    """Applies Holm's (1979) step-down correction: the k-th smallest of m times m − k + 1, never decreasing, at most
+    1.
 
-    NaN are no tests: they stay, and don't count.
+    NaN stand for no test: they stay, and don't count.
 
     Raises:
-        ValueError: a value outside [0, 1].
+        ValueError: a value is outside [0, 1].
     """
     p = np.asarray(p_values, dtype=np.float64)
     tests = np.flatnonzero(np.isfinite(p))
     if ((p < 0) | (p > 1)).any() or np.isinf(p).any():
-        raise ValueError(f"p_values={list(p_values)} (expected values of 0 to 1, or NaN)")
+        raise ValueError(f"p_values is {list(p_values)}; expected values of 0 to 1, or NaN")
     order = tests[np.argsort(p[tests], kind="stable")]
     corrected = p.copy()
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
@@ -258,7 +260,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _pigeonhole(shape: tuple[int, ...], seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """How often each row and each column of a table is drawn: (RESAMPLES, rows) and (RESAMPLES, columns)."""
+    """Draws how often each row and each column of a table occurs: (RESAMPLES, rows) and (RESAMPLES, columns)."""
     generator = np.random.default_rng(seed)
     rows, columns = (
         generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES).astype(np.float64) for size in shape
@@ -267,7 +269,7 @@ def _pigeonhole(shape: tuple[int, ...], seed: int) -> tuple[NDArray[Any], NDArra
 
 
 def _weighted_sums(table: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
-    """(n,): the sum over a table's elements, weighted by the n-th weights of its rows and of its columns."""
+    """Sums a table's elements, (n,), weighted by the n-th weights of its rows and of its columns."""
     sums: NDArray[Any] = np.einsum("nr,rc,nc->n", rows, table, columns, optimize=True)
     return sums
 

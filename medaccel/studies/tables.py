@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a study as files: CSV, and JSON in which null stands for NaN."""
+"""Writes figures of a study to files: CSV, and JSON in which null stands for NaN."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from medaccel.data.files import write_text
 def write_csv(
     path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None
 ) -> None:
-    """Writes a table, replacing what is there.
+    """Writes a table, replacing an existing file.
 
     Args:
         path: the file.
         rows: values by column.
-        columns: their order; by default that in which the rows name them.
+        columns: the order of columns; by default the rows' own.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     listed = list(rows)
     if columns is None:
@@ -40,12 +40,12 @@ def write_csv(
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, force: bool = True, indent: int = 1) -> None:
-    """Writes `json_text` of a value atomically. Raises OSError as `medaccel.data.files.atomic_path`."""
+    """Writes `json_text` of a value atomically; raises the OSError of `medaccel.data.files.atomic_path`."""
     write_text(path, json_text(value, indent=indent), force=force)
 
 
 def json_text(value: Any, *, indent: int = 1) -> str:
-    """JSON of plain and NumPy values.
+    """Formats plain and NumPy values as JSON.
 
     JSON has no NaN and no infinity: null stands for a number that is not finite.
     """
@@ -53,7 +53,7 @@ def json_text(value: Any, *, indent: int = 1) -> str:
 
 
 def nan_for_null(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of figures as it was before it was JSON: null, which stood for NaN, is NaN again."""
+    """Restores a row of figures from JSON: null, which stood for NaN, becomes NaN again."""
     return {key: math.nan if value is None else value for key, value in row.items()}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options have annotated types: values are brought to them, or refused in a sentence that says what was expected.
+"""Converts options to their annotated types, or refuses them in a sentence that says what was expected.
 
-A group of options is a dataclass that is a `Settings`; it knows which of its values were given.
+A group of options is a dataclass derived from `Settings`; it knows which of its values were given.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
 
-# At run time a registered mapping, not one by its bases: jsonargparse takes a class for a group of options where all
-# of them are dataclasses.
+# At run time the base is only registered as a mapping: jsonargparse takes a class for a group of options if all of
+# its bases are dataclasses.
 if TYPE_CHECKING:
     _Base = Mapping[str, Any]
 else:
@@ -31,10 +31,10 @@ _Group = TypeVar("_Group", bound="Settings")
 
 
 class UnfitError(ValueError):
-    """A value does not fit its option.
+    """Says that a value does not fit its option.
 
     Args:
-        problem: what follows the option's name in the message, such as " is 'abc'; expected a number".
+        problem: text after the option's name in the message, such as " is 'abc'; expected a number".
         path: names that lead to the option, the outermost first.
         name: the option's name in the message.
     """
@@ -44,24 +44,24 @@ class UnfitError(ValueError):
         self.problem, self.path, self.name = problem, tuple(path), name
 
     def within(self, name: str, separator: str = ".") -> UnfitError:
-        """The same error, told from one level further out."""
+        """Returns the same error, seen from one level further out."""
         whole = f"{name}{separator}{self.name}" if self.name else name
         return UnfitError(self.problem, (name, *self.path), whole)
 
 
 class Limit:
-    """What an option's value must be, beside its type: the metadata of an `Annotated` type.
+    """Limits an option's value beyond its type: it is the metadata of an `Annotated` type.
 
     Args:
-        fits: says whether a value of the type is allowed.
-        expected: what is allowed, in words.
+        fits: a function that tells whether a value of the type is allowed.
+        expected: the allowed values in words.
     """
 
     def __init__(self, fits: Callable[[Any], bool], expected: str) -> None:
         self.fits, self.expected = fits, expected
 
     def refusal(self, value: Any) -> str | None:
-        """None where the value is allowed, else what was expected."""
+        """Returns the expected values in words if the value isn't allowed, else None."""
         return None if self.fits(value) else self.expected
 
 
@@ -73,27 +73,27 @@ NotNegative = Annotated[float, Limit(lambda x: x >= 0, "a number >= 0")]
 
 @dataclass(frozen=True, eq=False)
 class Settings(_Base):
-    """A group of options, each with a type and a default.
+    """Groups options, each with a type and a default.
 
-    As attributes, all of them are there, with their defaults. As a mapping, the group holds those that were given: a
-    study's options are kept, compared and combined by what was written, not by what an option left out happens to
-    be. Two groups are equal where the same options were given the same values.
+    All options are attributes, with their defaults. As a mapping, the group holds only the given options: a study's
+    options are kept, compared and combined as they were written, and the defaults of the others don't matter. Two
+    groups are equal if the same options were given the same values.
     """
 
-    #: What stands between the group's name and an option's in a message.
+    #: A message puts this between the group's name and an option's.
     separator: ClassVar[str] = ": "
-    #: What follows the group's name in the message about names that it doesn't have.
+    #: A message about names that the group doesn't have puts this after the group's name.
     unknown_names: ClassVar[str] = " names {names}"
-    #: Whether the group is recorded as it was written; else it is recorded as its types have it.
+    #: If True, the group is recorded as it was written, else as its types have it.
     as_written: ClassVar[bool] = True
-    #: A base of the group where --help explains, with it, the base's options alone; the others it explains elsewhere.
+    #: This base of the group has its options explained by --help with the group; the others are explained elsewhere.
     explained: ClassVar[type[Settings] | None] = None
-    #: Names of options in files of earlier versions, and their names today.
+    #: Options in files of earlier versions have these names; the values are today's names.
     renamed: ClassVar[Mapping[Any, str]] = {}
 
     def __new__(cls, *values: Any, **given: Any) -> Any:
         self = super().__new__(cls)
-        # How many values there may be is __init__'s to say.
+        # __init__ itself checks the number of values.
         object.__setattr__(self, "_written", dict(zip(cls.option_names(), values, strict=False)) | given)
         return self
 
@@ -102,10 +102,10 @@ class Settings(_Base):
 
     @classmethod
     def read(cls: type[_Group], given: Any) -> _Group:
-        """A group from a mapping, such as YAML gives.
+        """Reads a group from a mapping, such as YAML gives.
 
         Raises:
-            ValueError: no mapping, an unknown name, a value of another type or out of range.
+            ValueError: `given` is no mapping, has an unknown name, or a value of another type or out of range.
         """
         if isinstance(given, cls):
             return given
@@ -117,10 +117,11 @@ class Settings(_Base):
 
     @classmethod
     def with_current_names(cls, given: Any) -> dict[str, Any]:
-        """What was given, under today's names; the values are not looked at.
+        """Returns the given options under today's names, without checking the values.
 
         Raises:
-            ValueError: no mapping, an unknown name, an option that is given under its old name and its new one.
+            ValueError: `given` is no mapping, has an unknown name, or an option under both its old name and its new
+                one.
         """
         if not isinstance(given, Mapping):
             raise UnfitError(f" is {given!r}; expected settings by name, {{name: value}}")
@@ -136,27 +137,27 @@ class Settings(_Base):
 
     @classmethod
     def unknown(cls, names: Sequence[str], given: Mapping[str, Any]) -> str:
-        """What follows the group's name in the message about names that it doesn't have."""
+        """Returns the text after the group's name in the message about names that it doesn't have."""
         known = cls.option_names()
         expected = f"; expected some of {', '.join(known) or 'none'}{nearest(names[0], known)}"
         return cls.unknown_names.format(names=list(names)) + expected
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The options' names, in their order."""
+        """Returns the options' names, in their order."""
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """All options' defaults, plain: lists for tuples."""
+        """Returns all options' defaults, plain: lists for tuples."""
         return cls().whole()
 
     def whole(self) -> dict[str, Any]:
-        """All options, plain: those that were given, and the others' defaults."""
+        """Returns all options, plain: the given ones, and the others' defaults."""
         return {name: plain(getattr(self, name)) for name in self.option_names()}
 
     def written(self) -> dict[str, Any]:
-        """What was given, plain: as it was written, or as the types have it."""
+        """Returns the given options, plain: as they were written, or as the types have them."""
         given = vars(self)["_written"] if self.as_written else dict(self.items())
         return {name: plain(value) for name, value in given.items()}
 
@@ -195,7 +196,7 @@ class Settings(_Base):
 
 
 def settings_class(name: str, defaults: Mapping[str, Any], base: type[_Group]) -> type[_Group]:
-    """A group of options whose types are those of their defaults."""
+    """Makes a group of options whose types are those of their defaults."""
     kinds = [(key, type(value), dataclasses.field(default=value)) for key, value in defaults.items()]
     return dataclasses.make_dataclass(name, kinds, bases=(base,), frozen=True, eq=False)
 
@@ -204,7 +205,7 @@ Mapping.register(Settings)
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML and checkpoints have it: a list for a tuple, a dict for a group."""
+    """Converts a value to the form in YAML and checkpoints: a list for a tuple, a dict for a group."""
     if isinstance(value, Settings):
         return value.written()
     if isinstance(value, Mapping):
@@ -213,10 +214,10 @@ def plain(value: Any) -> Any:
 
 
 def check_fields(options: Any) -> None:
-    """Brings the fields of a frozen dataclass to their annotated types, as lists to tuples and text to paths.
+    """Converts the fields of a frozen dataclass to their annotated types, such as lists to tuples and text to paths.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: a value has another type.
     """
     kind: Any = type(options)
     given = set(options) if isinstance(options, Settings) else None
@@ -227,7 +228,7 @@ def check_fields(options: Any) -> None:
 
 @cache
 def hints_of(target: Any) -> dict[str, Any]:
-    """Annotations of a dataclass's fields or of a function's parameters, as types."""
+    """Returns the annotations of a dataclass's fields or of a function's parameters, as types."""
     if dataclasses.is_dataclass(target):
         hints = typing.get_type_hints(target, include_extras=True)
         return {field.name: hints[field.name] for field in dataclasses.fields(target)}
@@ -245,18 +246,18 @@ def hints_of(target: Any) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A question after the known name that is most like an unknown one; empty where none is."""
+    """Returns a question after the known name that is most like an unknown one; empty if no name is like it."""
     found = difflib.get_close_matches(str(name), [str(other) for other in known], n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 def converted(name: str, value: Any, hint: Any) -> Any:
-    """The value as `hint` has it: lists may be given as lists, as text with commas, or as their only entry.
+    """Converts a value to the type `hint`: lists may be given as lists, as text with commas, or as their only entry.
 
     Args:
-        name: what a message begins with.
-        value: plain, such as YAML gives.
-        hint: a type. One that is not known here, such as a class, takes any value.
+        name: the beginning of a message.
+        value: a plain value, such as YAML gives.
+        hint: a type. A type that is unknown here, such as a class, takes any value.
 
     Raises:
         ValueError: the value isn't of that type.
@@ -268,12 +269,12 @@ def converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:
-    """The value as `hint` has it, plain and under today's names; what was not given stays away.
+    """Converts a value to the type `hint`, plain and under today's names; options that were not given stay out.
 
-    Names and types are checked, not what a group says of several of its options together: it may not be whole yet.
+    Names and types are checked, but not a group's rules about several of its options: it may not be complete yet.
 
     Raises:
-        ValueError: an unknown name, or a value that isn't of its type.
+        ValueError: a name is unknown, or a value isn't of its type.
     """
     if not is_group(hint):
         return plain(converted(name, value, hint))
@@ -285,15 +286,15 @@ def checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def combined(before: Any, given: Any, hint: Any, path: Sequence[str] = ()) -> Any:
-    """What was given so far, and what is given now.
+    """Combines the earlier options with those given now.
 
     A group keeps the options that are not given again; any other value, such as a table of names that are a user's
     own, takes the former one's place.
 
     Args:
-        before: the earlier value; None where there is none.
+        before: the earlier value; None if there is none.
         given: the value now.
-        hint: type of both.
+        hint: the type of both.
         path: names that lead from `before` to the part that `given` stands for.
     """
     if path:
@@ -313,28 +314,28 @@ def combined(before: Any, given: Any, hint: Any, path: Sequence[str] = ()) -> An
 
 
 def _inner(hint: Any, key: Any) -> tuple[Any, Any]:
-    """The name, by which keys of a group or a table are compared, and the type of what is there."""
+    """Returns the name by which keys of a group or a table are compared, and the type of its value."""
     if is_group(hint):
         name = hint.renamed.get(key, key)
         return name, hints_of(hint).get(name, Any)
     inner = typing.get_args(hint)
-    # A fraction is the same fraction however it is written.
+    # A fraction is the same however it is written.
     name = float(key) if re.fullmatch(r"\d+(\.\d*)?", str(key)) else str(key)
     return name, inner[1] if len(inner) == 2 else Any
 
 
 def is_group(hint: Any) -> bool:
-    """Whether a type is a group of options."""
+    """Tells whether a type is a group of options."""
     return inspect.isclass(hint) and issubclass(hint, Settings)
 
 
 def separator(hint: Any) -> str:
-    """What stands, in a message, between the name of an option of this type and the name of a part of it."""
+    """Returns the text that messages put between the name of an option of this type and the name of a part of it."""
     return str(hint.separator) if is_group(hint) else "."
 
 
 def describe(hint: Any) -> str:
-    """A type in words."""
+    """Describes a type in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return str(hint.__metadata__[0].expected)
@@ -360,7 +361,7 @@ def _plural(hint: Any) -> str:
 
 
 def is_list(hint: Any) -> bool:
-    """Whether a type's values are lists."""
+    """Tells whether a type's values are lists."""
     origin = typing.get_origin(hint) or hint
     return origin in (tuple, list, Sequence)
 
@@ -405,7 +406,7 @@ def _grouped(value: Any, kind: type[Settings]) -> Settings:
         return kind.read(value)
     except UnfitError:
         raise
-    except ValueError as error:  # what the group says of several of its options together
+    except ValueError as error:  # the group's rules about several of its options
         raise UnfitError(f": {error}") from error
 
 
@@ -456,7 +457,7 @@ def _listed(value: Any, hint: Any, inner: Sequence[Any]) -> Any:
 
 
 def _scalar(text: str, hint: Any) -> Any:
-    """A part of a text with commas: a number where the list has numbers."""
+    """Converts a part of a text with commas: to a number if the list holds numbers."""
     if hint in (int, float, Any) or is_list(hint):
         for kind in (int, float):
             try:

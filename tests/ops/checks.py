@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op's suite shares: the implementations, the 2× rule, poisoned memory."""
+"""Holds the parts that every op's suite shares: the implementations, the 2× rule, poisoned memory."""
 
 import functools
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an op's row of the registry lacks: each cell is looked up where it says that it is."""
+"""Finds the cells that an op's row of the registry lacks: each cell is looked up where it claims to be."""
 
 import importlib.util
 import re
@@ -16,12 +16,12 @@ PYTHON_FILES = ("__init__", "reference", "op", "native", "cases", "verify")
 
 
 def lacking(op: Op) -> list[str]:
-    """One line for each cell that is missing or untrue, beginning with the cell's name."""
+    """Returns one line for each cell that is missing or untrue, beginning with the cell's name."""
     return [*_paths(op), *_kernels(op), *_cases(op), *_verifier(op), *_benchmark(op), *_files(op)]
 
 
 def _loaded(op: Op, cell: str) -> tuple[object, str | None]:
-    """What a cell's path names, or what is wrong with the path."""
+    """Returns the object that a cell's path names, or the fault of the path."""
     path = getattr(op, cell)
     if not path:
         return None, f"{cell}: is empty"

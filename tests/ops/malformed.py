@@ -267,7 +267,7 @@ def _edits(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def calls(op: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(what is wrong, arguments, "refused" | "equal" | "any": what is to come of it)."""
+    """Returns (the fault, arguments, "refused" | "equal" | "any": the expected outcome)."""
     good = OPS[op]()
     for argument, value in good.items():
         if isinstance(value, Tensor):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the diffusion step writes: autograd notices, and what torch's own ``out=`` refuses is refused."""
+"""Autograd notices where the diffusion step writes, and its ``out=`` is refused wherever torch's own is."""
 
 import contextlib
 from collections.abc import Callable, Iterator

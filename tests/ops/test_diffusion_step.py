@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step: every implementation against the fp64 reference, its gradients, masks and memory."""
+"""Tests the diffusion step: every implementation against the fp64 reference, its gradients, masks and memory."""
 
 import contextlib
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step's GPU kernels beyond numbers: sanitizers, orders of threads, launches, resources."""
+"""Tests the diffusion step's GPU kernels beyond numbers: sanitizers, orders of threads, launches, resources."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter: every implementation against the fp64 reference, its gradients, and its properties."""
+"""Tests the Gaussian filter: every implementation against the fp64 reference, its gradients, and its properties."""
 
 import contextlib
 import itertools

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian's GPU kernels beyond numbers: approximations, streams, devices, errors, orders, resources."""
+"""Tests the Gaussian's GPU kernels beyond numbers: approximations, streams, devices, errors, orders, resources."""
 
 import os
 import re

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance norm with residual and activation: every implementation against the reference, and the registration."""
+"""Tests instance norm with residual and activation: every implementation against the reference, and the
+registration."""
 
 import contextlib
 
@@ -21,7 +22,7 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 2e-7}
 
 
 def with_gradients(case: Case, tensors: tuple, dtype: torch.dtype) -> list[Tensor]:
-    """The output and the gradients to input, weight, bias and residual, where there are such."""
+    """Checks the output and the gradients to input, weight, bias and residual, as far as they are given."""
     *given, grad = (None if t is None else t.detach().to(dtype) for t in tensors)
     wanted = [t.requires_grad_() for t in given if t is not None]
     x, weight, bias, residual = given
@@ -40,7 +41,7 @@ def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, dt
         plain = with_gradients(case, tensors, dtype)
     with implementation(name), poisoned_memory():
         ours = with_gradients(case, tensors, dtype)
-    # 1/σ times differences from the mean: what is rounded is as large as the input.
+    # 1/σ multiplies differences from the mean: the rounded terms are as large as the input.
     with torch.no_grad():
         x = tensors[0].double()
         sigma = x.var(tuple(range(2, x.dim())), correction=0).sqrt().min() if x.numel() else x.new_ones(())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NT-Xent and InfoNCE: every CPU implementation against the fp64 reference, by hand, and across processes."""
+"""Tests NT-Xent and InfoNCE: every CPU implementation against the fp64 reference, by hand, and across processes."""
 
 import contextlib
 import math

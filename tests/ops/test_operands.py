@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered ops check their operands themselves: wrong ones end in a sentence, never in the process' end."""
+"""Tests that the registered ops check their operands themselves: wrong ones end in a sentence, never in a crash."""
 
 import json
 import subprocess

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixPro's loss: every CPU implementation against the fp64 reference, by hand, its gradients, its properties."""
+"""Tests PixPro's loss: every CPU implementation against the fp64 reference, by hand, its gradients, its
+properties."""
 
 import contextlib
 

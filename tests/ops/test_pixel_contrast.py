@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel-level contrastive loss: every implementation against the fp64 reference, gradients, properties."""
+"""Tests the pixel-level contrastive loss: every implementation against the fp64 reference, gradients, properties."""
 
 import contextlib
 import math

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel contrast's GPU kernels: executed on the CPU with every access checked, compiled for each architecture."""
+"""Tests the pixel contrast's GPU kernels: executed on the CPU with every access checked, compiled for each
+architecture."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def with_autograd(case: Views, tensors: tuple, grad: Tensor) -> list[Tensor]:
 
 
 def in_half(case: Views, tensors: tuple, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """As PyTorch trains in half precision: a product of rounded unit vectors, the rest in fp32."""
+    """Computes in half precision as PyTorch trains: a product of rounded unit vectors, the rest in fp32."""
     wanted = tuple(t.float().requires_grad_() for t in tensors[:2])
     units = [reference.unit(t).to(dtype) for t in wanted]
     scores = (units[0] @ units[1].transpose(1, 2)).float() / case.temperature

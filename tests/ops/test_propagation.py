@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel propagation: every CPU implementation against the fp64 reference, its gradients, its properties."""
+"""Tests pixel propagation: every CPU implementation against the fp64 reference, its gradients, its properties."""
 
 import contextlib
 import math
@@ -37,7 +37,7 @@ def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, po
         ours = with_gradients(x, v, g, power)
     terms = 0.0
     if v.numel() > 0:
-        # A feature's gradient: sums of products g · v over the channels, over the vector's length; they cancel.
+        # A feature's gradient is a sum of products g · v over the channels, over the vector's length; they cancel.
         terms = float((g.abs().amax() * v.abs().amax() * case.shape[3]) / x.norm(dim=-1).min())
     for actual, same, exact, scale in zip(ours, plain, truth, (1.0, terms, 1.0), strict=True):
         assert actual.dtype == dtype

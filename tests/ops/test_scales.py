@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op at every scale: dtype × autocast × inputs from 1e-30 to 1e30, values and gradients against fp64.
+"""Tests every op at every scale: dtype × autocast × inputs from 1e-30 to 1e30, values and gradients against fp64.
 
 A row of features has a direction at 1e-30 as at 1e30; half precision is computed in fp32, whatever autocast surrounds
 it; a loss is fp32 (fp64 for fp64). What the fp64 truth has within the result dtype's range must be finite and right,
@@ -38,7 +38,7 @@ def randn(*shape: int, seed: int = 3) -> Tensor:
 
 @dataclass(frozen=True)
 class Op:
-    """One op as a function of what is scaled.
+    """Holds one op as a function of its scaled inputs.
 
     Attributes:
         call: the op.
@@ -46,7 +46,7 @@ class Op:
         loss: the result is fp32, or fp64 for fp64, whatever autocast says.
         cast: autocast casts the inputs, and so the result.
         result_cast: autocast casts the result alone.
-        scales: of the inputs.
+        scales: factors on the inputs.
     """
 
     call: Callable[..., Tensor]
@@ -128,7 +128,7 @@ def run(op: Op, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor], Callable[[T
 
 
 def assert_right(actual: Tensor, truth: Tensor, rounding: float, *through: torch.dtype) -> None:
-    """Within the dtypes' range: to their rounding, and that of the arithmetic; beyond: infinite, or nearly so.
+    """Compares results: within the dtypes' range to their rounding and the arithmetic's; beyond it, roughly infinite.
 
     through: the dtypes that the numbers are rounded to on their way.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shifted-window attention: every CPU implementation against the fp64 reference, its gradients, its properties."""
+"""Tests shifted-window attention: every CPU implementation against the fp64 reference, its gradients, its
+properties."""
 
 import math
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention's GPU kernel: executed on the CPU with every access checked, and compiled for each architecture."""
+"""Tests the attention's GPU kernel: executed on the CPU with every access checked, and compiled for each
+architecture."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ FLOOR = {torch.float32: 2e-7, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
 def arguments(case: Case, tensors: tuple) -> tuple:
-    """What the op hands to a kernel."""
+    """Returns the arguments that the op passes to a kernel."""
     seed = torch.tensor(81985529216486895) if case.dropout_p else None
     return (*tensors, seed, case.window, case.shift, case.head_dim**-0.5, case.dropout_p)
 
@@ -235,7 +236,7 @@ def build(kernel: str, arch: int, precision: str, head_dim: int, *, dropout: boo
 
 
 def narrow(whole: Build) -> Build:
-    """As launched with head_dim 8 on an image of one window and head: sizes of 1 are constants to Triton."""
+    """Narrows the build to head_dim 8 on an image of one window and head: sizes of 1 are constants to Triton."""
     ones = dict.fromkeys({"windows", "heads", "D0", "all_windows", "group"} & set(whole.signature), 1)
     signature = {name: t for name, t in whole.signature.items() if name not in ones}
     return replace(whole, signature=signature, constants={**whole.constants, **ones, "W0": 1, "HEAD_DIM": 8})

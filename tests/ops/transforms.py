@@ -23,7 +23,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 
 def unless_refused(f: Callable[[], Any], error: type[Exception], part: str) -> Any:
-    """What f returns; None where it refuses with a sentence that tells the way out."""
+    """Returns the result of f; None if it refuses with a sentence that tells the way out."""
     try:
         return f()
     except error as refusal:
@@ -40,7 +40,7 @@ def loss(case: Case, *tensors: Tensor) -> Tensor:
 
 
 def gradients(case: Case, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """By plain autograd, so by the kernels."""
+    """Returns gradients by plain autograd, so by the kernels."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     return torch.autograd.grad(loss(case, *leaves), leaves)
 
@@ -206,7 +206,7 @@ def jvp_of_grad(case: Case) -> None:
 
 
 def double_backward(case: Case) -> None:
-    """Of plain autograd, through the kernels: here a sentence is what is expected of most."""
+    """Differentiates twice by plain autograd, through the kernels: most of them must refuse in a sentence."""
     tensors, tangents = case.tensors(), directions(case.tensors())[-1]
     leaves = [t.clone().requires_grad_() for t in tensors]
     first = torch.autograd.grad(loss(case, *leaves), leaves, create_graph=True)

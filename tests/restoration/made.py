@@ -64,7 +64,7 @@ class Broken(Smoother):
 
 
 def body(seed: int = 0, shape: tuple[int, int, int] = (24, 22, 20)) -> np.ndarray:
-    """A warm block in air, with noise."""
+    """Makes a warm block in air, with noise."""
     volume = np.zeros(shape, dtype=np.float32)
     volume[4:-4, 4:-4, :] = 2
     noise = np.random.default_rng(seed).standard_normal(shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors by axial block, and a patient's own score from them."""
+"""Tests errors by axial block, and a patient's own score from them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def evaluate(restored: np.ndarray, study: SimulatedStudy, *seconds: int) -> dict
 
 @pytest.fixture(scope="module")
 def study() -> SimulatedStudy:
-    """A linear model: a truth with a liver and three lesions, and nested increments of Gaussian noise."""
+    """Makes a linear model: a truth with a liver and three lesions, and nested increments of Gaussian noise."""
     generator = np.random.default_rng(7)
     truth = np.zeros(SHAPE)
     truth[3:-3, 3:-3] = 1.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`restoration run` and `score` on studies small enough for a test: files, figures, interruption."""
+"""Runs `restoration run` and `score` on studies small enough for a test: files, figures, interruption."""
 
 import csv
 import dataclasses

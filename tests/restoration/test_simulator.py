@@ -30,7 +30,7 @@ def cylinder(slices: int = 6) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def studies() -> list[PETStudy]:
-    """Phantoms of the standard generator, with the frozen defaults."""
+    """Makes phantoms of the standard generator, with the frozen defaults."""
     return [phantom_study(seed) for seed in range(3)]
 
 

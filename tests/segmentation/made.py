@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study of twelve cells that take no time, and what it ran."""
+"""Makes a study of twelve cells that take no time, and records what it ran."""
 
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,6 @@ def run_fake(config: SegmentationConfig, **options: Any) -> tuple[Path, list[str
 
 
 def runs(folder: Path) -> dict[str, int]:
-    """How often each cell and pretraining was run."""
+    """Counts how often each cell and pretraining was run."""
     files = [*folder.glob("cells/*/runs.txt"), *folder.glob("pretraining/*/runs.txt")]
     return {path.parent.name: len(path.read_text().splitlines()) for path in files}

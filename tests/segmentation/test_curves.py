@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning curves, against calculations by hand."""
+"""Tests learning curves against calculations by hand."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as files, and digests."""
+"""Tests tables as files, and digests."""
 
 import csv
 import hashlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of options: typed, explained, and aware of what was given."""
+"""Tests groups of options: typed, explained, and able to tell which options were given."""
 
 import copy
 import dataclasses

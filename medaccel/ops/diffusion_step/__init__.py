@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update of a diffusion sampler: the new sample, the predicted x0 and the noise, in one pass over memory."""
+"""Computes one update of a diffusion sampler: the new sample, the predicted x0 and the noise, in one pass over
+memory."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ __all__ = ["check_coefficients", "check_tensors", "diffusion_step", "run", "unsu
 
 
 def unsupported(sample: Tensor) -> str | None:
-    """None where a kernel serves `sample`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `sample`; returns None if one does."""
     device = sample.device
     if device.type == "cpu":
         return _native.cpu_problem
@@ -59,32 +60,32 @@ def diffusion_step(
     sample_offset: int = 0,
     out: Tensor | tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x0 = clip(a·x + b·m) and x′ = c·x0 + d·x + e·m + f·p + s·z: every sampler's update, in one pass.
+    """Computes x0 = clip(a·x + b·m) and x′ = c·x0 + d·x + e·m + f·p + s·z: every sampler's update, in one pass.
 
     Args:
         sample: x, (B, …), floating point. fp32 and fp64 are computed in their own precision, bf16 and fp16 in fp32.
-            Any strides; what isn't row-major within a sample is copied.
+            Any strides; samples that aren't row-major are copied.
         model_output: m, like `sample` in shape. A half-precision one may go with a float32 sample, so that a network
             runs under autocast while the sample keeps its precision.
         a, b, c, d, e, f, s: numbers, or tensors () or (B,): a batch may have a time step of its own each. On a GPU,
             tensors that lie there are not read by the host.
         previous: p, an earlier step's x0 (multistep solvers), like `sample`.
         clip: (min, max) of x0, or None. A NaN stays one.
-        noise: z, like `sample`. None: standard normals are made in the kernel.
+        noise: z, like `sample`. None: the kernel makes standard normals.
         mask: broadcastable to `sample`: nonzero = generate, 0 = keep. A kept voxel becomes guide_scale · guide +
             guide_std · z′, the guide noised to the new level. x0 is the prediction everywhere.
         guide: the volume that kept voxels keep, broadcastable to `sample`; needed with `mask`.
-        guide_scale, guide_std: signal and noise of the new level. None: what this step makes of a sample with the
-            noise m, guide_scale = c + d/a and guide_std² = (e − d·b/a)² + s²; that is the new level where m is the
-            noise (ε prediction), and the guide exactly where a step ends at level 0. Other predictions give them.
-        seed: of the noise, 64 bits (wrapped to int64), or one int64 element on the sample's device. None: drawn from
-            torch's generator, if noise is needed at all.
+        guide_scale, guide_std: signal and noise of the new level. None: those of this step's result for a sample with
+            the noise m, guide_scale = c + d/a and guide_std² = (e − d·b/a)² + s²; that is the new level if m is the
+            noise (ε prediction), and the guide exactly if a step ends at level 0. Other predictions must give them.
+        seed: the noise's seed, 64 bits (wrapped to int64), or one int64 element on the sample's device. None: drawn
+            from torch's generator, if noise is needed at all.
         offset: 0 to 2⁶³ − 1; steps with different offsets have independent noise.
         sample_offset: number of the batch's first sample: a batch may be split, and keeps its noise.
-        out: x′ is written here; or (x′, x0), with None for an x0 that nobody wants. They may be `sample` and
-            `model_output` themselves: the step then takes no memory at all. As with torch's own ``out=``, nothing may
-            require grad while gradients are recorded, no two elements may share memory, and autograd notices where
-            it had kept what is overwritten.
+        out: x′ is written here; or (x′, x0), with None for an unwanted x0. They may be `sample` and `model_output`
+            themselves: the step then takes no memory at all. As with torch's own ``out=``, nothing may require grad
+            while gradients are recorded, no two elements may share memory, and autograd notices if a tensor that it
+            had kept is overwritten.
 
     Returns:
         (x′, x0), contiguous, in the dtype of `sample`; x0 is None only where `out` says so. Same bits whatever the
@@ -92,12 +93,12 @@ def diffusion_step(
 
     The noise of element i (row-major) of sample n is lane i mod 4 of Philox-4x32-10 with key `seed` and counter
     (⌊i/4⌋, sample_offset + n, offset low, offset high), by Box–Muller on the pairs (0, 1) and (2, 3), of uniforms
-    (word + ½)·2⁻³²: the same for every dtype, device, number of threads and split of the batch. The guide's has the
-    top bit of offset set.
+    (word + ½)·2⁻³²: the same for every dtype, device, number of threads and split of the batch. The guide's
+    noise has the top bit of offset set.
 
     Raises:
-        TypeError: a tensor that is not floating point, or a seed that is no number.
-        ValueError: a shape, value, dtype or device that makes no sense.
+        TypeError: a tensor is not floating point, or the seed is no number.
+        ValueError: a shape, value, dtype or device makes no sense.
 
     Differentiable by `sample`, `model_output`, `previous`, `noise` and `guide` (in the reference also by the
     coefficients, which is then chosen). Sources: Ho et al., "Denoising diffusion probabilistic models", NeurIPS 2020;
@@ -132,7 +133,8 @@ def run(
     out: tuple[Tensor, Tensor | None] | None = None,
     need_x0: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The step of checked tensors; place: seed, offset, sample_offset. Without need_x0 the second is empty."""
+    """Runs the step on checked tensors; `place` holds seed, offset and sample_offset. Without need_x0 the second
+    result is empty."""
     sample = tensors[0]
     place = check_place(place, sample.shape[0])
     low, high = (None, None) if limits is None else limits
@@ -157,7 +159,8 @@ def run(
 
 
 def _is_direct(tensors: Tensors, coefficients: Sequence[Coefficient], seed: int | Tensor | None) -> bool:
-    """Whether the CPU kernel can be called without torch's dispatch: nothing to record, trace or read elsewhere."""
+    """Tells whether the CPU kernel can be called without torch's dispatch: nothing to record, trace or read
+    elsewhere."""
     return (
         not _native.on_gpu_path(tensors[0])
         and not isinstance(seed, Tensor)
@@ -178,7 +181,7 @@ def _run_direct(
     written = out is not None and all(t is None or (t.is_contiguous() and _dispatch.plain_eager(t)) for t in out)
     if out is not None and written:
         x_next, x0 = out
-        # What autograd has kept of these tensors is no longer what it kept: its check is to notice.
+        # These tensors no longer hold the values that autograd kept: its check must notice.
         torch.autograd.graph.increment_version([t for t in out if t is not None])
     else:
         need_x0 = need_x0 if out is None else out[1] is not None
@@ -200,7 +203,8 @@ def _run_direct(
 
 
 def _rows(coefficients: Sequence[Coefficient], sample: Tensor) -> Tensor:
-    """The coefficients in float64: (9, 1) on the CPU where all are numbers, else (9, B) where the sample is."""
+    """Returns the coefficients in float64: (9, 1) on the CPU if all are numbers, else (9, B) on the sample's
+    device."""
     if not any(isinstance(value, Tensor) for value in coefficients):
         return torch.tensor([float(value) for value in coefficients], dtype=torch.float64)[:, None]
     rows = []
@@ -216,7 +220,7 @@ def _rows(coefficients: Sequence[Coefficient], sample: Tensor) -> Tensor:
 
 
 def _needs_noise(tensors: Tensors, coefficients: Sequence[Coefficient]) -> bool:
-    """Whether the kernel may have to make random numbers; a tensor's value isn't asked."""
+    """Tells whether the kernel may have to make random numbers; a tensor's value isn't read."""
 
     def is_zero(value: Coefficient) -> bool:
         return not isinstance(value, Tensor) and value == 0
@@ -231,7 +235,7 @@ def _drawn_seed(sample: Tensor) -> Tensor:
 
 
 def _wrapped(seed: object) -> int:
-    """A 64-bit seed as int64, or an error in a sentence."""
+    """Wraps a 64-bit seed to int64, or raises an error in a sentence."""
     value = whole("diffusion_step", "seed", seed, "an integer, an int64 tensor or None")
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"diffusion_step: seed is {value}; expected one of 64 bits")
@@ -239,7 +243,7 @@ def _wrapped(seed: object) -> int:
 
 
 def _key(place: tuple[int | Tensor | None, int, int], sample: Tensor, drawn: bool) -> Tensor:
-    """seed, offset and sample_offset as int64 (3,): on the CPU where the host knows the seed."""
+    """Returns seed, offset and sample_offset as int64 (3,): on the CPU if the host knows the seed."""
     seed, offset, sample_offset = place
     if seed is None and drawn:
         seed = _drawn_seed(sample)
@@ -255,7 +259,7 @@ def _key(place: tuple[int | Tensor | None, int, int], sample: Tensor, drawn: boo
 
 
 def _with_guide_level(guided: bool, coefficients: tuple[Coefficient | None, ...]) -> tuple[Coefficient, ...]:
-    """The coefficients with signal and noise of the level that the step leads to; see the docstring above."""
+    """Returns the coefficients with signal and noise of the level that the step leads to; see `diffusion_step`."""
     a, b, c, d, e, _, s, scale, std = coefficients
     step: tuple[Coefficient, ...] = coefficients[:7]  # type: ignore[assignment]
     if not guided:

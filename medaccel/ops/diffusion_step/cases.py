@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of the diffusion step, shared by its tests, `medaccel verify` and its benchmark."""
+"""Holds sample inputs of the diffusion step, shared by its tests, `medaccel verify` and its benchmark."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ MULTISTEP = {"a": 0.8, "b": -0.6, "c": 0.5, "d": 0.4, "e": 0.0, "s": 0.0, "f": -
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the tensors' shape, layout and kinds, and its coefficients."""
+    """Describes one call: the tensors' shape, layout and kinds, and its coefficients."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class Case:
     view: str = ""
 
     def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
-        """The tensor arguments, by name."""
+        """Returns the tensor arguments, by name."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(shape: tuple[int, ...]) -> Tensor:
@@ -37,7 +37,7 @@ class Case:
             x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             if self.view == "channels_last":
                 return x.to(memory_format=torch.channels_last_3d)
-            if self.view == "offset":  # addresses that no vector load likes
+            if self.view == "offset":  # addresses that are not aligned for vector loads
                 flat = torch.empty(x.numel() + 1, dtype=dtype)
                 flat[1:] = x.flatten()
                 return flat[1:].reshape(shape)
@@ -53,7 +53,7 @@ class Case:
         return tensors
 
     def options(self) -> dict[str, Any]:
-        """The other keyword arguments."""
+        """Returns the other keyword arguments."""
         values: dict[str, Any] = dict(self.coefficients)
         if self.per_sample:
             step = torch.linspace(1.0, 0.5, self.shape[0], dtype=torch.float64)
@@ -89,5 +89,5 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

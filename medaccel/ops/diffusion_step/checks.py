@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step's arguments: what is accepted, and the sentences for the rest."""
+"""Checks the diffusion step's arguments, and refuses wrong ones in a sentence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def check_tensors(
     guide: Tensor | None,
     mask: Tensor | None,
 ) -> Tensors:
-    """The tensors, mask and guide expanded to the sample's shape; or an error in a sentence."""
+    """Returns the tensors, mask and guide expanded to the sample's shape; or raises an error in a sentence."""
     check_floating(_NAME, sample=sample)
     if sample.dim() == 0:
         raise ValueError(f"{_NAME}: sample has shape (); expected (B, …)")
@@ -84,7 +84,7 @@ def _check_broadcast(argument: str, tensor: Tensor, sample: Tensor) -> None:
 
 
 def check_coefficients(names: tuple[str, ...], values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The coefficients as Python floats or as tensors of real numbers; the guide's may be None."""
+    """Returns the coefficients as Python floats or as tensors of real numbers; the guide's may be None."""
     checked = [
         value if type(value) is float else _coefficient(name, value)
         for name, value in zip(names, values, strict=True)
@@ -110,7 +110,7 @@ def _coefficient(argument: str, value: Any) -> Coefficient | None:
 
 
 def check_clip(clip: Any) -> tuple[float, float] | None:
-    """The limits as floats."""
+    """Returns the limits as floats."""
     if clip is None:
         return None
     expected = "(min, max) with min <= max, or None"
@@ -123,7 +123,7 @@ def check_clip(clip: Any) -> tuple[float, float] | None:
 
 
 def check_place(place: Sequence[Any], batch: int) -> tuple[int | Tensor | None, int, int]:
-    """seed (looked at later), offset and sample_offset, the last two as ints."""
+    """Returns the seed (checked later), and offset and sample_offset as ints."""
     seed, offset, sample_offset = place
     offset, sample_offset = whole(_NAME, "offset", offset), whole(_NAME, "sample_offset", sample_offset)
     if not 0 <= offset < 2**63:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step's kernels, CPU and GPU."""
+"""Calls the diffusion step's kernels, CPU and GPU."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from medaccel._native import GPU_DTYPES, cpu_module, emulates_device_scalars, gpu_module
 
-# What both modules take for a tensor that isn't there.
+# Both modules take this for a missing tensor.
 _NO_SAMPLES = (0, 0, 0)
 _NO_OUTPUT = (0, 0)
 
 
 def _samples(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """The tensor with dense samples (a copy where they aren't), and its address, dtype and stride between samples."""
+    """Returns the tensor with dense samples (a copy if they aren't), and its address, dtype and stride between
+    samples."""
     if tensor is None:
         return None, _NO_SAMPLES
     if tensor.shape[0] > 0 and not tensor[0].is_contiguous():
@@ -44,7 +45,7 @@ def diffusion_step_forward(
     x_next: Tensor,
     x0: Tensor | None,
 ) -> None:
-    """Writes x′ and, where it is given, x0. Both are contiguous, and may be an input whose layout is the same.
+    """Writes x′ and, if it is given, x0. Both are contiguous, and may be an input of the same layout.
 
     inputs: sample, model_output, previous, noise, guide (any floating dtype each) and mask (bool or uint8), all of
     one shape (B, …); coefficients: 9 rows of B, or of one; key: seed, offset, sample_offset.
@@ -64,7 +65,7 @@ def diffusion_step_backward(
     grad_sample: Tensor | None,
     grad_model_output: Tensor | None,
 ) -> None:
-    """Writes the gradients of sample and model_output, each where it is given.
+    """Writes the gradients of sample and model_output, each if it is given.
 
     inputs: the gradients of x′ and x0 (one may be None), sample and model_output (None without a clip), mask.
     """
@@ -81,7 +82,8 @@ def diffusion_step_backward(
 def _gpu_coefficients(
     coefficients: Tensor, device: torch.device
 ) -> tuple[Tensor | None, tuple[int, int, list[float]]]:
-    """What the GPU's kernel takes: (address, columns, values); by value where the host knows one column."""
+    """Returns the arguments of the GPU's kernel, (address, columns, values): by value if the host knows a single
+    column."""
     on_host = coefficients.device.type == "cpu" and not emulates_device_scalars()
     if on_host and coefficients.shape[1] == 1:
         return None, (0, 1, coefficients[:, 0].tolist())
@@ -97,7 +99,8 @@ def diffusion_step_forward_gpu(
     x_next: Tensor,
     x0: Tensor | None,
 ) -> None:
-    """As `diffusion_step_forward`; coefficients and key are tensors on either device: the GPU's are not read here."""
+    """Does the work of `diffusion_step_forward`; coefficients and key are tensors on either device, and the GPU's are
+    not read here."""
     module, device, stream = gpu_module(x_next)
     held = [_samples(t) for t in inputs]
     rows, numbers = _gpu_coefficients(coefficients, x_next.device)
@@ -119,7 +122,7 @@ def diffusion_step_backward_gpu(
     grad_sample: Tensor | None,
     grad_model_output: Tensor | None,
 ) -> None:
-    """As `diffusion_step_backward`, with coefficients on either device."""
+    """Does the work of `diffusion_step_backward`, with coefficients on either device."""
     like = grad_sample if grad_sample is not None else grad_model_output
     assert like is not None
     module, device, stream = gpu_module(like)
@@ -133,13 +136,14 @@ def diffusion_step_backward_gpu(
 
 
 def same_place(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are element by element the same memory."""
+    """Tells whether two tensors of one shape are element by element the same memory."""
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
     return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and all(n == 1 or i == j for n, i, j in strides)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of memory that two tensors span meet, in one storage or in two over the same memory."""
+    """Tells whether the ranges of memory that two tensors span meet, in one storage or in two over the same
+    memory."""
     if a.numel() == 0 or b.numel() == 0 or b._is_zerotensor():
         return False
     (a_first, a_end), (b_first, b_end) = _span(a), _span(b)

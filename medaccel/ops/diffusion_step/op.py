@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step's registration: schema, shapes without data, gradients, kernels per device.
+"""Registers the diffusion step: schema, shapes without data, gradients, kernels per device.
 
 Autocast has no rule here on purpose: the sampler's state keeps its precision, whatever the network computes in, and
 the kernels take a half-precision `model_output` beside a float `sample` as they come.
@@ -18,13 +18,13 @@ from medaccel.ops.diffusion_step import native
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
 # coefficients: float64 (9, B) or (9, 1), rows a b c d e f s guide_scale guide_std; key: int64 (3,), seed, offset and
-# sample_offset. Tensors both, so that a new value compiles nothing anew; each on either device. Where need_x0 is
-# false the second output is empty.
+# sample_offset. Both are tensors, each on either device, so that a new value compiles nothing anew. If need_x0 is
+# false, the second output is empty.
 _lib.define(
     "diffusion_step(Tensor sample, Tensor? model_output, Tensor? previous, Tensor? noise, Tensor? guide, "
     "Tensor? mask, Tensor coefficients, Tensor key, float? low, float? high, bool need_x0) -> (Tensor, Tensor)"
 )
-# sample and model_output are needed, and therefore kept by autograd, only where there is a clip.
+# sample and model_output are needed, and therefore kept by autograd, only if there is a clip.
 _lib.define(
     "diffusion_step_backward(Tensor? grad_next, Tensor? grad_x0, Tensor? sample, Tensor? model_output, Tensor? mask, "
     "Tensor coefficients, float? low, float? high, bool need_sample, bool need_model_output) -> (Tensor, Tensor)"
@@ -35,7 +35,7 @@ F, S, GUIDE_SCALE, GUIDE_STD = 5, 6, 7, 8
 
 
 def clip_of(low: float | None, high: float | None) -> tuple[float, float] | None:
-    """The limits as the kernels take them."""
+    """Returns the limits in the kernels' form."""
     return None if low is None or high is None else (low, high)
 
 
@@ -45,7 +45,7 @@ _DOUBLE, _FLOAT = (torch.float64,), tuple(dtype for dtype in FLOATING if dtype !
 
 
 def _check_coefficients(operands: Operands, coefficients: Tensor, batch: int) -> None:
-    """float64 (9, B) or (9, 1), on either device."""
+    """Checks for float64 (9, B) or (9, 1), on either device."""
     operands.rank("coefficients", coefficients, (2,), "(9, B) or (9, 1)")
     columns = 1 if coefficients.shape[1] == 1 else batch
     host = operands if coefficients.device.type != "cpu" else Operands(operands.name, "coefficients", coefficients)
@@ -53,7 +53,7 @@ def _check_coefficients(operands: Operands, coefficients: Tensor, batch: int) ->
 
 
 def _check(operands: Operands, like: Tensor, tensors: dict[str, Tensor | None], mask: Tensor | None) -> None:
-    """Tensors of one shape and one class of precision, which the arithmetic's is chosen by."""
+    """Checks that tensors have one shape and one class of precision, by which the arithmetic's is chosen."""
     operands.rank("sample" if like is tensors.get("sample") else "grad_next", like, range(1, 65), "(B, …)")
     dtypes = _DOUBLE if like.dtype == torch.float64 else _FLOAT
     for argument, tensor in tensors.items():
@@ -206,7 +206,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tuple[Tensor | None, ...]:
     sample, model_output, mask, coefficients = ctx.saved_tensors
     if not ctx.need_x0:
-        grad_x0 = None  # of the empty output, which a compiler makes zeros for
+        grad_x0 = None  # a compiler makes zeros for the empty output
     wanted = ctx.needs_input_grad[:5]
     grads: list[Tensor | None] = [None] * 5
     if grad_next is None and grad_x0 is None:
@@ -217,7 +217,7 @@ def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tup
         )
         grads[:2] = [g.to(dtype) if want else None for g, dtype, want in zip(both, ctx.dtypes, wanted, strict=False)]
     if grad_next is not None and any(wanted[2:]):
-        # These are factors of x′ alone, and rarely asked for: plain PyTorch does.
+        # These gradients depend on x′ alone, and are rarely needed: plain PyTorch computes them.
         shape = (-1, *[1] * (grad_next.dim() - 1))
         generated = grad_next if mask is None else grad_next * mask.bool()
         for i, row, grad in ((2, F, generated), (3, S, generated), (4, GUIDE_SCALE, grad_next - generated)):
@@ -228,12 +228,13 @@ def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tup
 
 
 def _forward_mode(primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
-    """Without a clip the step is linear in its tensors; by the coefficients only the reference has a derivative."""
+    """Differentiates in forward mode: without a clip the step is linear in its tensors; by the coefficients only the
+    reference has a derivative."""
     sample, model_output, _, _, guide, mask, coefficients, key, low, high, need_x0 = primals
     d_sample, d_model_output, d_previous, d_noise, d_guide, _, d_coefficients, *_ = tangents
     if low is not None or high is not None or d_coefficients is not None:
         return None
-    # Random numbers of the kernel's own are constants. Not set to 0 in place, which torch.func.linearize loses.
+    # The kernel's own random numbers are constants. They are not set to 0 in place, which torch.func.linearize loses.
     constant = (GUIDE_STD,) if d_noise is not None else (GUIDE_STD, S)
     rows = coefficients.unbind()
     factors = torch.stack([torch.zeros_like(row) if i in constant else row for i, row in enumerate(rows)])

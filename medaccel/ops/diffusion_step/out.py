@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the diffusion step may write: torch's own rules for ``out=``, and one of memory.
+"""Checks the tensors that the diffusion step may write to: torch's own rules for ``out=``, and one about memory.
 
-A kernel that writes through an address goes past autograd and past torch's checks of what lies under what. So these
-are made here, and are stricter: where torch can't tell whether elements meet, it lets them.
+A kernel that writes through an address bypasses autograd and torch's checks of overlapping memory. So these checks
+are made here, and are stricter: torch allows tensors whose overlap it can't determine.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _INPUTS = ("sample", "model_output", "previous", "noise", "guide", "mask")
 
 
 def check_out(tensors: Tensors, coefficients: Sequence[Coefficient], out: Any) -> tuple[Tensor, Tensor | None]:
-    """The tensors for x′ and x0, or an error in a sentence."""
+    """Returns the tensors for x′ and x0, or raises an error in a sentence."""
     sample = tensors[0]
     if isinstance(out, Tensor):
         out = (out, torch.empty_like(sample, memory_format=torch.contiguous_format))
@@ -43,7 +43,7 @@ def check_out(tensors: Tensors, coefficients: Sequence[Coefficient], out: Any) -
                 f"{_NAME}: {name} is {target.dtype} {tuple(target.shape)} on {target.device}; expected the sample's "
                 f"{sample.dtype} {tuple(sample.shape)} on {sample.device}"
             )
-    # A compiler's tensors have no addresses; what it makes of the copy into `out` follows torch's rules.
+    # A compiler's tensors have no addresses; its code for the copy into `out` follows torch's rules.
     if not torch.compiler.is_compiling():
         for name, target in targets.items():
             _check_memory(name, target, inputs)
@@ -82,7 +82,7 @@ def _check_memory(name: str, target: Tensor, inputs: dict[str, Tensor]) -> None:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements may share memory: some axis steps less far than the axes within it reach."""
+    """Tells whether elements may share memory, because some axis steps less far than the axes within it reach."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 1

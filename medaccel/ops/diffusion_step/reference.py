@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
+"""Computes the diffusion step in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _MASK = 0xFFFFFFFF
 
 
 def normals(shape: Sequence[int], key: Tensor, of_guide: bool = False) -> Tensor:
-    """Standard normals (B, …) in float64 on the key's device; key: int64 seed, offset, sample_offset.
+    """Returns standard normals (B, …) in float64 on the key's device; key: int64 seed, offset, sample_offset.
 
     Element i (row-major) of sample n takes lane i mod 4 of Philox' words with key `seed` and counter
     (⌊i / 4⌋, sample_offset + n, offset's low half, its high half); the guide's noise has the offset's top bit set. A
@@ -47,7 +47,7 @@ def diffusion_step(
     low: float | None,
     high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`medaccel.ops.diffusion_step` for checked arguments; coefficients: (9, B) or (9, 1), a … guide_std."""
+    """Computes `medaccel.ops.diffusion_step` for checked arguments; coefficients: (9, B) or (9, 1), a … guide_std."""
     compute = torch.float64 if sample.dtype == torch.float64 else torch.float32
     shape = (-1, *[1] * (sample.dim() - 1))
     a, b, c, d, e, f, s, guide_scale, guide_std = (
@@ -64,7 +64,7 @@ def diffusion_step(
     if previous is not None:
         x_next = x_next + f * previous.to(compute)
     z = normals(sample.shape, key.to(sample.device)) if noise is None else noise
-    # Where s is 0 no noise is looked at: a NaN there would count otherwise.
+    # If s is 0, the noise is ignored: otherwise a NaN in it would count.
     x_next = torch.where(s == 0, x_next, x_next + s * z.to(compute))
     if mask is not None and guide is not None:
         held = guide_scale * guide.to(compute)

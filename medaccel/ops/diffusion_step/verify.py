@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion step's part of `medaccel verify`."""
+"""Checks and times the diffusion step for `medaccel verify`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _CASES = (
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The new sample, x0, and the gradients to every tensor that goes in."""
+    """Checks the new sample, x0, and the gradients to every input tensor."""
     case = named(name)
     given = case.tensors(dtype)
     mask = given.pop("mask", None)
@@ -41,7 +41,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_step(device: torch.device, s: float) -> _checks.Speed:
-    """A sampler's step with clip, with its noise (s > 0) or without."""
+    """Times a sampler's step with clip, with its noise (s > 0) or without."""
     size = 96 if device.type == "cpu" else 256
     x, m = (torch.rand(1, 1, size, size, size, device=device) for _ in range(2))
     options: dict[str, Any] = {**DDPM, "e": 0.1, "s": s, "clip": (-1.0, 1.0), "seed": 20200619}
@@ -62,7 +62,7 @@ def time_step(device: torch.device, s: float) -> _checks.Speed:
 
 
 def _monai_ddpm(x: Tensor, m: Tensor, device: torch.device) -> float | None:
-    """The time of MONAI's DDPM step, or None where MONAI isn't installed."""
+    """Returns the time of MONAI's DDPM step, or None if MONAI isn't installed."""
     try:
         from monai.networks.schedulers import DDPMScheduler
     except ImportError:
@@ -72,7 +72,7 @@ def _monai_ddpm(x: Tensor, m: Tensor, device: torch.device) -> float | None:
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """A step without noise and one with it."""
+    """Yields the speeds of a step without noise and one with it."""
     return (time_step(device, s) for s in (0.0, 0.4))
 
 

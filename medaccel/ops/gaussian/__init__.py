@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Separable Gaussian filtering of volumes, images and signals."""
+"""Filters volumes, images and signals with a separable Gaussian."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ from medaccel.ops.gaussian.op import check_sigma_values
 
 
 def unsupported(input: Tensor) -> str | None:
-    """None where a kernel serves `input`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `input`; returns None if one does."""
     device = input.device
     if device.type == "cpu":
         return _native.cpu_problem
@@ -50,12 +50,12 @@ def gaussian_filter(
         sigma: standard deviation in voxels: a number, one per spatial axis, or a tensor of either, which may
             require gradients. 0 leaves an axis as it is.
         truncated: the taps reach ``int(max(truncated * sigma, 0.5) + 0.5)`` voxels to each side (MONAI's rule).
-        approx: what a tap is: "erf" (the Gaussian's integral over a voxel), "sampled" (its value at the centre) or
-            "scalespace" (Lindeberg's discrete Gaussian, e^{−σ²} I_k(σ²)).
-        mode: what lies beyond the border, by SciPy's names: "constant" (zeros), "reflect" (d c b a | a b c d),
+        approx: definition of a tap: "erf" (the Gaussian's integral over a voxel), "sampled" (its value at the centre)
+            or "scalespace" (Lindeberg's discrete Gaussian, e^{−σ²} I_k(σ²)).
+        mode: values beyond the border, by SciPy's names: "constant" (zeros), "reflect" (d c b a | a b c d),
             "nearest", "mirror" (d c b | a b c d) or "wrap".
-        normalize: whether the taps of an axis are made to sum to 1. ``approx="sampled", normalize=True`` is SciPy's
-            kernel; the default is MONAI's ``GaussianFilter``, whose truncated taps sum to a little less.
+        normalize: if True, the taps of an axis are scaled to sum to 1. ``approx="sampled", normalize=True`` is
+            SciPy's kernel; the default is MONAI's ``GaussianFilter``, whose truncated taps sum to a little less.
 
     Returns:
         The filtered tensor, like `input` in shape, dtype and strides (`torch.empty_like`). Same bits whatever the
@@ -63,7 +63,7 @@ def gaussian_filter(
 
     Raises:
         TypeError: `input` is not a floating-point tensor.
-        ValueError: a shape, σ, option or device that makes no sense.
+        ValueError: a shape, σ, option or device makes no sense.
 
     On a GPU nothing waits for the device: radius and taps of a σ that lies there are made there, so a negative, NaN
     or very large one (more than 2048 voxels' reach) can't be refused and gives NaN instead.
@@ -120,7 +120,8 @@ def _sigma_values(sigma: float | Sequence[float], spatial: int) -> list[float]:
 
 
 def _largest(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> list[float] | None:
-    """The checked values of σ; under vmap the largest of all samples', for each axis. None: read where needed."""
+    """Returns the checked values of σ, under vmap the largest of all samples' for each axis; None if σ is read
+    elsewhere when needed."""
     if sigma.device.type != "cpu":
         return None
     known = _transforms.host_values(sigma)
@@ -134,7 +135,7 @@ def _largest(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> l
 
 
 def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """One σ per axis, of which some have gradients, as one tensor."""
+    """Stacks one σ per axis, some of which have gradients, into one tensor."""
     for i, value in enumerate(sigma):
         if not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype in FLOATING):
             number("gaussian_filter", f"sigma[{i}]", value)
@@ -143,7 +144,7 @@ def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:
 
 
 def _sigma_tensor(sigma: Tensor, spatial: int, device: torch.device) -> Tensor:
-    """σ as a tensor (spatial,); its values are checked where they are read, in the kernel."""
+    """Returns σ as a tensor (spatial,); the kernel checks its values when it reads them."""
     if sigma.device != device and sigma.device.type != "cpu":
         raise ValueError(
             f"gaussian_filter: sigma is on {sigma.device} and input on {device}; expected the same device"

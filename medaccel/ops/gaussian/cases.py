@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of the Gaussian filter, shared by its tests, `medaccel verify` and its benchmark."""
+"""Holds sample inputs of the Gaussian filter, shared by its tests, `medaccel verify` and its benchmark."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ MODES = ("constant", "reflect", "nearest", "mirror", "wrap")
 
 @dataclass(frozen=True)
 class Case:
-    """One call: how its input is made, and its options."""
+    """Describes one call: how its input is made, and its options."""
 
     name: str
     shape: tuple[int, ...]
@@ -22,7 +22,7 @@ class Case:
     view: str = ""  # how the tensor lies in memory
 
     def input(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-        """The input tensor (B, C, *spatial) in the case's memory layout."""
+        """Returns the input tensor (B, C, *spatial) in the case's memory layout."""
         generator = torch.Generator().manual_seed(seed)
         shape = list(self.shape)
         if self.view == "sliced":  # every axis is part of a larger tensor's, the last with step 2
@@ -78,5 +78,5 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

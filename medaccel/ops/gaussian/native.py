@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter's kernels, CPU and GPU."""
+"""Calls the Gaussian filter's kernels, CPU and GPU."""
 
 from collections.abc import Sequence
 
@@ -22,10 +22,10 @@ def gaussian_filter(
     normalize: bool,
     adjoint: bool,
 ) -> Tensor:
-    """The native filter, or its adjoint, of a float32 or float64 CPU tensor (B, C, *spatial) of any strides.
+    """Runs the native filter, or its adjoint, on a float32 or float64 CPU tensor (B, C, *spatial) of any strides.
 
-    The output has the strides that `torch.empty_like` gives. The input is copied only where it has no dense
-    spatial axis (nor dense channels), as after ``x[..., ::2]``.
+    The output has the strides that `torch.empty_like` gives. The input is copied only if it has no dense spatial axis
+    (nor dense channels), as after ``x[..., ::2]``.
     """
     cpu = cpu_module()
     output = torch.empty_like(input)
@@ -54,7 +54,7 @@ def gaussian_sigma_gradient(
     mode: str,
     normalize: bool,
 ) -> list[float]:
-    """Σ grad · ∂filter(input)/∂sigma, one number per spatial axis. Any strides, as above."""
+    """Returns Σ grad · ∂filter(input)/∂sigma, one number per spatial axis, for any strides."""
     cpu = cpu_module()
 
     def run(x: Tensor, g: Tensor) -> list[float]:
@@ -71,7 +71,8 @@ def gaussian_sigma_gradient(
 
 
 def _volume(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """`tensor` with its spatial part dense in C order (a copy where it isn't), and that part's sizes (z, y, x)."""
+    """Returns `tensor` with its spatial part dense in C order (a copy if it isn't), and that part's sizes (z, y,
+    x)."""
     size = [*[1] * (5 - tensor.dim()), *tensor.shape[2:]]
     step = 1
     for axis in range(tensor.dim() - 1, 1, -1):
@@ -91,7 +92,7 @@ def gaussian_filter_gpu(
     adjoint: bool,
     derivative_axis: int = -1,
 ) -> Tensor:
-    """The GPU filter of a tensor (B, C, *spatial) of any floating dtype; sigma (spatial,) on either device.
+    """Filters a tensor (B, C, *spatial) of any floating dtype on the GPU; sigma (spatial,) lies on either device.
 
     σ on the GPU is never read by the host: radius and taps are made where it lies, for radii up to
     `max_device_radius`; the caller has checked values that the host can see. derivative_axis: a spatial axis that is
@@ -131,7 +132,7 @@ def gaussian_filter_gpu(
 def gaussian_sigma_gradient_gpu(
     input: Tensor, grad: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str, normalize: bool
 ) -> Tensor:
-    """Σ grad · ∂filter(input)/∂sigma, (spatial,) in float64 on the input's device; nothing is read by the host."""
+    """Returns Σ grad · ∂filter(input)/∂sigma, (spatial,) in float64 on the input's device; the host reads nothing."""
     module, device, stream = gpu_module(input)
     if input.dtype in (torch.bfloat16, torch.float16):
         input = input.float()  # the filtered input is summed up, and must not be rounded before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter's registration: schema, shapes without data, gradients, autocast, kernels per device."""
+"""Registers the Gaussian filter: schema, shapes without data, gradients, autocast, kernels per device."""
 
 import math
 from typing import Any
@@ -26,13 +26,14 @@ _lib.define(
 MAX_RADIUS = 1 << 20
 
 
-# Where taps or their gradient overflow, by approx: 1/σ in float64; for "sampled", whose gradient has 1/σ², its square
-# too; and for "sampled" taps left as they are, which grow like 1/σ, float32's range over three axes.
+# From these σ on, taps and their gradient don't overflow, by approx: 1/σ in float64; for "sampled", whose gradient
+# has 1/σ², its square too; and for "sampled" taps that are not normalised, which grow like 1/σ, float32's range over
+# three axes.
 MIN_SIGMA, MIN_NORMALIZED_SAMPLED, MIN_SAMPLED = 1e-300, 1e-150, 1e-6
 
 
 def check_sigma_values(sigma: list[float], truncated: float, approx: str, normalize: bool) -> list[float]:
-    """The standard deviations, or a ValueError where one makes no sense."""
+    """Returns the standard deviations, or raises a ValueError if one makes no sense."""
     least = MIN_SIGMA
     if approx == "sampled":
         least = MIN_NORMALIZED_SAMPLED if normalize else MIN_SAMPLED
@@ -60,7 +61,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 def _check(
     name: str, argument: str, volume: Tensor, sigma: Tensor, truncated: float, approx: str, mode: str
 ) -> Operands:
-    """What the kernels rest on; the values of a σ on the CPU are checked where they are read."""
+    """Checks everything that the kernels rely on; the values of a σ on the CPU are checked when they are read."""
     operands = Operands(name, argument, volume)
     operands.rank(argument, volume, (3, 4, 5), "(B, C, *spatial) with 1-3 spatial axes")
     spatial = (volume.dim() - 2,)
@@ -176,7 +177,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _forward_mode(primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor | None:
-    """The filter is linear in its input; by σ only the reference has a derivative."""
+    """Differentiates in forward mode: the filter is linear in its input; by σ only the reference has a derivative."""
     _, sigma, *settings = primals
     if tangents[1] is not None:
         return None

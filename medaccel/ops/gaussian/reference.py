@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
+"""Computes the Gaussian filter in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,16 @@ from torch import Tensor
 
 
 def radius(sigma: float, truncated: float) -> int:
-    """Taps reach this many voxels to each side (MONAI's rule); σ = 0 is the identity and needs none."""
+    """Returns the taps' reach in voxels to each side (MONAI's rule); σ = 0 is the identity and needs none."""
     return int(max(truncated * sigma, 0.5) + 0.5) if sigma > 0 else 0
 
 
 def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool, largest: float | None = None) -> Tensor:
-    """The taps of one axis, (2 · radius + 1,) in float64, differentiable by `sigma` (a scalar tensor, voxels).
+    """Returns the taps of one axis, (2 · radius + 1,) in float64, differentiable by `sigma` (a scalar tensor,
+    voxels).
 
-    largest: the value of `sigma`, where it is known; under vmap, which hides it, the largest of all samples' σ. All
-    then have taps as far as that one's reach, zeros beyond their own.
+    largest: the value of `sigma`, if it is known; under vmap, which hides it, the largest of all samples' σ. All
+    samples then have taps up to the largest reach, with zeros beyond their own.
     """
     s = sigma.double()
     value = float(sigma.detach()) if largest is None else largest
@@ -43,7 +44,7 @@ def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool, largest:
 
 
 def extended_index(size: int, r: int, mode: str) -> Tensor:
-    """For positions −r … size − 1 + r, the index that each reads under a border mode (not "constant")."""
+    """Returns, for positions −r … size − 1 + r, the index that each reads under a border mode (not "constant")."""
     p = torch.arange(-r, size + r)
     if mode == "nearest" or size == 1:
         return p.clamp(0, size - 1)
@@ -65,9 +66,10 @@ def gaussian_filter(
     normalize: bool,
     largest: Sequence[float] | None = None,
 ) -> Tensor:
-    """`medaccel.ops.gaussian_filter` for checked arguments.
+    """Computes `medaccel.ops.gaussian_filter` for checked arguments.
 
-    input (B, C, *spatial), sigma (spatial,); largest: as in `taps`, one per axis. bf16 and fp16 are computed in fp32.
+    input (B, C, *spatial), sigma (spatial,); largest: that of `taps`, one per axis. bf16 and fp16 are computed in
+    fp32.
     """
     half = input.dtype in (torch.bfloat16, torch.float16)
     x = input.float() if half else input

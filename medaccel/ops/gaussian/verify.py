@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Gaussian filter's part of `medaccel verify`."""
+"""Checks and times the Gaussian filter for `medaccel verify`."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ _CASES = {f"{name}, {mode}": (named(name), mode) for name, mode in itertools.pro
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The filtered volume and the gradients to input and σ."""
+    """Checks the filtered volume and the gradients to input and σ."""
     case, mode = _CASES[name]
     x, grad = (case.input(dtype, seed).to(device) for seed in (0, 1))
 
@@ -36,7 +36,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_filter(device: torch.device, sigma: float) -> _checks.Speed:
-    """A volume filtered in fp32, beside a convolution an axis and MONAI's layer."""
+    """Times filtering a volume in fp32, beside one convolution per axis and MONAI's layer."""
     size = 96 if device.type == "cpu" else 256
     x = torch.rand(1, 1, size, size, size, device=device)
     taps = reference.taps(torch.tensor(sigma), 4.0, "erf", False).to(x)
@@ -60,7 +60,7 @@ def time_filter(device: torch.device, sigma: float) -> _checks.Speed:
 
 
 def _monai_layer(sigma: float) -> torch.nn.Module | None:
-    """MONAI's layer, or None where MONAI isn't installed."""
+    """Returns MONAI's layer, or None if MONAI isn't installed."""
     try:
         from monai.networks.layers import GaussianFilter
     except ImportError:
@@ -70,7 +70,7 @@ def _monai_layer(sigma: float) -> torch.nn.Module | None:
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """A small, a medium and a large σ."""
+    """Yields the speeds at a small, a medium and a large σ."""
     return (time_filter(device, sigma) for sigma in (1.0, 2.0, 4.0))
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance normalisation with what follows it in a residual block: the skip connection's sum and a leaky ReLU."""
+"""Normalises instances together with the next steps of a residual block: the skip connection's sum and a leaky
+ReLU."""
 
 import math
 
@@ -13,7 +14,7 @@ from medaccel.ops.instance_norm import op, reference
 
 
 def unsupported(input: Tensor) -> str | None:
-    """None where a kernel serves `input`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `input`; returns None if one does."""
     if input.device.type == "cpu":
         return _native.cpu_problem
     return f"instance_norm_act has a kernel for the CPU only, none for {input.device.type!r}"
@@ -28,11 +29,11 @@ def instance_norm_act(
     eps: float = 1e-5,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """leaky_relu(instance_norm(input) · weight + bias + residual), in two reads of the input and one write.
+    """Computes leaky_relu(instance_norm(input) · weight + bias + residual), in two reads of the input and one write.
 
     PyTorch's layers read and write the tensor once for each of the three steps, and keep two of the results for the
-    backward pass. Here that pass needs the input, each instance's mean and 1/σ, and the sign of what was activated:
-    from the input, or, with a residual, from the output, which the next layer keeps anyway.
+    backward pass. Here that pass needs the input, each instance's mean and 1/σ, and the sign of the activation's
+    input: from the input, or, with a residual, from the output, which the next layer keeps anyway.
 
     Args:
         input: (B, C, *spatial) with 1-3 spatial axes, floating point. fp32 and fp64 are computed in their own
@@ -40,17 +41,17 @@ def instance_norm_act(
             deviations may be as large as 1e35 (in torch's own layer, variances overflow from 1e19 on).
         weight, bias: (C,), the affine part; None: 1 and 0.
         residual: like `input`, added before the activation; None: nothing.
-        eps: added to the variance.
-        negative_slope: of the leaky ReLU, any number; 0 is a ReLU. None: no activation.
+        eps: number added to the variance.
+        negative_slope: slope of the leaky ReLU, any number; 0 is a ReLU. None: no activation.
 
     Returns:
         Like `input` in shape, dtype and strides (`torch.empty_like`). Same bits whatever the number of threads,
         gradients included. A NaN spreads over its own channel of its own sample.
 
     Raises:
-        TypeError: a tensor that is not floating point, a number that is none.
-        ValueError: a shape, number or device that makes no sense; a single spatial element, whose variance is 0
-            (torch's error).
+        TypeError: a tensor is not floating point, or a number is none.
+        ValueError: a shape, number or device makes no sense; or there is a single spatial element, whose variance is
+            0 (torch's error).
 
     Differentiable by `input`, `weight`, `bias` and `residual`. Source: Ulyanov et al., "Instance normalization",
     arXiv:1607.08022, as ``torch.nn.InstanceNorm3d`` computes it (biased variance, the instance's own statistics).
@@ -71,7 +72,8 @@ def instance_norm_act(
 
 
 def _check_eps(eps: object, input: Tensor) -> float:
-    """eps as a number that the arithmetic's dtype holds: below, a constant channel would be 0 · ∞."""
+    """Returns eps as a number that the arithmetic's dtype holds: with a smaller one, a constant channel would be 0 ·
+    ∞."""
     value = finite("instance_norm_act", "eps", eps)
     least = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).tiny
     if value < least:

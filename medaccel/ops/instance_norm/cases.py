@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of instance norm, shared by its tests, `medaccel verify` and its benchmark."""
+"""Holds sample inputs of instance norm, shared by its tests, `medaccel verify` and its benchmark."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `view`: how the input lies in memory; `others`: how residual and gradient do."""
+    """Describes one call. `view` says how the input lies in memory; `others` how residual and gradient do."""
 
     name: str
     shape: tuple[int, ...]
@@ -18,12 +18,12 @@ class Case:
     residual: bool = False
     affine: bool = False
     slope: float | None = 0.01
-    offset: float = 0.0  # of the mean, in standard deviations
+    offset: float = 0.0  # the mean, in standard deviations
 
     def tensors(
         self, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """input, weight, bias, residual and the output's gradient."""
+        """Returns input, weight, bias, residual and the output's gradient."""
         generator = torch.Generator().manual_seed(0)
         random = lambda *shape: torch.randn(shape, generator=generator, dtype=dtype)  # noqa: E731
         x, residual, grad = (random(*self.shape) for _ in range(3))
@@ -36,7 +36,7 @@ class Case:
 
 
 def laid(x: Tensor, view: str) -> Tensor:
-    """`x` as a case's `view` has it lie in memory."""
+    """Returns `x` in the memory layout of a case's `view`."""
     if view == "last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if view == "sliced":
@@ -73,5 +73,5 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

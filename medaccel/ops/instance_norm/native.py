@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance norm's CPU kernels."""
+"""Calls instance norm's CPU kernels."""
 
 import math
 
@@ -10,14 +10,15 @@ from medaccel._native import DTYPES, address, cpu_module
 
 
 def strided_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`'s values with the strides that `torch.empty_like(like)` has: itself where it has them already."""
+    """Returns `tensor`'s values with the strides of `torch.empty_like(like)`: itself if it has them already."""
     if tensor.stride() == like.stride():  # `tensor` is dense, so `like` is
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _dense(tensor: Tensor, channels_last: bool) -> Tensor:
-    """(B, C, *spatial) dense in one of two orders: as torch.contiguous gives it, or with the channels last."""
+    """Returns (B, C, *spatial) dense in one of two orders: as torch.contiguous gives it, or with the channels
+    last."""
     if not channels_last:
         return tensor.contiguous()
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -43,9 +44,9 @@ def instance_norm_forward(
     eps: float,
     negative_slope: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The native norm of a float32 or float64 CPU tensor (B, C, *spatial); the others in the same dtype.
+    """Runs the native norm on a float32 or float64 CPU tensor (B, C, *spatial); the others have the same dtype.
 
-    Returns the output, channels last where the input is and contiguous otherwise, and mean and 1/σ, (B, C).
+    It returns the output, channels last if the input is and contiguous otherwise, and mean and 1/σ, (B, C).
     """
     cpu = cpu_module()
     last = _channels_last(input)
@@ -75,7 +76,8 @@ def instance_norm_backward(
     need_affine: bool,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients to input and, where needed, to weight, bias and residual. signs: see csrc's `Sign`."""
+    """Returns the gradients to input and, where needed, to weight, bias and residual; csrc's `Sign` explains
+    `signs`."""
     cpu = cpu_module()
     last = _channels_last(input)
     source, g = _dense(input, last), _dense(grad, last)

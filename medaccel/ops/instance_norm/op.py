@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance normalisation's registration: schema, shapes without data, gradients, the CPU's kernel.
+"""Registers instance normalisation: schema, shapes without data, gradients, the CPU's kernel.
 
 Autocast needs no rule: like torch's own instance norm, the op runs in the dtype of its input.
 """
@@ -19,7 +19,7 @@ _lib.define(
     "instance_norm_act(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     "float? negative_slope) -> (Tensor, Tensor, Tensor)"
 )
-# signs: the output (slope >= 0) or the residual (slope < 0, where the output's sign is no longer the input's).
+# signs: the output (slope >= 0) or the residual (slope < 0: the output's sign is then no longer the input's).
 _lib.define(
     "instance_norm_act_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor? signs, Tensor mean, "
     "Tensor rstd, float? negative_slope, bool need_affine, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -31,7 +31,7 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def call(*args: Any) -> Tensor:
-    """The op's first output."""
+    """Returns the op's first output."""
     output: Tensor = torch.ops.medaccel.instance_norm_act(*args)[0]
     return output
 
@@ -42,7 +42,7 @@ def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> list[Tensor
 
 # --- checks --------------------------------------------------------------------------------------------------
 def _check(name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Operands:
-    """What the kernels' memory accesses rest on."""
+    """Checks everything that the kernels' memory accesses rely on."""
     operands = Operands(name, "input", input)
     operands.rank("input", input, (3, 4, 5), "(B, C, *spatial) with 1-3 spatial axes")
     for argument, tensor in (("weight", weight), ("bias", bias)):

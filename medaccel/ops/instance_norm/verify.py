@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance norm's part of `medaccel verify`."""
+"""Checks and times instance norm for `medaccel verify`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,7 +18,7 @@ _CASES = (
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The output and the gradients to input, weight, bias and residual, where there are such."""
+    """Checks the output and the gradients to input, weight, bias and residual, as far as they are given."""
     case = named(name)
     every = [None if t is None else t.to(device) for t in case.tensors(dtype)]
     there = [t is not None for t in every]
@@ -33,7 +33,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
         wanted = [t for t in (x, weight, bias, residual) if t is not None]
         return [y.detach(), *torch.autograd.grad(y, wanted, grad.to(y), materialize_grads=True)]
 
-    # 1/σ times differences from the mean: what is rounded is as large as the input.
+    # 1/σ multiplies differences from the mean: the rounded terms are as large as the input.
     size, x = 1.0, tensors[0].double()
     if x.numel() > 0:
         spread = x.var(tuple(range(2, x.dim())), correction=0).sqrt()
@@ -42,7 +42,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_norm(device: torch.device) -> _checks.Speed:
-    """The norm, the residual's sum and the leaky ReLU at the end of a Swin UNETR's block."""
+    """Times the norm, the residual's sum and the leaky ReLU at the end of a Swin UNETR's block."""
     size = 48 if device.type == "cpu" else 96
     x, residual = (torch.rand(1, 24, size, size, size, device=device) for _ in range(2))
     with torch.no_grad():
@@ -55,7 +55,7 @@ def time_norm(device: torch.device) -> _checks.Speed:
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """One map of a Swin UNETR's decoder."""
+    """Yields the speed on one map of a Swin UNETR's decoder."""
     yield time_norm(device)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contrast between whole images or volumes: NT-Xent (SimCLR) and InfoNCE, streamed, also across processes."""
+"""Contrasts whole images or volumes: NT-Xent (SimCLR) and InfoNCE, streamed, also across processes."""
 
 import math
 from typing import Literal, overload
@@ -19,7 +19,7 @@ from medaccel.ops.pixel_contrast.temperature import carry_temperature
 
 
 def unsupported(z1: Tensor) -> str | None:
-    """None where a kernel serves `z1`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `z1`; returns None if one does."""
     if z1.device.type == "cpu":
         return _native.cpu_problem
     return f"nt_xent_loss has no kernel for device {z1.device.type!r}"
@@ -28,28 +28,27 @@ def unsupported(z1: Tensor) -> str | None:
 def nt_xent_loss(
     z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """SimCLR's loss: each embedding against all others, its other view being the positive.
+    """Computes SimCLR's loss: each embedding against all others, its other view being the positive.
 
-    With z = [z1; z2] (2N of them): the mean over i of log Σ_{k≠i} exp(cos(z_i, z_k)/τ) − cos(z_i, z_j(i))/τ, j(i) the
-    other view of i. As a log-sum-exp it is finite for small τ, and for fp16, which is computed in fp32. No 2N × 2N
-    tensor is made.
+    With z = [z1; z2] (2N of them), the loss is the mean over i of log Σ_{k≠i} exp(cos(z_i, z_k)/τ) − cos(z_i,
+    z_j(i))/τ, where j(i) is the other view of i. As a log-sum-exp it is finite for small τ, and for fp16, which is
+    computed in fp32. No 2N × 2N tensor is made.
 
     Args:
         z1, z2: (N, C) each: row i of both comes from the same image. Normalised inside, at any scale (the gradient by
             a row of scale 1e-38 may be infinite); a zero vector has cosine 0 with everything and gets no gradient.
-        temperature: above 0. (0.5 is MONAI's and lightly's, the official code has 0.1.) A tensor of one element may
-            require grad and gets one (a learnt temperature); its memory stays linear.
+        temperature: a number above 0. (0.5 is MONAI's and lightly's, the official code has 0.1.) A tensor of one
+            element may require grad and gets one (a learnt temperature); its memory stays linear.
         group: contrast with the embeddings of all its processes, which must have N rows each. The result is the mean
             over this process' anchors, and gradients flow to the other processes' embeddings: averaged over
             processes, as DDP does, loss and gradients are those of one process with the whole batch.
 
     Returns:
-        a scalar, in fp32 (fp64 for fp64 embeddings); 0 where N = 0. One pair alone costs nothing: it has no
-        negatives.
+        A scalar, in fp32 (fp64 for fp64 embeddings); 0 for N = 0. One pair alone has loss 0: it has no negatives.
 
     Raises:
-        TypeError: a dtype that makes no sense.
-        ValueError: a shape, temperature or device that makes no sense.
+        TypeError: a dtype makes no sense.
+        ValueError: a shape, temperature or device makes no sense.
 
     Source: Chen et al., "A simple framework for contrastive learning of visual representations", ICML 2020.
 
@@ -98,22 +97,22 @@ def info_nce_loss(
     group: dist.ProcessGroup | None = None,
     return_bound: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """InfoNCE in one direction: each query against all keys, the key of the same row being the positive.
+    """Computes InfoNCE in one direction: each query against all keys, the key of the same row being the positive.
 
-    The mean over i of log Σ_k exp(cos(q_i, k_k)/τ) − cos(q_i, k_i)/τ.
+    The loss is the mean over i of log Σ_k exp(cos(q_i, k_k)/τ) − cos(q_i, k_i)/τ.
 
     Args:
         query, key: (N, C) each. Normalised inside.
-        temperature: as in `nt_xent_loss`.
-        group: as in `nt_xent_loss`: the keys of all its processes.
-        return_bound: also give log N − loss, N being the number of all keys, without gradient: a lower bound on the
-            mutual information of queries and keys, in nats. It can't say more than log N.
+        temperature: see `nt_xent_loss`.
+        group: contrast with the keys of all its processes; see `nt_xent_loss`.
+        return_bound: also return log N − loss, N being the number of all keys, without gradient: a lower bound on the
+            mutual information of queries and keys, in nats. It can't exceed log N.
 
     Returns:
         a scalar, in fp32 (fp64 for fp64 embeddings); 0 where N = 0.
 
     Raises:
-        TypeError, ValueError: as `nt_xent_loss`.
+        TypeError, ValueError: `nt_xent_loss` would refuse the arguments.
 
     Source: van den Oord et al., "Representation learning with contrastive predictive coding", 2018, eq. 4 and 5.
 
@@ -132,13 +131,13 @@ def info_nce_loss(
 
 
 def _widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the arithmetic, so that the parts of their gradients are added up in it, too."""
+    """Converts both to the dtype of the arithmetic, so that the parts of their gradients are added up in it, too."""
     dtype = op.compute_dtype(a, b)
     return a.to(dtype), b.to(dtype)
 
 
 def _similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, self_offset: int) -> Tensor:
-    """(N,), by the kernel or by the reference."""
+    """Returns the log-sum-exps (N,), by the kernel or by the reference."""
     if _dispatch.kernel_serves(query, key, temperature) and unsupported(query) is None:
         if isinstance(temperature, Tensor):
             query, key, temperature = carry_temperature(query, key, temperature)
@@ -150,14 +149,14 @@ def _similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, sel
 
 
 def _paired(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
-    """The cosines of the unit vectors a with those of b, over temperature, (N,)."""
+    """Returns the cosines of the unit vectors a with those of b, over temperature, (N,)."""
     return (a * b).sum(dim=-1) / temperature
 
 
 def _check(
     name: str, temperature: float | Tensor, group: dist.ProcessGroup | None, **embeddings: Tensor
 ) -> float | Tensor:
-    """The temperature as `check_temperature` gives it, or an error in a sentence."""
+    """Returns the temperature as `check_temperature` gives it, or raises an error in a sentence."""
     (first, a), (second, b) = embeddings.items()
     check_floating(name, **embeddings)
     if a.dim() != 2 or a.shape[1] == 0:

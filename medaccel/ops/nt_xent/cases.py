@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of NT-Xent and InfoNCE, shared by their tests, `medaccel verify` and their benchmark."""
+"""Holds sample inputs of NT-Xent and InfoNCE, shared by their tests, `medaccel verify` and their benchmark."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One call on pairs of embeddings, the second of a pair being the first with noise added."""
+    """Describes one call on pairs of embeddings, the second of a pair being the first with noise added."""
 
     name: str
     pairs: int
@@ -17,7 +17,7 @@ class Case:
     temperature: float = 0.5
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """The embeddings (pairs, channels) of both views."""
+        """Returns the embeddings (pairs, channels) of both views."""
         generator = torch.Generator().manual_seed(0)
         a, noise = torch.randn(2, self.pairs, self.channels, dtype=torch.float64, generator=generator)
         return a.to(dtype), (a + noise).to(dtype)
@@ -37,5 +37,5 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

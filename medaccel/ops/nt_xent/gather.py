@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of all processes, with gradients."""
+"""Gathers the rows of all processes, with gradients."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from medaccel.ops._transforms import is_wrapped
 
 
 class _Gather(torch.autograd.Function):
-    """(n, C) of each process to (world · n, C) on all of them."""
+    """Gathers (n, C) of each process to (world · n, C) on all of them."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -27,7 +27,8 @@ class _Gather(torch.autograd.Function):
 
 
 class _Own(torch.autograd.Function):
-    """(world · n, C) of each process to the sum, over processes, of this one's rows: the transpose of `_Gather`."""
+    """Maps (world · n, C) of each process to the sum, over processes, of this one's rows: the transpose of
+    `_Gather`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -44,12 +45,12 @@ class _Own(torch.autograd.Function):
 
 
 def gather(name: str, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(n, C) of each process to (world · n, C) on all of them, in the order of ranks; differentiable any number of
-    times.
+    """Gathers (n, C) of each process to (world · n, C) on all of them, in the order of ranks; differentiable any
+    number of times.
 
     Raises:
-        ValueError: on every process, where their numbers of rows differ; under vmap, the other transforms of
-            torch.func and forward-mode differentiation, which communication does not follow.
+        ValueError: the processes' numbers of rows differ (raised on every process); or the call is under vmap,
+            another transform of torch.func or forward-mode differentiation, which communication does not follow.
     """
     if is_wrapped(rows):
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels of NT-Xent and InfoNCE: log-sum-exps of cosine similarities."""
+"""Calls the CPU kernels of NT-Xent and InfoNCE: log-sum-exps of cosine similarities."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ def _size(query: Tensor, key: Tensor) -> list[int]:
 
 
 def similarity_lse_forward(query: Tensor, key: Tensor, temperature: float, self_offset: int) -> Tensor:
-    """The base-2 log-sum-exp (B, N) over the keys (B, M, C) of the cosines with query (B, N, C) over temperature."""
+    """Returns the base-2 log-sum-exp (B, N) over the keys (B, M, C) of the cosines with query (B, N, C) over
+    temperature."""
     cpu = cpu_module()
     q, k = query.contiguous(), key.contiguous()
     lse = q.new_empty(q.shape[:2])
@@ -33,7 +34,7 @@ def similarity_lse_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the natural log-sum-exp to query and key, where needed."""
+    """Returns the gradients of the natural log-sum-exp to query and key, where needed."""
     cpu = cpu_module()
     g, q, k, rows = grad.contiguous(), query.contiguous(), key.contiguous(), lse.contiguous()
     grad_query = torch.empty_like(q) if need_query else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registration of the log-sum-exp of cosine similarities: schema, shapes without data, gradients, CPU kernel.
+"""Registers the log-sum-exp of cosine similarities: schema, shapes without data, gradients, CPU kernel.
 
-No autocast rule, as in pixel_contrast/op.py: losses are computed in fp32.
+It has no autocast rule, as in pixel_contrast/op.py: losses are computed in fp32.
 """
 
 import math
@@ -17,7 +17,7 @@ from medaccel.ops.pixel_contrast.op import compute_dtype
 
 _SETTINGS = "float temperature, int self_offset"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
-# The second output is the first in base 2, as the backward kernel takes it: converting back would round it again.
+# The second output is the first in base 2, which the backward kernel takes: converting back would round it again.
 _lib.define(f"similarity_lse(Tensor query, Tensor key, {_SETTINGS}) -> (Tensor, Tensor)")
 _lib.define(
     f"similarity_lse_backward(Tensor grad, Tensor query, Tensor key, Tensor lse, {_SETTINGS}, bool need_query, "
@@ -26,7 +26,7 @@ _lib.define(
 
 
 def _check(name: str, query: Tensor, key: Tensor, temperature: float, self_offset: int) -> Operands:
-    """What the kernels' memory accesses rest on."""
+    """Checks everything that the kernels' memory accesses rely on."""
     operands = Operands(name, "query", query)
     operands.rank("query", query, (3,), "(B, N, C)")
     operands.rank("key", key, (3,), "(B, M, C)")

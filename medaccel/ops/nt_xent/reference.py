@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-sum-exps of cosine similarities in plain PyTorch: differentiable, readable, with N × M tensors."""
+"""Computes log-sum-exps of cosine similarities in plain PyTorch: differentiable, readable, with N × M tensors."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from medaccel.ops.pixel_contrast.reference import unit
 
 
 def similarity_lse(query: Tensor, key: Tensor, temperature: float | Tensor, self_offset: int) -> Tensor:
-    """log Σ_j exp(cos(query_i, key_j) / temperature), (B, N); key i + self_offset of query i is left out, where
+    """Returns log Σ_j exp(cos(query_i, key_j) / temperature), (B, N); key i + self_offset of query i is left out if
     self_offset ≥ 0."""
     with without_autocast(query.device):
         scores = unit(query) @ unit(key).transpose(1, 2) / temperature  # (B, N, M)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NT-Xent's and InfoNCE's parts of `medaccel verify`."""
+"""Checks and times NT-Xent and InfoNCE for `medaccel verify`."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ def _gradients(loss: _Loss, case: Case, tensors: Sequence[Tensor]) -> list[Tenso
 
 
 def _check(loss: _Loss, device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The loss and the gradients to both views' embeddings."""
+    """Checks the loss and the gradients to both views' embeddings."""
     case = named(name)
     tensors = [t.to(device) for t in case.tensors(dtype)]
     run = functools.partial(_gradients, loss, case)
@@ -32,14 +32,14 @@ def _check(loss: _Loss, device: torch.device, dtype: torch.dtype, name: str) -> 
 
 
 def _speeds(loss: _Loss, products: int, device: torch.device) -> Iterator[_checks.Speed]:
-    """A batch of 512 pairs on the CPU, of 2048 on a GPU; forward + backward."""
+    """Times a batch of 512 pairs on the CPU, of 2048 on a GPU; forward + backward."""
     case = Case("", 512 if device.type == "cpu" else 2048, 128)
     tensors = [t.to(device) for t in case.tensors()]
     call = functools.partial(_gradients, loss, case, tensors)
     ours = _checks.median_ms(call, device)
     with use_reference():
         plain = _checks.median_ms(call, device)
-    # One product forward and three backward, of all pairs.
+    # All pairs take one product forward and three backward.
     share = 4 * 2 * products * case.pairs**2 * case.channels / ours / _checks.product_rate(device, torch.float32)
     name = f"{case.pairs} pairs, fp32"
     yield _checks.Speed(loss.__name__, str(device), name, ours, plain, None, "matmul", share)
@@ -50,6 +50,6 @@ def _verifier(loss: _Loss, products: int) -> _checks.Verifier:
     return _checks.Verifier([case.name for case in CASES], functools.partial(_check, loss), speeds)
 
 
-# products: of pairs × pairs that make up all the scores.
+# products: the number of pairs × pairs that make up all the scores.
 NT_XENT = _verifier(nt_xent_loss, 4)
 INFO_NCE = _verifier(info_nce_loss, 1)

@@ -13,7 +13,7 @@ _NAME = "pixel_consistency_loss"
 
 
 def unsupported(query: Tensor) -> str | None:
-    """None where a kernel serves `query`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `query`; returns None if one does."""
     if query.device.type == "cpu":
         return _native.cpu_problem
     return f"{_NAME} has no kernel for device {query.device.type!r}"
@@ -22,21 +22,22 @@ def unsupported(query: Tensor) -> str | None:
 def pixel_consistency_loss(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, *, radius: float | Tensor
 ) -> Tensor:
-    """−cos(q_i, k_j), averaged over a sample's pairs of pixels closer than `radius`, and then over the batch.
+    """Averages −cos(q_i, k_j) over a sample's pairs of pixels closer than `radius`, and then over the batch.
 
     Args:
         query: (B, N, C), features of one view, in PixPro the output of `pixel_propagation`; normalised inside.
         key: (B, M, C), features of the other view, in PixPro from a momentum encoder and without gradient.
         query_coords, key_coords: (B, N, S) and (B, M, S), S = 1-3, in a frame that both views share.
-        radius: below which two pixels are a pair, in the coordinates' unit: a number, or one per sample (B,).
+        radius: the distance below which two pixels are a pair, in the coordinates' unit: a number, or one per sample
+            (B,).
 
     Returns:
-        a scalar between −1 and 1, in fp32 (fp64 for fp64 features). A sample without pairs counts as 0, as in PixPro,
+        A scalar between −1 and 1, in fp32 (fp64 for fp64 features). A sample without pairs counts as 0, as in PixPro,
         and so does a zero vector; neither has a gradient. Same bits whatever the number of threads.
 
     Raises:
-        TypeError: a dtype that makes no sense.
-        ValueError: a shape, value or device that makes no sense.
+        TypeError: a dtype makes no sense.
+        ValueError: a shape, value or device makes no sense.
 
     Source: Xie et al., "Propagate Yourself", CVPR 2021, eq. 5.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of the pixel consistency: the same views as the pixel contrast's."""
+"""Reuses the pixel contrast's views as sample inputs of the pixel consistency."""
 
 from medaccel.ops.pixel_contrast.cases import CASES, Views, named
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel consistency's CPU kernels."""
+"""Calls the pixel consistency's CPU kernels."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ def _size(query: Tensor, key: Tensor, axes: int) -> list[int]:
 def pixel_consistency_forward(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The sums (B, N) of cosines over each query's near keys, and their numbers; dtypes as for the pixel contrast."""
+    """Returns the sums (B, N) of cosines over each query's near keys, and their numbers; dtypes are the pixel
+    contrast's."""
     cpu = cpu_module()
     q, k, r = query.contiguous(), key.contiguous(), radius.contiguous()
     at_q, at_k = query_coords.contiguous(), key_coords.contiguous()
@@ -37,7 +38,7 @@ def pixel_consistency_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to query and key, where needed, from that of the sums."""
+    """Returns the gradients to query and key, where needed, from that of the sums."""
     cpu = cpu_module()
     g, q, k, r = grad.contiguous(), query.contiguous(), key.contiguous(), radius.contiguous()
     at_q, at_k = query_coords.contiguous(), key_coords.contiguous()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registration of the sums over near pairs: schema, shapes without data, gradients, CPU kernel.
+"""Registers the sums over near pairs: schema, shapes without data, gradients, CPU kernel.
 
-No autocast rule, as in pixel_contrast/op.py: losses are computed in fp32.
+It has no autocast rule, as in pixel_contrast/op.py: losses are computed in fp32.
 """
 
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cosines of near pairs in plain PyTorch: differentiable, readable, with N × M tensors."""
+"""Computes the cosines of near pairs in plain PyTorch: differentiable, readable, with N × M tensors."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from medaccel.ops.pixel_contrast.reference import near, unit
 def pair_similarity(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Σ cos(query_i, key_j) over the keys nearer than the radius, and their number, (B, N) each."""
+    """Returns Σ cos(query_i, key_j) over the keys nearer than the radius, and their number, (B, N) each."""
     with without_autocast(query.device):
         cosines = unit(query) @ unit(key).transpose(1, 2)  # (B, N, M)
     positive = near(query_coords, key_coords, radius)

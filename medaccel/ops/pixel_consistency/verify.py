@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel consistency's part of `medaccel verify`."""
+"""Checks and times the pixel consistency for `medaccel verify`."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def _gradients(place: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tens
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The loss and the gradients to both views' features."""
+    """Checks the loss and the gradients to both views' features."""
     query, key, *place = (t.to(device) for t in named(name).tensors(dtype))
     shortest = min((float(t.norm(dim=-1).min()) for t in (query, key) if t.numel()), default=1.0)
     # A gradient is a mean of unit vectors over the feature's length.
@@ -36,7 +36,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_consistency(device: torch.device) -> _checks.Speed:
-    """Two maps of 12³ pixels on the CPU, of 16³ on a GPU; forward + backward."""
+    """Times two maps of 12³ pixels on the CPU, of 16³ on a GPU; forward + backward."""
     size = 12 if device.type == "cpu" else 16
     case = Views("", (size,) * 3, 64, batch=1, radius=1.0)
     query, key, *place = (t.to(device) for t in case.tensors())
@@ -51,7 +51,7 @@ def time_consistency(device: torch.device) -> _checks.Speed:
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """One pair of maps."""
+    """Yields the speed on one pair of maps."""
     yield time_consistency(device)
 
 

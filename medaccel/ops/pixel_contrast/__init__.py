@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel-level contrastive loss between two views of an image or volume, streamed."""
+"""Computes the pixel-level contrastive loss between two views of an image or volume, streamed."""
 
 from typing import Literal, overload
 
@@ -17,7 +17,7 @@ _NAME = "pixel_contrastive_loss"
 
 
 def unsupported(query: Tensor, key: Tensor | None = None) -> str | None:
-    """None where a kernel serves `query` and (if it is told) `key`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `query` and (if it is given) `key`; returns None if one does."""
     if query.device.type == "cpu":
         return _native.cpu_problem
     if query.device.type == "cuda":
@@ -66,35 +66,36 @@ def pixel_contrastive_loss(
     reduction: str = "mean",
     return_valid: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Contrast of each pixel of a view with all pixels of another, those that show the same place being positives.
+    """Contrasts each pixel of a view with all pixels of another; those that show the same place are the positives.
 
     loss_i = log Σ_j exp(cos(q_i, k_j) / temperature) − log Σ_{j ∈ P(i)} exp(cos(q_i, k_j) / temperature), where P(i)
-    are the pixels j whose coordinates lie closer than `radius` to those of i. A pixel without any is left out. No
-    N × M tensor is made, in the backward pass neither: memory is linear in the pixels.
+    are the pixels j whose coordinates lie closer than `radius` to those of i. A pixel without any is left out. No N ×
+    M tensor is made, not even in the backward pass: memory is linear in the pixels.
 
     Args:
         query: (B, N, C), features of one view's pixels, floating point; normalised inside. fp64 is computed in
             fp64, everything else in fp32.
-        key: (B, M, C), features of the other view's pixels; give it without gradient where it comes from a momentum
+        key: (B, M, C), features of the other view's pixels; give it without gradient if it comes from a momentum
             encoder, which saves a quarter of the time.
-        query_coords, key_coords: (B, N, S) and (B, M, S), S = 1-3: where each pixel's centre lies in a frame that
-            both views share, in mm where voxels are anisotropic. They have no gradient. A NaN is near to nothing.
-        radius: below which a pair is positive, in the coordinates' unit: a number, or one per sample (B,). Distances
-            are compared in the coordinates' dtype. `medaccel.losses.default_radius` gives the published choice.
-        temperature: above 0. A tensor of one element may require grad and gets one (a learnt temperature); its memory
-            stays linear.
-        reduction: "mean" over all pixels of the batch that have a positive, "sum", or "none": (B, N), 0 where there
-            is none.
-        return_valid: also give (B, N), bool: which pixels have a positive.
+        query_coords, key_coords: (B, N, S) and (B, M, S), S = 1-3: coordinates of each pixel's centre in a frame that
+            both views share, in mm if voxels are anisotropic. They have no gradient. A NaN is near to nothing.
+        radius: the distance below which a pair is positive, in the coordinates' unit: a number, or one per sample
+            (B,). Distances are compared in the coordinates' dtype. `medaccel.losses.default_radius` gives the
+            published choice.
+        temperature: a number above 0. A tensor of one element may require grad and gets one (a learnt temperature);
+            its memory stays linear.
+        reduction: "mean" over all pixels of the batch that have a positive, "sum", or "none": (B, N), 0 for pixels
+            without a positive.
+        return_valid: also return (B, N), bool, True for pixels that have a positive.
 
     Returns:
-        The loss, in fp32 (fp64 for fp64 features); 0, with zero gradients, where no pixel has a positive. A zero
+        The loss, in fp32 (fp64 for fp64 features); 0, with zero gradients, if no pixel has a positive. A zero
         vector has cosine 0 with everything and gets no gradient. A NaN among the features of a pixel that counts
         makes the loss NaN. Same bits whatever the number of threads, gradients included.
 
     Raises:
-        TypeError: a dtype that makes no sense.
-        ValueError: a shape, value or device that makes no sense.
+        TypeError: a dtype makes no sense.
+        ValueError: a shape, value or device makes no sense.
 
     Source: Xie et al., "Propagate Yourself", CVPR 2021, eq. 1-2.
 

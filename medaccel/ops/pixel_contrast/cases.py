@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of the ops on two views' pixels, shared by their tests, `medaccel verify` and their benchmarks."""
+"""Holds sample inputs of the ops on two views' pixels, shared by their tests, `medaccel verify` and their
+benchmarks."""
 
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 
 def centres(sizes: tuple[int, ...], spacing: tuple[float, ...], corner: tuple[float, ...]) -> Tensor:
-    """The centres (pixels, axes) of a feature map's pixels, in row-major order."""
+    """Returns the centres (pixels, axes) of a feature map's pixels, in row-major order."""
     axes = [
         c + s * (torch.arange(n, dtype=torch.float64) + 0.5) for n, s, c in zip(sizes, spacing, corner, strict=True)
     ]
@@ -17,21 +18,21 @@ def centres(sizes: tuple[int, ...], spacing: tuple[float, ...], corner: tuple[fl
 
 @dataclass(frozen=True)
 class Views:
-    """Two feature maps of crops that overlap, the second one shifted and, maybe, finer or coarser."""
+    """Describes two feature maps of crops that overlap, the second one shifted and, maybe, finer or coarser."""
 
     name: str
     sizes: tuple[int, ...]
     channels: int
     batch: int = 2
     key_sizes: tuple[int, ...] | None = None
-    zoom: float = 1.0  # of the second view's pixels
-    shift: float = 0.4  # of the second view, in pixels of the first
+    zoom: float = 1.0  # size of the second view's pixels
+    shift: float = 0.4  # shift of the second view, in pixels of the first
     radius: float = 1.2
     temperature: float = 0.3
     view: str = ""
 
     def tensors(self, dtype: torch.dtype = torch.float32, coords: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """query, key, query_coords, key_coords and radius (B,)."""
+        """Returns query, key, query_coords, key_coords and radius (B,)."""
         generator = torch.Generator().manual_seed(0)
         rank = len(self.sizes)
         spacing = (1.0, 1.25, 0.75)[:rank]
@@ -81,5 +82,5 @@ CASES = [
 
 
 def named(name: str) -> Views:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

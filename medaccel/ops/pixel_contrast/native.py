@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel contrast's CPU kernels."""
+"""Calls the pixel contrast's CPU kernels."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ def pixel_contrast_forward(
     *,
     cull: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The native loss of query (B, N, C) and key (B, M, C), and the base-2 log-sum-exps over all keys and over the
-    positives, (B, N) each. Features of one dtype, coordinates (B, N, S), (B, M, S) and radius (B,) of one dtype.
+    """Returns the native loss of query (B, N, C) and key (B, M, C), and the base-2 log-sum-exps over all keys and
+    over the positives, (B, N) each. Features have one dtype; coordinates (B, N, S), (B, M, S) and radius (B,) have
+    one, too.
 
     cull: skip blocks of pixels that are too far apart, which changes the time alone (the benchmark says how much).
     """
@@ -51,7 +52,7 @@ def pixel_contrast_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to query and key, where needed, from what the forward kernel returned."""
+    """Returns the gradients to query and key, where needed, from the forward kernel's results."""
     cpu = cpu_module()
     g, q, k, r = grad.contiguous(), query.contiguous(), key.contiguous(), radius.contiguous()
     at_q, at_k, all_keys, positives = (t.contiguous() for t in (query_coords, key_coords, lse, positive_lse))

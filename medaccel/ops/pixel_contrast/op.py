@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel contrast's registration: schema, shapes without data, gradients, kernels per device.
+"""Registers the pixel contrast: schema, shapes without data, gradients, kernels per device.
 
 There is no autocast rule: nothing is cast, since the kernels take any dtype and compute a loss in fp32, as autocast
-wants of losses.
+does for losses.
 """
 
 import functools
@@ -19,8 +19,8 @@ from medaccel.ops.pixel_contrast import native
 
 _INPUTS = "Tensor query, Tensor key, Tensor query_coords, Tensor key_coords, Tensor radius"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
-# After the loss, the rows' log-sum-exps over all keys and over the positives, in base 2: what the backward pass
-# needs. The latter is −∞ where a row has no positive.
+# The loss is followed by the rows' log-sum-exps over all keys and over the positives, in base 2, which the backward
+# pass needs. The latter is −∞ for a row without a positive.
 _lib.define(f"pixel_contrastive_loss({_INPUTS}, float temperature) -> (Tensor, Tensor, Tensor)")
 _lib.define(
     f"pixel_contrastive_loss_backward(Tensor grad, {_INPUTS}, Tensor lse, Tensor positive_lse, float temperature, "
@@ -29,7 +29,7 @@ _lib.define(
 
 
 def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic, and of the loss."""
+    """Returns the dtype of the arithmetic, and of the loss."""
     return torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
 
 
@@ -38,7 +38,8 @@ MAX_TRITON_CHANNELS = 256  # wider ones spill registers
 
 @functools.cache
 def triton_problem(index: int, dtype: torch.dtype, channels: int) -> str | None:
-    """None where the Triton kernel serves this GPU, dtype and number of channels; else why not, in a sentence."""
+    """Says in a sentence why the Triton kernel doesn't serve this GPU, dtype and number of channels; returns None if
+    it does."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernel computes in fp32 and has none for {dtype}"
     if channels > MAX_TRITON_CHANNELS:
@@ -61,7 +62,7 @@ triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def check_pixels(
     name: str, query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
 ) -> Operands:
-    """What the memory accesses of the kernels on two views' pixels rest on."""
+    """Checks everything that the memory accesses of the kernels on two views' pixels rely on."""
     operands = Operands(name, "query", query)
     operands.rank("query", query, (3,), "(B, N, C)")
     operands.rank("key", key, (3,), "(B, M, C)")

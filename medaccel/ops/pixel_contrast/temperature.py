@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A temperature that is learnt, for kernels whose temperature is a number."""
+"""Lets a temperature be learnt, for kernels whose temperature is a number."""
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +8,13 @@ from torch import Tensor
 from medaccel.ops.pixel_contrast.op import compute_dtype
 from medaccel.ops.pixel_contrast.reference import unit
 
-# What the kernels get as temperature: far below any that is learnt, and a power of two, which rounds nothing.
+# The kernels get this temperature: far below any learnt one, and a power of two, which rounds nothing.
 _CARRIED_TEMPERATURE = 2.0**-60
 
 
 def carry_temperature(query: Tensor, key: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Features and a number as temperature that a kernel makes the same scores of, with a gradient to `temperature`.
+    """Returns features and a number as temperature that give a kernel the same scores, with a gradient to
+    `temperature`.
 
     A kernel normalises features and takes a number τ₀ as temperature. With one channel more, q′ = [r·q/|q|, √(1−r²)]
     and k′ = [k, 0] have cos(q′, k′) = r · cos(q, k); with r = τ₀/τ, that over τ₀ is cos(q, k)/τ. So the gradient to

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""The pixel-level contrastive loss for GPUs: forward, and a backward pass that recomputes the scores.
+"""Computes the pixel-level contrastive loss on GPUs: forward, and a backward pass that recomputes the scores.
 
 The kernels take unit vectors: normalising, and its gradient, are linear in the pixels and left to PyTorch. Forward, a
 program holds BLOCK_M queries and streams the keys with two online log-sum-exps, over all and over the positives. A
@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a pass' tile of scores, and how its programs run."""
+    """Holds queries and keys of a pass's tile of scores, and its programs' launch parameters."""
 
     block_m: int
     block_n: int
@@ -33,9 +33,10 @@ class Tile:
     num_stages: int
 
 
-# Static, no autotuning: results and CUDA graphs must not depend on timings. Keys: precision ("fp32" products run on
-# the ordinary cores and hold their operands in registers), padded number of channels, pass. Chosen by the compiler's
-# counts of registers, spills and shared memory on sm_80, sm_90 and sm_100, fp64 coordinates included; not timed.
+# The tiles are static, without autotuning: results and CUDA graphs must not depend on timings. Their keys are
+# precision ("fp32" products run on the ordinary cores and hold their operands in registers), padded number of
+# channels, pass. They were chosen by the compiler's counts of registers, spills and shared memory on sm_80, sm_90 and
+# sm_100, fp64 coordinates included; not timed.
 TILES = {
     "half": {
         32: dict.fromkeys(("forward", "query", "key"), Tile(64, 64, 8, 2)),
@@ -54,7 +55,7 @@ TILES = {
 
 @triton.jit
 def _rows(ptr, row, count, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(rows, BLOCK_C); 0 beyond the rows and the channels."""
+    """Loads (rows, BLOCK_C); 0 beyond the rows and the channels."""
     channel = tl.arange(0, BLOCK_C)
     inside = (row < count)[:, None] & (channel < C)[None, :]
     return tl.load(ptr + row.to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0)
@@ -62,7 +63,7 @@ def _rows(ptr, row, count, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _near(query_coords_ptr, key_coords_ptr, limit, i, j, N, M):
-    """(queries, keys): whether two pixels, of three coordinates each, lie closer than the root of limit."""
+    """Tells for (queries, keys) whether two pixels, of three coordinates each, lie closer than the root of limit."""
     x = tl.load(query_coords_ptr + i * 3, mask=i < N, other=0.0)[:, None]
     d = x - tl.load(key_coords_ptr + j * 3, mask=j < M, other=0.0)[None, :]
     squared = d * d
@@ -77,9 +78,9 @@ def _near(query_coords_ptr, key_coords_ptr, limit, i, j, N, M):
 
 @triton.jit
 def _add(top, total, s):
-    """An online log-sum-exp, (rows,), after another tile of scores; −∞ scores add nothing."""
+    """Updates an online log-sum-exp, (rows,), by another tile of scores; −∞ scores add nothing."""
     higher = tl.maximum(top, tl.max(s, 1))
-    # Where every score so far is −∞, ∞ − ∞ would make the sum NaN.
+    # If every score so far is −∞, ∞ − ∞ would make the sum NaN.
     base = tl.where(higher == float("-inf"), 0.0, higher)
     return higher, total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
 
@@ -127,7 +128,7 @@ def forward_kernel(
 def _slopes(
     q, k, weight_ptr, lse_ptr, positive_lse_ptr, query_coords_ptr, key_coords_ptr, limit, i, j, N, M, scale
 ):  # fmt: skip
-    """A tile's gradients by the cosines, (queries, keys)."""
+    """Returns a tile's gradients by the cosines, (queries, keys)."""
     weight = tl.load(weight_ptr + i, mask=i < N, other=0.0)
     lse = tl.load(lse_ptr + i, mask=i < N, other=float("inf"))
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -195,12 +196,13 @@ def key_kernel(
 
 # --- launches ------------------------------------------------------------------------------------------------
 def padded_channels(channels: int) -> int:
-    """The row of `TILES`."""
+    """Returns the number of channels in `TILES` that serves `channels`."""
     return max(32, triton.next_power_of_2(channels))
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The unit vectors in fp32; the largest elements (∞ for a zero vector) and the lengths in units of them, (…, 1).
+    """Returns the unit vectors in fp32, the largest elements (∞ for a zero vector) and the lengths in units of them,
+    (…, 1).
 
     Squares of the vectors as they are would overflow or vanish, from a scale of 1e19 or 1e-19 on.
     """
@@ -216,7 +218,7 @@ def _through_norm(grad: Tensor, unit: Tensor, largest: Tensor, length: Tensor) -
 
 
 class _Problem:
-    """What all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
+    """Holds what all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
 
     def __init__(
         self, query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
@@ -252,7 +254,7 @@ class _Problem:
 def forward(
     query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `pixel_contrastive_loss` for fp32, bf16 and fp16 features of up to 256 channels."""
+    """Runs the op `pixel_contrastive_loss` for fp32, bf16 and fp16 features of up to 256 channels."""
     problem = _Problem(query, key, query_coords, key_coords, radius, temperature)
     loss, lse, positive_lse = (
         query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(3)
@@ -276,7 +278,7 @@ def backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The op `pixel_contrastive_loss_backward`."""
+    """Runs the op `pixel_contrastive_loss_backward`."""
     problem = _Problem(query, key, query_coords, key_coords, radius, temperature)
     valid = positive_lse != -torch.inf
     weight = torch.where(valid, grad.float() / temperature, 0.0).contiguous()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pixel contrast's part of `medaccel verify`."""
+"""Checks and times the pixel contrast for `medaccel verify`."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def _gradients(case: Views, place: Sequence[Tensor], features: Sequence[Tensor])
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The loss and the gradients to both views' features."""
+    """Checks the loss and the gradients to both views' features."""
     case = named(name)
     query, key, *place = (t.to(device) for t in case.tensors(dtype))
     # A gradient is a difference of two mean vectors of that size.
@@ -37,7 +37,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_contrast(device: torch.device) -> _checks.Speed:
-    """Two maps of 12³ pixels on the CPU, of 24³ on a GPU; forward + backward."""
+    """Times two maps of 12³ pixels on the CPU, of 24³ on a GPU; forward + backward."""
     size, dtype = (12, torch.float32) if device.type == "cpu" else (24, torch.bfloat16)
     case = Views("", (size,) * 3, 64, batch=1, radius=1.0)
     query, key, *place = (t.to(device) for t in case.tensors(dtype))
@@ -52,7 +52,7 @@ def time_contrast(device: torch.device) -> _checks.Speed:
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """One pair of maps."""
+    """Yields the speed on one pair of maps."""
     yield time_contrast(device)
 
 

@@ -15,19 +15,21 @@ _NAME = "pixel_propagation"
 
 
 def unsupported(features: Tensor) -> str | None:
-    """None where a kernel serves `features`; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `features`; returns None if one does."""
     if features.device.type == "cpu":
         return _native.cpu_problem
     return f"{_NAME} has no kernel for device {features.device.type!r}"
 
 
 def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor = 2.0) -> Tensor:
-    """y_i = Σ_j max(cos(features_i, features_j), 0)^power · values_j, without an N × N tensor, backward neither.
+    """Computes y_i = Σ_j max(cos(features_i, features_j), 0)^power · values_j, without an N × N tensor, even
+    backward.
 
     Args:
         features: (B, N, C), floating point; normalised inside. A zero vector is like nothing and gets no gradient.
-        values: (B, N, D), what is propagated: in PixPro a 1 × 1 convolution of the features. Not normalised.
-        power: at least 1: how much the most alike are preferred. A tensor of one element that requires grad gets one,
+        values: (B, N, D), the values to propagate: in PixPro a 1 × 1 convolution of the features. Not normalised.
+        power: a number of at least 1: how much the most similar are preferred. A tensor of one element that requires
+            grad gets one,
             in plain PyTorch, whose memory is quadratic in the pixels.
 
     Returns:
@@ -35,8 +37,8 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
         threads, gradients included. A NaN in a pixel reaches all pixels of its sample.
 
     Raises:
-        TypeError: a dtype that makes no sense.
-        ValueError: a shape, power or device that makes no sense.
+        TypeError: a dtype makes no sense.
+        ValueError: a shape, power or device makes no sense.
 
     Source: Xie et al., "Propagate Yourself", CVPR 2021, eq. 3-4.
 
@@ -60,7 +62,7 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
 
 
 def _check_power(power: object) -> float | Tensor:
-    """The power as a number; where a gradient is wanted of it, as the scalar tensor that it is."""
+    """Returns the power as a number or, if a gradient by it is needed, as the scalar tensor that it is."""
     if isinstance(power, Tensor) and learnt(power) and power.numel() == 1:
         known = host_values(power)
         values = [] if known is None else known.flatten().tolist()

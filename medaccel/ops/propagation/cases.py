@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of pixel propagation, shared by its tests, `medaccel verify` and its benchmark."""
+"""Holds sample inputs of pixel propagation, shared by its tests, `medaccel verify` and its benchmark."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One call on feature maps whose pixels are rows. `shape`: batch, pixels, channels of features and of values."""
+    """Describes one call on feature maps whose pixels are rows. `shape`: batch, pixels, channels of features and of
+    values."""
 
     name: str
     shape: tuple[int, int, int, int]
     power: float = 2.0
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        """features, values and the output's gradient."""
+        """Returns features, values and the output's gradient."""
         batch, n, channels, value_channels = self.shape
         generator = torch.Generator().manual_seed(0)
         sizes = (channels, value_channels, value_channels)
@@ -39,5 +40,5 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

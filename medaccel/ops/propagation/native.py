@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel propagation's CPU kernels."""
+"""Calls pixel propagation's CPU kernels."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from medaccel._native import DTYPES, address, cpu_module
 
 
 def pixel_propagation_forward(features: Tensor, values: Tensor, power: float) -> Tensor:
-    """The values (B, N, D) summed up over all pixels with weights max(cos, 0)^power of features (B, N, C)."""
+    """Sums the values (B, N, D) over all pixels with weights max(cos, 0)^power of features (B, N, C)."""
     cpu = cpu_module()
     x, v = features.contiguous(), values.contiguous()
     out = torch.empty_like(v)
@@ -22,7 +22,7 @@ def pixel_propagation_forward(features: Tensor, values: Tensor, power: float) ->
 def pixel_propagation_backward(
     grad: Tensor, features: Tensor, values: Tensor, power: float, need_features: bool, need_values: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to features and values, where needed."""
+    """Returns the gradients to features and values, where needed."""
     cpu = cpu_module()
     g, x, v = grad.contiguous(), features.contiguous(), values.contiguous()
     grad_features = torch.empty_like(x) if need_features else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel propagation's registration: schema, shapes without data, gradients, CPU kernel.
+"""Registers pixel propagation: schema, shapes without data, gradients, CPU kernel.
 
-No autocast rule, as in pixel_contrast/op.py: sums over so many pixels are computed in fp32.
+It has no autocast rule, as in pixel_contrast/op.py: sums over so many pixels are computed in fp32.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ _lib.define(
 
 
 def _check(name: str, features: Tensor, values: Tensor, power: float) -> Operands:
-    """What the kernels' memory accesses rest on."""
+    """Checks everything that the kernels' memory accesses rely on."""
     operands = Operands(name, "features", features)
     operands.rank("features", features, (3,), "(B, N, C)")
     operands.rank("values", values, (3,), "(B, N, D)")

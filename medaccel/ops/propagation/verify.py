@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixel propagation's part of `medaccel verify`."""
+"""Checks and times pixel propagation for `medaccel verify`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,12 +19,12 @@ def _gradients(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The propagated values and the gradients to features and values."""
+    """Checks the propagated values and the gradients to features and values."""
     case = named(name)
     x, v, g = tensors = [t.to(device) for t in case.tensors(dtype)]
     terms = 0.0
     if v.numel() > 0:
-        # A feature's gradient: sums of products g · v over the channels, over the vector's length; they cancel.
+        # A feature's gradient is a sum of products g · v over the channels, over the vector's length; they cancel.
         terms = float(g.abs().max() * v.abs().max() * case.shape[3] / x.norm(dim=-1).min())
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -34,14 +34,14 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_propagation(device: torch.device) -> _checks.Speed:
-    """A map of 12³ pixels on the CPU, of 16³ on a GPU; forward + backward."""
+    """Times a map of 12³ pixels on the CPU, of 16³ on a GPU; forward + backward."""
     pixels = 12**3 if device.type == "cpu" else 16**3
     case = Case("", (1, pixels, 64, 64))
     tensors = [t.to(device) for t in case.tensors()]
     ours = _checks.median_ms(lambda: _gradients(case, tensors), device)
     with use_reference():
         plain = _checks.median_ms(lambda: _gradients(case, tensors), device)
-    # Two products forward; backward the scores again, their slopes in both directions, and two sums.
+    # There are two products forward; backward the scores again, their slopes in both directions, and two sums.
     operations = 7 * 2 * pixels**2 * 64
     share = operations / ours / _checks.product_rate(device, torch.float32)
     name = f"{pixels} pixels, fp32"
@@ -49,7 +49,7 @@ def time_propagation(device: torch.device) -> _checks.Speed:
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """One map."""
+    """Yields the speed on one map."""
     yield time_propagation(device)
 
 

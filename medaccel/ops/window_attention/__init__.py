@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head attention within the (shifted) windows of a map: the core of a Swin transformer."""
+"""Computes multi-head attention within the (shifted) windows of a map: the core of a Swin transformer."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from medaccel.ops.window_attention import op, reference
 
 
 def unsupported(qkv: Tensor, head_dim: int = 0) -> str | None:
-    """None where a kernel serves `qkv` and (if it is told) the head dimension; else why not, in a sentence."""
+    """Says in a sentence why no kernel serves `qkv` and (if it is given) the head dimension; returns None if one
+    does."""
     device = qkv.device
     if device.type == "cpu":
         return _native.cpu_problem
@@ -35,12 +36,12 @@ def shifted_window_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """Attention within windows of a channels-last map that is neither rolled, padded nor partitioned.
+    """Attends within windows of a channels-last map that is neither rolled, padded nor partitioned.
 
-    What a Swin block does between its qkv and its output projection: pad the map to whole windows, roll it by
-    −shift, cut it into windows, softmax(scale · q kᵀ + bias + mask) v in each, and all of that backwards. Here it is
-    one pass: where a token lies is index arithmetic, and no score leaves the kernel, in the backward pass neither
-    (it recomputes them from the rows' log-sum-exp).
+    Between its qkv and its output projection, a Swin block pads the map to whole windows, rolls it by −shift, cuts it
+    into windows, computes softmax(scale · q kᵀ + bias + mask) v in each, and undoes the other steps. Here all of it
+    is one pass: a token's place is index arithmetic, and no score leaves the kernel, not even in the backward pass
+    (which recomputes them from the rows' log-sum-exp).
 
     Args:
         qkv: (B, *spatial, 3·C) with 1-3 spatial axes: q, k and v side by side, each heads × head_dim, floating
@@ -48,26 +49,26 @@ def shifted_window_attention(
         bias_table: (T, heads), added to the scores: entry ``bias_index[i, j]`` for query i and key j of a window.
         bias_index: (tokens, tokens) of any integer dtype and strides, with values in [0, T); tokens =
             prod(window_size), numbered in row-major order. Checked on the CPU, clamped on a GPU.
-        window_size: tokens per axis. These are the effective sizes: where a map is smaller than the window, the
-            caller has shrunk the window (and set the shift to 0), as MONAI does.
+        window_size: tokens per axis. These are the effective sizes: if a map is smaller than the window, the caller
+            has shrunk the window (and set the shift to 0), as MONAI does.
         shift_size: tokens per axis that the windows are shifted by, 0 ≤ shift < window. Tokens that only the cyclic
             roll brought together get −100 on their score, MONAI's mask.
         pad_qkv: (3·C,), q, k and v of a token that pads the map to whole windows (in a Swin block: the bias of the
             qkv projection). Such tokens are attended to. None: zeros.
-        scale: of the products q·k. Default: head_dim ** -0.5. A tensor of one element may require grad and gets one
-            (a learnt scale), at the cost of a scaled copy of `qkv`.
+        scale: factor on the products q·k. Default: head_dim ** -0.5. A tensor of one element may require grad and
+            gets one (a learnt scale), at the cost of a scaled copy of `qkv`.
         dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones grow by 1 / (1 − dropout_p).
-        dropout_seed: one int64 element on the device of `qkv`, needed where dropout_p > 0: the same seed drops the
+        dropout_seed: one int64 element on the device of `qkv`, needed for dropout_p > 0: the same seed drops the
             same weights on every device, forward and backward (see `reference.kept`). It is read on the device, so
             a replayed CUDA graph may draw it anew.
 
     Returns:
         (B, *spatial, C), contiguous, in the dtype of `qkv`. Same bits whatever the number of threads, gradients
-        included. A NaN stays within the window that it is in.
+        included. A NaN stays within its window.
 
     Raises:
-        TypeError: a dtype that makes no sense.
-        ValueError: a shape, value or device that makes no sense.
+        TypeError: a dtype makes no sense.
+        ValueError: a shape, value or device makes no sense.
 
     Scores are computed in fp32 (fp64 for fp64): beyond its range, 1e38, the result is not defined, as in PyTorch. A
     gradient loses the digits that the scores have before the point, all of them at about 1e6.
@@ -94,7 +95,7 @@ def shifted_window_attention(
     tensors = (qkv, bias_table, bias_index, pad_qkv, seed)
     if _dispatch.kernel_serves(qkv, bias_table, pad_qkv) and unsupported(qkv, head_dim) is None:
         return torch.ops.medaccel.shifted_window_attention(*tensors, window, shift, factor, dropout_p)[0]
-    if not _dispatch.exporting():  # whose tensors have no values
+    if not _dispatch.exporting():  # an exporter's tensors have no values
         op.check_index(bias_index, bias_table.shape[0])
     cast = qkv.to(_dispatch.autocast_dtype(qkv))  # autocast's rule is the kernel's: qkv alone is cast
     with _dispatch.without_autocast(qkv.device):
@@ -109,7 +110,7 @@ def _check(
     shift_size: Sequence[int],
     pad_qkv: Tensor | None,
 ) -> tuple[list[int], list[int]]:
-    """The sizes as lists, or an error in a sentence. Nothing here waits for a device."""
+    """Returns the sizes as lists, or raises an error in a sentence; nothing here waits for a device."""
     name = "shifted_window_attention"
     check_floating(name, qkv=qkv, bias_table=bias_table, **({} if pad_qkv is None else {"pad_qkv": pad_qkv}))
     check_integers(name, "bias_index", bias_index)
@@ -152,7 +153,7 @@ def _check(
 
 
 def _scaled_queries(qkv: Tensor, scale: Tensor) -> Tensor:
-    """[q | k | v] with q · scale, in the dtype of `qkv`: a scale that is learnt gets its gradient here."""
+    """Returns [q | k | v] with q · scale, in the dtype of `qkv`: a learnt scale gets its gradient here."""
     if scale.numel() != 1 or not scale.is_floating_point():
         raise TypeError(
             f"shifted_window_attention: scale is {describe(scale)} of shape {tuple(scale.shape)}; expected a number, "
@@ -165,7 +166,7 @@ def _scaled_queries(qkv: Tensor, scale: Tensor) -> Tensor:
 
 
 def _check_dropout(qkv: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> float:
-    """The probability as a number, or an error in a sentence."""
+    """Returns the probability as a number, or raises an error in a sentence."""
     name = "shifted_window_attention"
     p = number(name, "dropout_p", dropout_p, "a probability in [0, 1)")
     if not 0 <= p < 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sample inputs of shifted-window attention, shared by its tests, `medaccel verify` and its benchmark."""
+"""Holds sample inputs of shifted-window attention, shared by its tests, `medaccel verify` and its benchmark."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def relative_position_index(window_size: Sequence[int]) -> Tensor:
-    """MONAI's index into a bias table of prod(2·w − 1) rows, (tokens, tokens)."""
+    """Returns MONAI's index into a bias table of prod(2·w − 1) rows, (tokens, tokens)."""
     axes = torch.meshgrid(*(torch.arange(w) for w in window_size), indexing="ij")
     position = torch.stack([a.flatten() for a in axes], dim=1)  # (tokens, axes)
     index = torch.zeros(len(position), len(position), dtype=torch.int64)
@@ -22,7 +22,7 @@ def relative_position_index(window_size: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the map, the windows and the heads."""
+    """Describes one call: the map, the windows and the heads."""
 
     name: str
     sizes: tuple[int, ...]
@@ -31,7 +31,7 @@ class Case:
     heads: int
     head_dim: int
     batch: int = 1
-    full_window: tuple[int, ...] | None = None  # whose index the effective window takes a corner of
+    full_window: tuple[int, ...] | None = None  # the effective window takes a corner of this window's index
     pad: bool = True
     dropout_p: float = 0.0
     spread: float = 1.0  # the standard deviation of q, k and v
@@ -40,7 +40,7 @@ class Case:
     def tensors(
         self, dtype: torch.dtype = torch.float32, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """qkv, bias_table, bias_index, pad_qkv."""
+        """Returns qkv, bias_table, bias_index and pad_qkv."""
         generator = torch.Generator().manual_seed(seed)
         channels = 3 * self.heads * self.head_dim
         full = self.full_window or self.window
@@ -62,7 +62,7 @@ class Case:
         return qkv * self.spread, table, index, pad
 
     def options(self) -> dict[str, Any]:
-        """The op's keyword arguments, but for pad_qkv."""
+        """Returns the op's keyword arguments, except pad_qkv."""
         seed = torch.tensor(81985529216486895) if self.dropout_p else None
         return {
             "window_size": self.window,
@@ -109,5 +109,5 @@ CASES = [
 
 
 def named(name: str) -> Case:
-    """The case of that name."""
+    """Returns the case of that name."""
     return next(case for case in CASES if case.name == name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shifted-window attention's CPU kernels."""
+"""Calls shifted-window attention's CPU kernels."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from medaccel.ops.window_attention.reference import dropout_threshold
 
 
 def _three_axes(values: Sequence[int], missing: int) -> list[int]:
-    """One value per axis (z, y, x) of a map with 1-3 of them."""
+    """Returns one value per axis (z, y, x) of a map with 1-3 of them."""
     return [*[missing] * (3 - len(values)), *values]
 
 
@@ -25,7 +25,7 @@ def _window_settings(
     scale: float,
     dropout_p: float,
 ) -> tuple[object, ...]:
-    """What both attention kernels take after their tensors; `dropout_seed` must outlive the call."""
+    """Returns the arguments of both attention kernels after their tensors; `dropout_seed` must outlive the call."""
     batch, *sizes, channels = qkv.shape
     return (
         DTYPES[qkv.dtype], [batch, *_three_axes(sizes, 1), channels], bias_table.shape[1], bias_table.shape[0],
@@ -45,10 +45,10 @@ def window_attention_forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """The native attention of a float32 or float64 CPU map (B, *spatial, 3·C); the others in the same dtype.
+    """Runs the native attention on a float32 or float64 CPU map (B, *spatial, 3·C); the others have the same dtype.
 
-    Returns the output (B, *spatial, C) and the base-2 log-sum-exp (B, windows, heads, tokens). The caller has checked
-    that the index lies within the table.
+    It returns the output (B, *spatial, C) and the base-2 log-sum-exp (B, windows, heads, tokens). The caller has
+    checked that the index lies within the table.
     """
     cpu = cpu_module()
     batch, *sizes, channels = qkv.shape
@@ -82,7 +82,7 @@ def window_attention_backward(
     need_table: bool,
     need_pad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients to qkv, and where needed to bias_table and pad_qkv, from what the forward kernel returned."""
+    """Returns the gradients to qkv, and where needed to bias_table and pad_qkv, from the forward kernel's results."""
     cpu = cpu_module()
     g, source, table, out = grad.contiguous(), qkv.contiguous(), bias_table.contiguous(), output.contiguous()
     index, pad = bias_index.to(torch.int32).contiguous(), None if pad_qkv is None else pad_qkv.contiguous()

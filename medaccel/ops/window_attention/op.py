@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention's registration: schema, shapes without data, gradients, autocast, kernels per device."""
+"""Registers the attention: schema, shapes without data, gradients, autocast, kernels per device."""
 
 import functools
 import importlib
@@ -19,8 +19,8 @@ from medaccel.ops.window_attention import native
 _INPUTS = "Tensor qkv, Tensor bias_table, Tensor bias_index, Tensor? pad_qkv, Tensor? dropout_seed"
 _SETTINGS = "int[] window_size, int[] shift_size, float scale, float dropout_p"
 _lib = torch.library.Library("medaccel", "FRAGMENT")
-# The second output is the rows' log-sum-exp, (B, windows, heads, tokens), what the backward pass needs of the scores;
-# in base 2, like the kernels' exponentials: a conversion would round large scores twice more.
+# The second output is the rows' log-sum-exp, (B, windows, heads, tokens), by which the backward pass recomputes the
+# scores; it is in base 2, like the kernels' exponentials: a conversion would round large scores twice more.
 _lib.define(f"shifted_window_attention({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
 _lib.define(
     f"shifted_window_attention_backward(Tensor grad, {_INPUTS}, Tensor output, Tensor lse, {_SETTINGS}, "
@@ -32,17 +32,17 @@ MAX_TRITON_HEAD_DIM = 64  # wider ones spill registers
 
 
 def compute_dtype(qkv: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic, and of the log-sum-exp."""
+    """Returns the dtype of the arithmetic, and of the log-sum-exp."""
     return torch.float64 if qkv.dtype == torch.float64 else torch.float32
 
 
 def window_count(sizes: Sequence[int], window_size: Sequence[int]) -> int:
-    """The windows of one sample of a map with these spatial sizes, padding included."""
+    """Counts the windows of one sample of a map with these spatial sizes, padding included."""
     return math.prod((size + w - 1) // w for size, w in zip(sizes, window_size, strict=True))
 
 
 def check_index(bias_index: Tensor, rows: int) -> None:
-    """A ValueError where an index on the CPU points outside the table; elsewhere nothing is read."""
+    """Raises a ValueError if an index on the CPU points outside the table; elsewhere nothing is read."""
     known = host_values(bias_index)
     if known is None or known.numel() == 0:
         return
@@ -57,7 +57,8 @@ def check_index(bias_index: Tensor, rows: int) -> None:
 
 @functools.cache
 def triton_problem(index: int, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None where the Triton kernel serves this GPU, dtype and head dimension; else why not, in a sentence."""
+    """Says in a sentence why the Triton kernel doesn't serve this GPU, dtype and head dimension; returns None if it
+    does."""
     if dtype not in (torch.float32, *HALF):
         return f"the Triton kernel computes in fp32 and has none for {dtype}"
     if head_dim > MAX_TRITON_HEAD_DIM:
@@ -78,7 +79,8 @@ triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # --- checks --------------------------------------------------------------------------------------------------
 def _check(name: str, *arguments: Any) -> Operands:
-    """What the kernels' memory accesses rest on, but for the index' values: a GPU's kernel clamps them itself."""
+    """Checks everything that the kernels' memory accesses rely on, except the index's values: a GPU's kernel clamps
+    them itself."""
     qkv, bias_table, bias_index, pad_qkv, dropout_seed, window_size, shift_size, scale, dropout_p = arguments
     operands = Operands(name, "qkv", qkv)
     operands.rank("qkv", qkv, (3, 4, 5), "(B, *spatial, 3·C) with 1-3 spatial axes")

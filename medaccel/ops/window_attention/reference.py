@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shifted-window attention in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
+"""Computes shifted-window attention in plain PyTorch: differentiable, readable, slow. The kernels are held to it."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from medaccel.ops._philox import philox_4x32_10
 
-# What MONAI adds to the score of a query and a key that the cyclic shift made neighbours: not −∞.
+# MONAI adds this to the score of a query and a key that the cyclic shift made neighbours: not −∞.
 MASKED = -100.0
 
 
 def partition(x: Tensor, window_size: Sequence[int]) -> Tensor:
-    """(B, *spatial, C), whole windows, to (B, windows, tokens, C)."""
+    """Cuts (B, *spatial, C) into whole windows, (B, windows, tokens, C)."""
     b, *sizes, c = x.shape
     split = [n for size, w in zip(sizes, window_size, strict=True) for n in (size // w, w)]
     rank = len(sizes)
@@ -24,7 +24,7 @@ def partition(x: Tensor, window_size: Sequence[int]) -> Tensor:
 
 
 def unpartition(windows: Tensor, sizes: Sequence[int], window_size: Sequence[int]) -> Tensor:
-    """`partition` backwards: (B, windows, tokens, C) to (B, *sizes, C)."""
+    """Undoes `partition`: (B, windows, tokens, C) to (B, *sizes, C)."""
     b, _, _, c = windows.shape
     rank = len(sizes)
     grid = [size // w for size, w in zip(sizes, window_size, strict=True)]
@@ -33,10 +33,11 @@ def unpartition(windows: Tensor, sizes: Sequence[int], window_size: Sequence[int
 
 
 def region_ids(sizes: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int]) -> Tensor:
-    """For each token of each window of the rolled map: which side of the volume it came from, (windows, tokens).
+    """Returns, for each token of each window of the rolled map, the side of the volume that it came from, (windows,
+    tokens).
 
     On an axis that is shifted, the last window holds `window − shift` tokens from the volume's end and `shift` from
-    its beginning. Two tokens see each other where their numbers agree.
+    its beginning. Two tokens see each other if their numbers agree.
     """
     ids = torch.zeros(tuple(sizes), dtype=torch.int64)
     for axis, (size, shift) in enumerate(zip(sizes, shift_size, strict=True)):
@@ -46,12 +47,12 @@ def region_ids(sizes: Sequence[int], window_size: Sequence[int], shift_size: Seq
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A value is dropped where its random 32-bit word is below this."""
+    """Returns the threshold: a value is dropped if its random 32-bit word is below it."""
     return min(int(dropout_p * 2**32), 2**32 - 1)
 
 
 def kept(seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
-    """Which attention weights (B, windows, heads, tokens, tokens) survive dropout.
+    """Marks the attention weights (B, windows, heads, tokens, tokens) that survive dropout.
 
     The word of query i and key j is number j mod 4 of Philox' words with key `seed` and counter
     (⌊j / 4⌋, i, window · heads + head, sample).
@@ -76,7 +77,7 @@ def shifted_window_attention(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """`medaccel.ops.shifted_window_attention` for checked arguments. bf16 and fp16 are computed in fp32."""
+    """Computes `medaccel.ops.shifted_window_attention` for checked arguments. bf16 and fp16 are computed in fp32."""
     dtype = qkv.dtype
     compute = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     x = qkv.to(compute)

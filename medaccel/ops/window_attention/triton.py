@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""Shifted-window attention for GPUs: the tiles and launches of the kernels in triton_kernels.py."""
+"""Launches shifted-window attention on GPUs: the tiles and launches of the kernels in triton_kernels.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from medaccel.ops.window_attention.triton_kernels import (
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a pass' tile of scores, and how its programs run."""
+    """Holds queries and keys of a pass's tile of scores, and its programs' launch parameters."""
 
     block_m: int
     block_n: int
@@ -32,9 +32,9 @@ class Tile:
     num_stages: int
 
 
-# Static, no autotuning: results and CUDA graphs must not depend on timings. Keys: architecture, precision ("fp32"
-# products run on the ordinary cores and hold their operands in registers), padded head dimension, pass. Chosen by the
-# compiler's counts of registers, spills and shared memory; not timed.
+# The tiles are static, without autotuning: results and CUDA graphs must not depend on timings. Their keys are
+# architecture, precision ("fp32" products run on the ordinary cores and hold their operands in registers), padded
+# head dimension, pass. They were chosen by the compiler's counts of registers, spills and shared memory; not timed.
 _HALF = {
     16: {"forward": Tile(64, 32, 4, 2), "query": Tile(64, 32, 4, 2), "key": Tile(32, 64, 8, 2)},
     32: {"forward": Tile(64, 32, 4, 2), "query": Tile(64, 32, 4, 2), "key": Tile(32, 64, 8, 2)},
@@ -59,14 +59,16 @@ TILES = {
     90: {"half": _HALF, "fp32": _FP32},
     100: {"half": _HALF_100, "fp32": _FP32},
 }
-# Enough programs in the bias' pass to fill a large GPU; a constant, so that sums have the same order on every one.
+# So many programs in the bias's pass fill a large GPU; the number is constant, so that sums have the same order on
+# every one.
 _BIAS_PROGRAMS = 512
 TABLE_BLOCK = 64
 
 
 # --- launches ------------------------------------------------------------------------------------------------
 def architecture(device: torch.device) -> int:
-    """The row of `TILES`. Consumer GPUs of any generation have sm_86's shared memory: sm_80's tiles fit them all."""
+    """Returns the architecture's key in `TILES`. Consumer GPUs of any generation have sm_86's shared memory: sm_80's
+    tiles fit them all."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -74,12 +76,12 @@ def architecture(device: torch.device) -> int:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """What `tl.dot` can take: a power of two of at least 16."""
+    """Returns a head dimension that `tl.dot` can take: a power of two of at least 16."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 class _Problem:
-    """What all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
+    """Holds what all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class _Problem:
         self.windows, self.tokens, rows = math.prod(grid), math.prod(window), bias_table.shape[0]
         padded = any(g * w > size for g, w, size in zip(grid, window, sizes, strict=True))
         pad = padded and pad_qkv is not None
-        # Held here: the kernels run on these copies after the caller's last reference is gone.
+        # The copies are held here: the kernels run on them after the caller's last reference is gone.
         self.qkv = qkv.contiguous()
         self.pad = pad_qkv.to(qkv.dtype).contiguous() if pad and pad_qkv is not None else self.qkv
         self.bias = bias_table.t().to(torch.float32).contiguous()  # (heads, T): a head's entries side by side
@@ -130,7 +132,7 @@ class _Problem:
         self.padded = padded
 
     def rows(self, block: int) -> int:
-        """Programs of a pass that has one per block of a window's tokens and head."""
+        """Returns the number of programs of a pass that has one per block of a window's tokens and head."""
         return self.batch * self.windows * self.heads * triton.cdiv(self.tokens, block)
 
     def options(self, use: str) -> dict[str, int]:
@@ -151,7 +153,8 @@ def forward(
     dropout_p: float,
     arch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op's kernel: output (B, *spatial, C) and the rows' log-sum-exp in base 2, (B, windows, heads, tokens).
+    """Runs the op's kernel: returns (B, *spatial, C) and the rows' log-sum-exp in base 2, (B, windows, heads,
+    tokens).
 
     `arch` names a row of `TILES` instead of the device's.
     """
@@ -186,7 +189,7 @@ def backward(
     need_pad: bool,
     arch: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to qkv, bias_table and pad_qkv, each an empty tensor where it isn't needed."""
+    """Returns the gradients to qkv, bias_table and pad_qkv, each an empty tensor if it isn't needed."""
     pad_like = qkv if pad_qkv is None else pad_qkv
     grad_table = bias_table.new_zeros(bias_table.shape if need_table else (0,))
     grad_pad = pad_like.new_zeros(qkv.shape[-1:] if need_pad else (0,))
@@ -230,7 +233,7 @@ def _grad_table(problem: _Problem, tensors: tuple[Tensor, Tensor, Tensor], grad_
     bias_kernel[(groups * tiles,)](
         *problem.inputs, *tensors, partial, all_windows, group, *problem.scalars, **options
     )  # fmt: skip
-    # Which pairs of tokens read an entry: a stable sort, so that each sum has a fixed order.
+    # A stable sort finds the pairs of tokens that read an entry, so that each sum has a fixed order.
     entries, order = problem.index.flatten().sort(stable=True)
     every = torch.arange(grad_table.shape[0] + 1, dtype=torch.int32, device=entries.device)
     starts = torch.searchsorted(entries.to(torch.int32), every, out_int32=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""Shifted-window attention's Triton kernels: forward, and a backward pass that recomputes the scores.
+"""Holds shifted-window attention's Triton kernels: forward, and a backward pass that recomputes the scores.
 
 No score is stored. Forward, a program holds BLOCK_M queries of one head of one window and streams the window's keys
 with an online softmax. Backward there are three such streams, so that every sum has one owner and a fixed order (no
@@ -22,7 +22,8 @@ _MASKED = tl.constexpr(-100.0 * math.log2(math.e))  # MONAI's −100 between the
 # --- index arithmetic ----------------------------------------------------------------------------------------
 @triton.jit
 def _locate(token, window, D0, D1, D2, SHIFT0, SHIFT1, SHIFT2, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr):
-    """Where the tokens of a window lie in the map, whether they do, and which side of the shift they are from."""
+    """Returns the places of a window's tokens in the map, whether they lie in it, and the side of the shift that they
+    come from."""
     grid1, grid2 = tl.cdiv(D1, W1), tl.cdiv(D2, W2)
     padded0, padded1, padded2 = tl.cdiv(D0, W0) * W0, grid1 * W1, grid2 * W2
     at0 = window // (grid1 * grid2) * W0 + token // (W1 * W2) + SHIFT0
@@ -41,7 +42,7 @@ def _rows(
     ptr, pad_ptr, position, token, real, stride, column,
     N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """Channels `column`… of the tokens, (tokens, BLOCK_D); of the padding: pad_ptr's."""
+    """Loads channels `column`… of the tokens, (tokens, BLOCK_D); for padding, those of pad_ptr."""
     channel = tl.arange(0, BLOCK_D)
     inside = channel < HEAD_DIM
     x = tl.load(
@@ -57,7 +58,7 @@ def _rows(
 
 @triton.jit
 def _scores(q, k, bias_ptr, index_ptr, i, j, side_i, side_j, scale, N: tl.constexpr, SHIFTED: tl.constexpr):
-    """A tile of scores in base 2; −∞ for keys beyond the window."""
+    """Returns a tile of scores in base 2; −∞ for keys beyond the window."""
     inside = (i < N)[:, None] & (j < N)[None, :]
     index = tl.load(index_ptr + i[:, None] * N + j[None, :], mask=inside, other=0)
     bias = tl.load(bias_ptr + index, mask=inside, other=0.0)
@@ -69,7 +70,7 @@ def _scores(q, k, bias_ptr, index_ptr, i, j, side_i, side_j, scale, N: tl.conste
 
 @triton.jit
 def _kept(seed_ptr, threshold, i, j_start, head, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which weights of a tile survive dropout (`reference.kept`): four keys share a Philox counter."""
+    """Marks the weights of a tile that survive dropout (`reference.kept`): four keys share a Philox counter."""
     quad = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     words = tl.philox(
         tl.load(seed_ptr),
@@ -114,7 +115,7 @@ def forward_kernel(
         k = _rows(qkv_ptr, pad_ptr, at_j, j, real_j, 3 * channels, channels, N, HEAD_DIM, BLOCK_D, PAD)
         s = _scores(q, k, bias_ptr, index_ptr, i, j, side_i, side_j, scale, N, SHIFTED)
         higher = tl.maximum(highest, tl.max(s, 1))
-        # Where every score so far is −∞ (an overflow), ∞ − ∞ would make later, finite ones NaN.
+        # If every score so far is −∞ (an overflow), ∞ − ∞ would make later, finite ones NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(highest - base)
@@ -137,7 +138,7 @@ def forward_kernel(
 # --- backward ------------------------------------------------------------------------------------------------
 @triton.jit
 def _weights(s, lse, real_i):
-    """The softmax from its scores and log-sum-exp; 0 for padded queries, which have no output."""
+    """Returns the softmax from its scores and log-sum-exp; 0 for padded queries, which have no output."""
     return tl.where(real_i[:, None], tl.exp2(s - lse[:, None]), 0.0)
 
 
@@ -260,7 +261,7 @@ def bias_kernel(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHIFTED: tl.constexpr, PAD: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Σ of the scores' gradients over a group of windows, (groups, heads, tokens, tokens)."""
+    """Sums the scores' gradients over a group of windows, (groups, heads, tokens, tokens)."""
     N: tl.constexpr = W0 * W1 * W2
     rows: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -304,7 +305,8 @@ def table_kernel(
     partial_ptr, order_ptr, start_ptr, grad_table_ptr, groups, heads,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One row of the table's gradient: the pairs that read it, in their order, over the groups in theirs."""
+    """Computes one row of the table's gradient from the pairs that read it, in their order, over the groups in
+    theirs."""
     entry = tl.program_id(0)
     first, last = tl.load(start_ptr + entry), tl.load(start_ptr + entry + 1)
     head = tl.arange(0, BLOCK_HEADS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shifted-window attention's part of `medaccel verify`."""
+"""Checks and times shifted-window attention for `medaccel verify`."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from medaccel.ops._dispatch import use_reference
 from medaccel.ops.window_attention import shifted_window_attention, unsupported
 from medaccel.ops.window_attention.cases import Case, named
 
-# Every head dimension that the GPU's kernels are built for, and one between them.
+# The cases have every head dimension that the GPU's kernels are built for, and one between them.
 _CASES = (
     *("swin_unetr", "whole_windows", "padding_fills_a_region", "head_dim_32", "head_dim_64", "head_dim_5", "image"),
     *("dropout", "empty_batch"),
@@ -21,7 +21,7 @@ _CASES = (
 
 
 def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """qkv, bias_table, pad_qkv and the output's gradient."""
+    """Returns qkv, bias_table, pad_qkv and the output's gradient."""
     qkv, table, _, pad = case.tensors(dtype)
     assert pad is not None
     generator = torch.Generator().manual_seed(1)
@@ -40,7 +40,7 @@ def _gradients(case: Case, index: Tensor, tensors: Sequence[Tensor]) -> list[Ten
 
 
 def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """The output and the gradients to qkv, bias table and padding."""
+    """Checks the output and the gradients to qkv, bias table and padding."""
     case = named(name)
     index, tensors = case.tensors(dtype)[2], _inputs(case, device, dtype)
 
@@ -54,7 +54,7 @@ def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
 
 
 def time_attention(device: torch.device, head_dim: int, training: bool) -> _checks.Speed:
-    """The first stage of a Swin UNETR, at 48³ input on the CPU and 96³ on a GPU."""
+    """Times the first stage of a Swin UNETR, at 48³ input on the CPU and 96³ on a GPU."""
     size, dtype = (24, torch.float32) if device.type == "cpu" else (48, torch.bfloat16)
     case = Case("", (size,) * 3, (7, 7, 7), (3, 3, 3), 3, head_dim)
     tensors = _inputs(case, device, dtype)
@@ -79,7 +79,7 @@ def time_attention(device: torch.device, head_dim: int, training: bool) -> _chec
 
 
 def speeds(device: torch.device) -> Iterator[_checks.Speed]:
-    """Swin UNETR's two head dimensions, in inference and in training."""
+    """Yields the speeds at Swin UNETR's two head dimensions, in inference and in training."""
     return (time_attention(device, *kind) for kind in itertools.product((8, 16), (False, True)))
 
 

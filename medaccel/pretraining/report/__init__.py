@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a pretraining."""
+"""Writes the report of a pretraining."""

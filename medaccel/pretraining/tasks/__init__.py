@@ -25,7 +25,7 @@ assert tuple(TASKS) == TASK_NAMES
 def make_tasks(
     names: Sequence[str], settings: Mapping[str, Mapping[str, Any]], roi_size: Sequence[int]
 ) -> list[PretextTask]:
-    """The tasks of these names, in the registry's order.
+    """Makes the tasks of these names, in the registry's order.
 
     Raises:
         ValueError: names are unknown, or a task refuses its settings.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Network(Protocol):
-    """The part of `medaccel.pretraining.network.PretrainingNet` that tasks know."""
+    """Describes the part of `medaccel.pretraining.network.PretrainingNet` that tasks know."""
 
     @property
     def backbone(self) -> SwinUNETR: ...
@@ -49,7 +49,7 @@ class Step:
 
 
 class PretextTask(abc.ABC):
-    """One thing to learn without labels.
+    """Defines one task to learn without labels.
 
     Args:
         settings: plain values that differ from the defaults of `Settings`.
@@ -60,9 +60,9 @@ class PretextTask(abc.ABC):
     """
 
     name: ClassVar[str]
-    #: The task's settings: their names, types, defaults and meanings.
+    #: The task's settings have these names, types, defaults and meanings.
     Settings: ClassVar[type[TaskSettings]] = TaskSettings
-    #: Backbone levels of inputs of the task's own, beside the views.
+    #: The task's own inputs, beside the views, need these backbone levels.
     own_levels: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, settings: Mapping[str, Any], roi_size: Sequence[int]) -> None:

@@ -77,13 +77,14 @@ class Reconstruction(nn.Module):
 
 
 class Inpainting(PretextTask):
-    """Blocks of 5 to 25 % of each side, at most 30 % of a view, become noise; L1 to what was there.
+    """Replaces blocks of 5 to 25 % of each side, at most 30 % of a view, by noise; the loss is L1 to the original.
 
     As in the published Swin UNETR pretraining (Tang et al., CVPR 2022), both views are cut out, so that the other
-    tasks see the holes too and the backbone runs once for all. Predicted is the change from `smooth_fill`, which
-    knows how bright its surroundings are: the backbone's norms take that out of the features, and a network that was
-    to predict the view itself gave the mean of two windows' greys in either. It is predicted at `level` by 1 × 1 × 1
-    convolutions and a pixel shuffle: finer blocks of the U-Net, the costly ones, are not computed.
+    tasks see the holes too and the backbone runs once for all. The network predicts the change from `smooth_fill`,
+    which knows how bright its surroundings are: the backbone's norms remove the brightness from the features, and a
+    network that had to predict the view itself gave the mean of two windows' greys in either. The prediction is made
+    at `level` by 1 × 1 × 1 convolutions and a pixel shuffle: finer blocks of the U-Net, the expensive ones, are not
+    computed.
     """
 
     name = "inpainting"
@@ -118,7 +119,7 @@ class Inpainting(PretextTask):
         return mask, torch.where(mask, noise, view)
 
     def predict(self, net: Network, features: Tensor, view: Tensor, mask: Tensor) -> Tensor:
-        """Views (B, 1, *roi_size), fp32, from their maps at `level`, what is visible of them, and the masks."""
+        """Predicts views (B, 1, *roi_size), fp32, from their maps at `level`, their visible voxels, and the masks."""
         return self.fill(view, mask) + net.heads[self.name](features).float()
 
     def fill(self, view: Tensor, mask: Tensor) -> Tensor:

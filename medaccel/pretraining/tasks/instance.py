@@ -20,10 +20,10 @@ _LEVEL = "encoder4"
 
 
 class Instance(PretextTask):
-    """NT-Xent on the standardised last map, through two layers; the negatives are all processes'.
+    """Contrasts views by NT-Xent on the standardised last map, through two layers, with all processes' negatives.
 
-    Logged beside it: log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the
-    two views, in nats, which can't say more than log N, N the items of a step.
+    It also logs log N − L of InfoNCE at the same temperature, a lower bound on the mutual information of the two
+    views, in nats, which can't exceed log N, where N is the number of items of a step.
     """
 
     name = "instance"
@@ -48,7 +48,7 @@ class Instance(PretextTask):
         )
 
     def embed(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
-        """(B, dimensions) of the maps of all views that are compared."""
+        """Embeds the maps of all views that are compared: (B, dimensions)."""
         embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
         return embedding
 

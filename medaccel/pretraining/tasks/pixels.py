@@ -31,7 +31,7 @@ def projector(level: str, feature_size: int, dimensions: int) -> nn.Sequential:
 
 
 class _PixelTask(PretextTask):
-    """What both have: a level, its projector, and where its pixels lie."""
+    """Holds the part that both tasks share: a level, its projector, and the places of its pixels."""
 
     radius: float | None
 
@@ -52,7 +52,7 @@ class _PixelTask(PretextTask):
         return first, second
 
     def project(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
-        """(B, dimensions, *spatial) of views' maps."""
+        """Projects views' maps to (B, dimensions, *spatial)."""
         head = net.heads[self.name]
         assert isinstance(head, _Projecting | PixProHead)
         projected: Tensor = head.projector(maps[self.level]).float()
@@ -66,7 +66,7 @@ class _Projecting(nn.Module):
 
 
 class PixelContrast(_PixelTask):
-    """Contrast of pixels, `medaccel.losses.PixelContrastiveLoss`, in both directions.
+    """Contrasts pixels by `medaccel.losses.PixelContrastiveLoss`, in both directions.
 
     A place is told from all others of the other view.
     """
@@ -126,8 +126,8 @@ class PixPro(_PixelTask):
     of the other view.
 
     The momentum is 1 − 0.01 · (cos(π k / K) + 1) / 2 in step k of K. The copies move at the beginning of a step, to
-    the weights that the last one left. Beside the backbone's pass there is a second one without gradient, about a
-    third of the step's cost.
+    the weights that the last one left. Beside the backbone's pass, a second one without gradient takes about a third
+    of the step's time.
     """
 
     name = "pixpro"

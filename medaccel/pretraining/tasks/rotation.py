@@ -21,7 +21,8 @@ _NOISE = 0.03  # greatest noise, as a share of the window; its strength is drawn
 
 
 class Rotation(PretextTask):
-    """A crop of its own, from the canonically oriented volume, turned by k · 90° in the axial plane; k is to be told.
+    """Turns a crop of its own, from the canonically oriented volume, by k · 90° in the axial plane; the network tells
+    k.
 
     The views can't serve: they may be flipped and turned already, and then no answer is right. The crop goes through
     the transformer alone, without a decoder, so it costs a fraction of the views.
@@ -62,7 +63,7 @@ class Rotation(PretextTask):
         return torch.rot90(crop, turns, (1, 2)).contiguous()
 
     def logits(self, net: Network, x: Tensor) -> Tensor:
-        """(B, 1, *roi_size) to (B, 4)."""
+        """Maps (B, 1, *roi_size) to logits (B, 4)."""
         scores: Tensor = net.heads[self.name](net.features(x, {"encoder4"})["encoder4"])
         return scores
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of one patient's image by axial block, which `medaccel.studies.statistics.ratio_score` resamples."""
+"""Sums errors of one patient's image by axial block, which `medaccel.studies.statistics.ratio_score` resamples."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def block_errors(
     distance: str = "mse",
     block_length: float = 50.0,
 ) -> NDArray[np.float64]:
-    """Errors summed over the body in each axial block: (blocks,), what `ratio_score` is made of.
+    """Sums errors over the body in each axial block: (blocks,), as `ratio_score` needs them.
 
     Args:
         image, target: (i, j, k), SUV.
         distance: "mse", or "ssim" for 1 − SSIM (primary convention).
-        block_length: in mm: several times what PET noise correlates over.
+        block_length: length of a block in mm: several times the range over which PET noise correlates.
 
     Raises:
-        ValueError: unknown `distance`; the volumes' shapes differ.
+        ValueError: `distance` is unknown; the volumes' shapes differ.
     """
     if distance not in ("mse", "ssim"):
-        raise ValueError(f"distance={distance!r} (expected 'mse' or 'ssim')")
+        raise ValueError(f"distance is {distance!r}; expected 'mse' or 'ssim'")
     check_volumes(mask, image=image, target=target)
     if distance == "mse":
         error = (image.astype(np.float64) - target) ** 2
@@ -40,9 +40,9 @@ def block_errors(
 
 
 def block_starts(slices: int, spacing: tuple[float, float, float], block_length: float) -> NDArray[np.int64]:
-    """The first slices of axial blocks of `block_length` mm or more; one where the volume is shorter."""
+    """Returns the first slices of axial blocks of `block_length` mm or more; one block if the volume is shorter."""
     check_spacing(spacing)
     if not block_length > 0:
-        raise ValueError(f"block_length={block_length} (expected a positive length in mm)")
+        raise ValueError(f"block_length is {block_length}; expected a positive length in mm")
     blocks = max(int(slices * spacing[2] // block_length), 1)
     return np.unique(np.linspace(0, slices, blocks, endpoint=False).astype(np.int64))

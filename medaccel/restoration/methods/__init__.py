@@ -44,7 +44,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def make_method(name: str, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> Method:
-    """A method that is not fitted yet. Raises ValueError for an unknown name or setting."""
+    """Makes a method that is not fitted yet; raises ValueError for an unknown name or setting."""
     try:
         return method_class(name)(task, settings)
     # a network raises these for impossible sizes

@@ -23,7 +23,7 @@ FORMAT = 1  # version of a method's checkpoint
 
 @dataclass(frozen=True)
 class RestorationTask:
-    """What is predicted from what.
+    """Names the exposures to restore from and the one to predict.
 
     Args:
         input_seconds: exposures to restore from, s; the first is the primary one.
@@ -45,16 +45,16 @@ class RestorationTask:
 
 @dataclass(frozen=True, eq=False)
 class RestorationRequest:
-    """One PET to restore, and how.
+    """Describes one PET to restore, and how to restore it.
 
     Args:
         volume: (i, j, k), SUV, float32.
-        spacing: mm.
+        spacing: voxel size, mm.
         seconds: its exposure; None: the task's primary one.
-        ct: HU on the same grid, for the methods that look at it.
+        ct: HU on the same grid, for the methods that use it.
         samples: how many to draw, for the methods that draw; None: the setting.
-        keep_samples: return them, not their mean and deviation alone.
-        seed: of the samples.
+        keep_samples: return the samples too, not only their mean and deviation.
+        seed: seed of the samples.
         progress: show a progress bar.
     """
 
@@ -118,14 +118,15 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
-    #: The method's settings: their names, types, defaults and meanings.
+    #: The method's settings have these names, types, defaults and meanings.
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
-    #: The defaults, plain. A subclass without `Settings` may say them here; the settings then have their types.
+    #: These are the defaults, plain. A subclass without `Settings` may set them here; the settings then have their
+    #: types.
     defaults: ClassVar[Mapping[str, Any]] = {}
-    #: Settings' names in configs and checkpoints of earlier versions, and their names today.
+    #: Settings in configs and checkpoints of earlier versions have these names; the values are today's names.
     renamed: ClassVar[Mapping[str, str]] = {}
-    samples: ClassVar[bool] = False  # whether restore can draw several
-    distributed: ClassVar[bool] = False  # whether all processes of `torchrun` fit together, or the first alone
+    samples: ClassVar[bool] = False  # True if `restore` can draw several
+    distributed: ClassVar[bool] = False  # True if all processes of `torchrun` fit together
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         self.task = task
@@ -171,7 +172,7 @@ class Method(abc.ABC):
         """Restores one PET.
 
         Raises:
-            ValueError: the volume is no SUV (`check_volume`), or of an exposure that the task doesn't have.
+            ValueError: the volume is no SUV (`check_volume`), or its exposure is none of the task's.
         """
 
     @abc.abstractmethod
@@ -197,7 +198,7 @@ class Method(abc.ABC):
             torch.save(content, temporary)
 
     def seconds(self, seconds: int | None) -> int:
-        """The exposure that a request names, or the primary one; refuses one that the task doesn't have."""
+        """Returns the exposure that a request names, or the primary one; refuses one that the task doesn't have."""
         chosen = self.task.input_seconds[0] if seconds is None else seconds
         if chosen not in self.task.input_seconds:
             raise ValueError(

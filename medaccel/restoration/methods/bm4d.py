@@ -20,7 +20,8 @@ LAGS = 5  # voxels; further apart, the noise of these scanners' images is uncorr
 
 
 class BM4D(Classical):
-    """Block matching and 4-D collaborative filtering (Maggioni et al. 2013), told how the noise correlates.
+    """Denoises by block matching and 4-D collaborative filtering (Maggioni et al. 2013), given the noise's
+    correlation.
 
     The noise's autocorrelation comes from PET_t − PET_T of training studies, in voxels: it holds for inputs on their
     grid. It gains little: told of white noise, BM4D scores the same (27.3 and 27.2 %) at 2.2 times the strength.
@@ -60,7 +61,7 @@ class BM4D(Classical):
 
         if min(mapped.shape) < min(BM4DProfile.bs_wiener):
             raise ValueError(
-                f"{self.name}: volume has shape {mapped.shape} (expected at least 5 voxels along each axis)"
+                f"{self.name}: volume has shape {mapped.shape}; expected at least 5 voxels along each axis"
             )
         assert self.correlation is not None
         profile = BM4DProfile()
@@ -82,9 +83,9 @@ class BM4D(Classical):
 
 
 def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:
-    """Autocorrelation of noise (i, j, k) that is 0 outside the mask: (2·lags + 1,)*3, 1 in the middle."""
+    """Returns the autocorrelation of noise (i, j, k) that is 0 outside the mask: (2·lags + 1,)*3, 1 in the middle."""
     axes = (0, 1, 2)
-    padded = [n + lags for n in noise.shape]  # so that the far ends do not meet
+    padded = [n + lags for n in noise.shape]  # padded, so that the far ends do not meet
     near = np.ix_(*[np.arange(-lags, lags + 1)] * 3)
 
     def products(values: Array) -> Array:
@@ -97,7 +98,8 @@ def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:
 
 
 def power_spectrum(correlation: Array, shape: Sequence[int]) -> Array:
-    """Power spectral density of noise of variance 1 with such an autocorrelation, on a grid; its mean is the size.
+    """Returns the power spectral density of noise of variance 1 with such an autocorrelation, on a grid; its mean is
+    the size.
 
     A Hann window fades the lags out: an autocorrelation that is cut off has a spectrum with negative values.
     """
@@ -106,7 +108,7 @@ def power_spectrum(correlation: Array, shape: Sequence[int]) -> Array:
     tapered = correlation * hann[:, None, None] * hann[None, :, None] * hann[None, None, :]
     kernel = np.zeros(shape)
     lags = np.arange(side) - side // 2
-    # Lags wrap around, and more than once on a grid that is smaller than they reach.
+    # Lags wrap around, even more than once on a grid that is smaller than their range.
     where = np.meshgrid(*[lags % n for n in shape], indexing="ij")
     np.add.at(kernel, tuple(where), tapered)
     spectrum = np.maximum(np.fft.fftn(kernel).real, 1e-3)

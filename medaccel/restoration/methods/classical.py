@@ -57,7 +57,7 @@ class _Example:
 
 
 class Classical(Method):
-    """A denoiser whose strength is searched for; subclasses say how they denoise."""
+    """Denoises with a strength that is searched for; subclasses define how."""
 
     Settings: ClassVar[type[ClassicalSettings]] = ClassicalSettings
 
@@ -105,7 +105,7 @@ class Classical(Method):
         self.fitted.seconds = time.monotonic() - start
 
     def restore(self, request: RestorationRequest) -> Restoration:
-        """One PET; see `Method.restore`. The CT is not looked at and nothing is drawn.
+        """Restores one PET; see `Method.restore`. The CT is not used and nothing is drawn.
 
         Raises:
             ValueError: the volume isn't in SUV or has fewer than three slices; the exposure was not fitted.
@@ -214,7 +214,7 @@ class Classical(Method):
 
 
 class NonLocalMeans(Classical):
-    """Non-local means (Buades et al. 2005) with cubic patches, scikit-image's fast mode."""
+    """Denoises by non-local means (Buades et al. 2005) with cubic patches, in scikit-image's fast mode."""
 
     name = "nlm"
     Settings = NonLocalMeansSettings
@@ -236,8 +236,8 @@ class NonLocalMeans(Classical):
 class TotalVariation(Classical):
     """Denoises by total variation (Rudin, Osher and Fatemi 1992) with Chambolle's projections, by scikit-image.
 
-    It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: what a round
-    took away is added to the next one's input.
+    It takes contrast from small hot structures. Bregman's iteration (Osher et al. 2005) gives it back: the part that
+    a round removed is added to the next one's input.
     """
 
     name = "tv"

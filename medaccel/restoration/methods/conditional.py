@@ -27,14 +27,14 @@ from medaccel.restoration.study import PETStudy
 
 
 class DiffusionConditional(DiffusionMethod):
-    """A diffusion of the residual to the smoothed PET; see the module."""
+    """Diffuses the residual to the smoothed PET; see the module."""
 
     name = "diffusion_conditional"
     Settings = ConditionalSettings
 
     @cached_property
     def conditioning(self) -> Conditioning:
-        """What the PET, the exposure and the CT become for the network."""
+        """Returns the network's inputs from the PET, the exposure and the CT."""
         return Conditioning(self.settings["scaling"], self.settings["use_ct"], self.settings["base"])
 
     @property

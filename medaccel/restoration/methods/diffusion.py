@@ -178,7 +178,7 @@ class DiffusionMethod(NetworkMethod):
         mean = np.zeros([s.stop - s.start for s in box], dtype=np.float32)
         squares = np.zeros_like(mean)
         drawn = self.draw(body, seeds, **options)
-        for number, sample in enumerate(drawn, start=1):  # Welford's sums, which lose no digits
+        for number, sample in enumerate(drawn, start=1):  # Welford's sums lose no digits
             change = sample - mean
             mean += change / np.float32(number)
             squares += change * (sample - mean)

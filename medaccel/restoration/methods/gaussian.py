@@ -291,7 +291,7 @@ def restore(method: GaussianMethod, volume: np.ndarray, spacing: Sequence[float]
 
 
 class _Gaussian(Method):
-    """A Gaussian method for each exposure of the task: how much to smooth depends on the noise."""
+    """Holds a Gaussian method for each exposure of the task: the best smoothing depends on the noise."""
 
     Settings: ClassVar[type[GaussianSettings]] = GaussianSettings
 

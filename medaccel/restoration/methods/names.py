@@ -24,5 +24,5 @@ LABELS = {
 
 
 def label(method: str, labels: Mapping[str, str]) -> str:
-    """A method's name for readers: the caller's, else ours, else its key."""
+    """Returns a method's name for readers: the caller's, else the package's, else its key."""
     return labels.get(method) or LABELS.get(method) or method

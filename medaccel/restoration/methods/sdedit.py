@@ -63,7 +63,7 @@ class _NoiseShown(nn.Module):
 
 
 class DiffusionSDEdit(DiffusionMethod):
-    """SDEdit from the PET, over several levels; see the module."""
+    """Applies SDEdit to the PET, over several levels; see the module."""
 
     name = "diffusion_sdedit"
     Settings = SDEditSettings

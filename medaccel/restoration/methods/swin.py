@@ -68,7 +68,7 @@ class ActivityFit(NetworkFit):
 
 
 class SwinUNETRMethod(NetworkMethod):
-    """Swin UNETR (Hatamizadeh et al., 2022), accelerated; see the module."""
+    """Restores with an accelerated Swin UNETR (Hatamizadeh et al., 2022); see the module."""
 
     name = "swin_unetr"
     Settings = SwinSettings

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analyses that a report shows beside the scores: comparisons, coverage, resolution, noise, one patient's spread."""
+"""Runs the analyses that a report shows beside the scores: comparisons, coverage, resolution, noise, one patient's
+spread."""
 
 from __future__ import annotations
 
@@ -24,20 +25,20 @@ from medaccel.restoration.scoring import EXAMPLES, Scored, Scorer
 from medaccel.restoration.study import load_study
 from medaccel.studies.statistics import Statistic, ratio_score
 
-# Blobs added to a PET for its resolution: of about the reconstruction's own width, well above the noise.
+# A PET's resolution is measured with blobs of about the reconstruction's own width, well above the noise.
 _BLOB_FWHM, _BLOB_AMPLITUDE = 8.0, 4.0
-_BLOB_SAMPLES = 4  # that a drawing method draws for each: a response's width needs no fine average
+_BLOB_SAMPLES = 4  # samples that a drawing method draws for each blob: a response's width needs no fine average
 
 
 @dataclass(frozen=True)
 class Analyses:
-    """The analyses of one scoring. Keys are exposures in s where nothing else is said.
+    """Holds the analyses of one scoring. Keys are exposures in s unless said otherwise.
 
     Args:
-        coverage: by method, of the intervals of the methods that draw samples.
-        comparisons: by quantity ("share_of_limit", "share_of_ceiling"), every method against the chosen one.
-        within_patient: by method and distance, intervals of one patient's scores; empty for several patients.
-        responses: by method, to blobs in the first study at the primary exposure.
+        coverage: coverage of the intervals of the methods that draw samples, by method.
+        comparisons: every method against the chosen one, by quantity ("share_of_limit", "share_of_ceiling").
+        within_patient: intervals of one patient's scores, by method and distance; empty for several patients.
+        responses: responses to blobs in the first study at the primary exposure, by method.
         noise_changes: noise before and after, at the primary exposure.
     """
 
@@ -54,8 +55,8 @@ def analyse(
     """Runs the analyses of a scoring.
 
     Args:
-        scorer: that made `scored`, one an exposure, the primary one first.
-        calibrations: method: seconds: factors of its intervals.
+        scorer: the scorer that made `scored`, which has one entry per exposure, the primary one first.
+        calibrations: factors of the intervals, by method and seconds.
         best: the method chosen on validation.
     """
     covered = {
@@ -77,7 +78,7 @@ def analyse(
 
 
 def _compare(one: Scored, best: str) -> dict[str, list[PairedComparison]]:
-    """Every method against the one that validation chose, on the quantities that decide."""
+    """Compares every method with the one that validation chose, on the quantities that decide."""
     methods = [m for m in one.rows if m not in REFERENCES or m == IDENTITY]
     if best not in methods or len(methods) < 2:
         return {"share_of_limit": [], "share_of_ceiling": []}
@@ -88,7 +89,7 @@ def _compare(one: Scored, best: str) -> dict[str, list[PairedComparison]]:
 
 
 def _responses(scorer: Scorer, one: Scored) -> dict[str, list[PointResponse]]:
-    """Each method's response to blobs in the first study."""
+    """Measures each method's response to blobs in the first study."""
     study = load_study(one.paths[0], (one.seconds, one.target_seconds))
     image = study.exposures[one.seconds]
     mask = metrics.body_mask(study.exposures[one.target_seconds], study.spacing)
@@ -112,7 +113,7 @@ def _responses(scorer: Scorer, one: Scored) -> dict[str, list[PointResponse]]:
 
 
 def _remaining(scorer: Scorer, one: Scored) -> list[dict[str, RemainingNoise]]:
-    """Noise before and after, of the studies whose images were kept."""
+    """Analyses noise before and after, in the studies whose images were kept."""
     found = []
     for path in one.paths[:EXAMPLES]:
         study = load_study(path, (one.seconds, one.target_seconds))
@@ -120,13 +121,14 @@ def _remaining(scorer: Scorer, one: Scored) -> list[dict[str, RemainingNoise]]:
         mask = metrics.body_mask(target, study.spacing)
         images = {IDENTITY: study.exposures[one.seconds], **scorer.volumes(path, one.seconds)}
         found.append(remaining_noise(images, target, mask, study.spacing))
-    # A drawing method may have been asked for the first studies alone.
+    # A drawing method may have been applied to the first studies alone.
     common = set.intersection(*(set(study) for study in found))
     return [{name: noise for name, noise in study.items() if name in common} for study in found]
 
 
 def _within_patient(one: Scored) -> dict[str, dict[str, Statistic]]:
-    """Scores of one patient over noise realisations and axial blocks; empty where the studies are of several."""
+    """Scores one patient over noise realisations and axial blocks; returns nothing if the studies are of several
+    patients."""
     found: dict[str, dict[str, Statistic]] = {}
     for distance, sums in one.blocks.items():
         for name in one.rows:

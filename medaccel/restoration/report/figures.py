@@ -25,7 +25,7 @@ MARGIN = 12.0  # mm of air around the body that pictures keep
 
 @dataclass(frozen=True)
 class RestorationExample:
-    """One study to show.
+    """Holds one study to show.
 
     Attributes:
         name: the study's.
@@ -48,7 +48,7 @@ class RestorationExample:
 def example_figures(
     example: RestorationExample, names: Mapping[str, str], input_name: str, target_name: str
 ) -> list[Figure]:
-    """Projections, then coronal and axial slices with their differences from the target.
+    """Draws projections, then coronal and axial slices with their differences from the target.
 
     Args:
         names: names of the restored methods for readers; a method without one has its key.

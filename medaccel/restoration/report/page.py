@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a restoration run: the scores of each exposure, the analyses, the fits, and the run's own record."""
+"""Builds the page of a restoration run: the scores of each exposure, the analyses, the fits, and the run's own
+record."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from medaccel.restoration.report.scores import (
 from medaccel.restoration.scoring import Scored, Scorer
 from medaccel.restoration.study import load_study
 
-# Sections that every exposure has of its own, and those that stand at the end: the run's own record.
+# Every exposure has these sections of its own; the others stand at the end, as the run's own record.
 _OF_EXPOSURES = (TARGET, TRUTH, WITHIN_PATIENT)
 _LAST = (EACH_STUDY, PUBLISHED, RUN)
 
@@ -54,15 +55,15 @@ def build_report(
     options: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> Page:
-    """The whole page.
+    """Builds the whole page.
 
     Args:
-        scorer: that made `scored`, one an exposure, the primary one first.
-        analyses: of them.
-        calibrations: method: seconds: factors of its intervals.
-        data: what the studies are, to complete "scored on … studies: ".
+        scorer: the scorer that made `scored`, which has one entry per exposure, the primary one first.
+        analyses: the scorer's analyses.
+        calibrations: factors of the intervals, by method and seconds.
+        data: the kind of studies, to complete "scored on … studies: ".
         best: the method chosen on validation.
-        options: of the run and of the scoring, plain values.
+        options: options of the run and of the scoring, plain values.
         notes: further sentences that the reader must know.
     """
     shown = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
@@ -83,7 +84,7 @@ def build_report(
     if analyses.responses:
         extra.append(Section("Resolution", resolution_blocks(analyses.responses)))
     extra.append(Section("How the methods were fitted and chosen", fit_blocks(scorer.methods, best)))
-    # Tables first, then what explains them, then the run's own record.
+    # Tables come first, then their explanations, then the run's own record.
     sections = pages[0].sections
     kept = [s for s in sections if s.key not in _LAST]
     last = [s for s in sections if s.key in _LAST]
@@ -101,7 +102,7 @@ def _scores(
     notes: Sequence[str],
     first: bool,
 ) -> Page:
-    """The scores of one exposure; pictures, noise and options stand in the first one's page alone."""
+    """Builds the page of one exposure's scores; pictures, noise and options stand in the first one's page alone."""
     example = load_study(one.paths[0], (one.seconds, one.target_seconds))
     target = example.exposures[one.target_seconds]
     mask = metrics.body_mask(target, example.spacing)
@@ -135,7 +136,7 @@ def _scores(
 def _evaluation(
     one: Scored, analyses: Analyses, calibrations: Mapping[str, Mapping[str, Calibration]], start: str
 ) -> list[Section]:
-    """Comparison, dependence on noise, and uncertainty, of one exposure."""
+    """Makes sections on comparison, dependence on noise, and uncertainty, for one exposure."""
     covered, compared = analyses.coverage[one.seconds], analyses.comparisons[one.seconds]
     sections = []
     blocks: list[Block] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores of one exposure as a page: fill `RestorationResults`, call `build_page`."""
+"""Builds the scores of one exposure as a page: fill `RestorationResults`, call `build_page`."""
 
 from __future__ import annotations
 
@@ -44,11 +44,10 @@ class RestorationResults:
         input_seconds, target_seconds: the exposures compared, such as 60 and 90.
         studies: names of the test studies.
         per_study: method: its rows of `StudyEvaluator.evaluate`, one a study in the order of `studies`. The keys
-            "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order
-            given.
-        data: what the test studies are, to complete "scored on 20 studies …: ", such as "phantoms of the
-            shifted generator".
-        best: the method that was chosen on validation studies, which the summary speaks of; "" for the best here.
+            "identity", "oracle" and "noise_free" are the reference rows; others are methods, in the order given.
+        data: the kind of test studies, to complete "scored on 20 studies …: ", such as "phantoms of the shifted
+            generator".
+        best: the method that was chosen on validation studies, which the summary describes; "" for the best here.
         simulated: whether the exposures' counts are simulated; the report says which.
         examples: studies to show as pictures.
         noise: noise analyses by name, such as {"Simulated": …, "A real PET": …}.

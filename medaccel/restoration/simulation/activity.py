@@ -18,7 +18,8 @@ DENOISE_METHODS = ("nlm", "gaussian", "none")
 
 
 def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """All that attenuates in an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by slice.
+    """Returns the attenuating part of an activity volume, (i, j, k), SUV: smoothed uptake above air, filled slice by
+    slice.
 
     Arms and legs that lie apart belong to it. Scores are taken over another mask, which is smaller:
     `medaccel.restoration.evaluation.metrics.body_mask` is the largest connected part, above twice this threshold.
@@ -37,7 +38,8 @@ def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarr
 
 
 def attenuation_from_activity(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones too."""
+    """Returns the water-equivalent attenuation (1/cm) of the body that the activity (SUV) shows, lungs and bones
+    too."""
     return np.where(attenuating_body(activity, spacing), np.float32(WATER_ATTENUATION), np.float32(0.0))
 
 

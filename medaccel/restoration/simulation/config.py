@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The physical parameters of the simulated scanner and acquisition."""
+"""Defines the physical parameters of the simulated scanner and acquisition."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medaccel.studies.typed import Settings
 
 @dataclass(frozen=True, eq=False)
 class SimulatorConfig(Settings):
-    """Physical parameters of the simulated scanner and acquisition.
+    """Holds the physical parameters of the simulated scanner and acquisition.
 
-    The defaults fix the difficulty of the restoration task and are frozen: on the built-in phantoms the
-    liver's coefficient of variation is 10-13 % at 90 s, and the best single Gaussian filter scores 9-15 %
-    from 60 s to 90 s (published on a real scanner: 11.8 %). `sensitivity`, the iterations and the post-filter
-    were chosen for that, the post-filter's shape also for the noise correlation of a real reconstruction.
+    The defaults fix the difficulty of the restoration task and are frozen: on the built-in phantoms the liver's
+    coefficient of variation is 10-13 % at 90 s, and the best single Gaussian filter scores 9-15 % from 60 s to 90 s
+    (published on a real scanner: 11.8 %). `sensitivity`, the iterations and the post-filter were chosen for that, the
+    post-filter's shape also for the noise correlation of a real reconstruction.
 
     Args:
         durations: exposures in s, increasing; each contains the ones before it.
@@ -28,9 +28,9 @@ class SimulatorConfig(Settings):
         scatter_fraction: scattered / (scattered + true) coincidences.
         scatter_fwhm: width of the blur that makes scatter of trues, mm, radial and axial.
         randoms_fraction: randoms / trues at the reference dose, over the whole volume.
-        sensitivity: true coincidences per second that 1 mL of SUV 1 gives at the reference dose without
-            attenuation. With 5 MBq/kg and an hour of decay, SUV 1 is about 3.4 kBq/mL, so the default is 17
-            cps/kBq within the field of view, the order of a clinical 3-D scanner.
+        sensitivity: true coincidences per second that 1 mL of SUV 1 gives at the reference dose without attenuation.
+            With 5 MBq/kg and an hour of decay, SUV 1 is about 3.4 kBq/mL, so the default is 17 cps/kBq within the
+            field of view, the order of a clinical 3-D scanner.
         dose_fraction: injected dose / reference dose; trues and scatter go with it, randoms with its square.
         n_angles: projections over 180 degrees.
         bin_width: width of a projection's radial bins, mm.
@@ -63,9 +63,9 @@ class SimulatorConfig(Settings):
         super().__post_init__()
         durations = tuple(int(t) for t in self.durations)
         if not durations or durations != tuple(self.durations) or min(durations) < 1:
-            raise ValueError(f"durations={self.durations} (expected whole seconds, at least one, each >= 1)")
+            raise ValueError(f"durations is {self.durations}; expected whole seconds, at least one, each >= 1")
         if list(durations) != sorted(set(durations)):
-            raise ValueError(f"durations={self.durations} (expected increasing durations: exposures nest)")
+            raise ValueError(f"durations is {self.durations}; expected increasing durations: exposures nest")
         object.__setattr__(self, "durations", durations)
         for field in ("psf_fwhm", "randoms_fraction", "postfilter_fwhm", "postfilter_axial_fwhm"):
             self._check(field, 0.0, math.inf, "a finite number >= 0")
@@ -75,7 +75,7 @@ class SimulatorConfig(Settings):
         for field in ("fine_factor", "n_angles", "iterations", "n_subsets"):
             self._check(field, 1, math.inf, "a whole number >= 1")
             if getattr(self, field) != int(getattr(self, field)):
-                raise ValueError(f"{field}={getattr(self, field)} (expected a whole number >= 1)")
+                raise ValueError(f"{field} is {getattr(self, field)}; expected a whole number >= 1")
         if self.n_angles % self.n_subsets:
             raise ValueError(f"n_subsets={self.n_subsets} does not divide n_angles={self.n_angles}")
 
@@ -85,5 +85,5 @@ class SimulatorConfig(Settings):
             raise ValueError(f"{field} is {value}; expected {expected}")
 
     def to_json(self) -> dict[str, object]:
-        """The parameters as plain JSON values."""
+        """Returns the parameters as plain JSON values."""
         return dataclasses.asdict(self) | {"durations": list(self.durations)}

@@ -45,7 +45,7 @@ def simulate_study(
     origin: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> PETStudy:
-    """Exposures of an activity volume as a study.
+    """Simulates exposures of an activity volume as a study.
 
     Args:
         name: the study's name.
@@ -95,7 +95,8 @@ def phantom_study(
     spacing: Sequence[float] = DEFAULT_SPACING,
     progress: Progress | None = None,
 ) -> PETStudy:
-    """Exposures of a random phantom; person and counts have the same seed. Errors as `make_phantom`, `simulate`."""
+    """Simulates exposures of a random phantom; person and counts have the same seed. It raises the errors of
+    `make_phantom` and `simulate`."""
     phantom = make_phantom(seed, generator, shape, spacing)
     origin = _phantom_origin(seed, generator, shape, spacing)
     study = simulate_study(

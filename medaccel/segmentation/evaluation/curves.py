@@ -10,7 +10,7 @@ import numpy as np
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], list[float], list[float]]:
-    """Steps that all runs were validated at, and the mean and standard deviation of their values there.
+    """Returns the steps that all runs were validated at, and the mean and standard deviation of their values there.
 
     The deviation is 0 for one run.
     """
@@ -24,7 +24,7 @@ def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int]
 
 
 def late_gain(curve: Sequence[tuple[int, float]]) -> float:
-    """By how much the last quarter of the steps raised the best Dice; NaN where it wasn't measured before."""
+    """Returns by how much the last quarter of the steps raised the best Dice; NaN if it wasn't measured before."""
     if not curve:
         return math.nan
     end = curve[-1][0]

@@ -91,7 +91,7 @@ def make_settings(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any, default: Any) -> Any:
-    """The value as plain type of the default's; ValueError where it is of another kind."""
+    """Converts a value to the plain type of its default; raises ValueError for another kind."""
     if name == "gradient_clip" and value is None:
         return None
     if isinstance(default, tuple):

@@ -24,7 +24,7 @@ _CASES = 2
 
 
 def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> list[Block]:
-    """Test cases with contours of the truth and of the run of each initialization that is nearest to its mean.
+    """Shows test cases with contours of the truth and, for each initialization, of the run nearest to its mean.
 
     The fraction is the primary comparison's if the task has it, else the smallest. Initializations without a stored
     network are left out.
@@ -64,7 +64,7 @@ def example_blocks(study: SegmentationStudy, outcome: Outcome, task: str) -> lis
 
 
 def illustration_blocks(study: SegmentationStudy) -> list[Block]:
-    """What a cell's network makes of a scan that is no part of the study."""
+    """Shows a cell's segmentation of a scan that is no part of the study."""
     options = study.config.illustration
     path = study.folder.network(illustrated_cell(study))
     if not path.is_file():
@@ -99,7 +99,8 @@ def illustration_blocks(study: SegmentationStudy) -> list[Block]:
 
 
 def illustrated_cell(study: SegmentationStudy) -> Cell:
-    """Of the options, or by default the primary comparison's initialization at the largest fraction, first seed."""
+    """Returns the cell that the options name, or by default the primary comparison's initialization at the largest
+    fraction, first seed."""
     config, options = study.config, study.config.illustration
     defaults = {
         "init": (config.comparison or {}).get("init", config.inits[-1]),

@@ -130,7 +130,7 @@ def volume_plot(groups: Sequence[Group]) -> bytes:
 
 @dataclass(frozen=True)
 class SegmentationExample:
-    """A scan with the truth and predictions, to be shown as axial slices.
+    """Holds a scan with the truth and predictions, to be shown as axial slices.
 
     Args:
         affine: (4, 4), maps voxel indices to RAS, mm.
@@ -149,7 +149,7 @@ class SegmentationExample:
 
 @styled
 def contour_figure(example: SegmentationExample) -> bytes:
-    """The axial slice with most foreground, a picture a prediction, with contours of truth and prediction."""
+    """Draws the axial slice with most foreground, a picture per prediction, with contours of truth and prediction."""
     hu, spacing = to_canonical(example.hu, example.affine)
     truth = None if example.truth is None else to_canonical(example.truth > 0, example.affine)[0]
     masks = {title: to_canonical(mask > 0, example.affine)[0] for title, mask in example.predicted.items()}

@@ -47,7 +47,7 @@ _HEADERS = {
 
 
 def write_report(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
-    """Writes all that the cells found into the study's folder.
+    """Writes all results of the cells into the study's folder.
 
     Args:
         study: the study whose finished cells are reported.
@@ -89,7 +89,8 @@ def write_report(study: SegmentationStudy, say: Callable[[str], None]) -> Path:
 
 
 def primary(study: SegmentationStudy, outcome: Outcome) -> tuple[Comparison | None, str]:
-    """The primary comparison and its sentence; None where its runs aren't all there, or none was asked for."""
+    """Returns the primary comparison and its sentence; None if some of its runs are missing, or none was asked
+    for."""
     wanted = study.config.comparison
     if wanted is None:
         return None, "No primary comparison was asked for."
@@ -109,7 +110,7 @@ def primary(study: SegmentationStudy, outcome: Outcome) -> tuple[Comparison | No
 
 
 def pretraining_figures(study: SegmentationStudy) -> dict[str, Any]:
-    """What the study's own pretrainings reached on held-out scans, by their folders' names."""
+    """Returns the figures of the study's own pretrainings on held-out scans, by their folders' names."""
     found = {}
     root = study.folder.path / "pretraining"
     for path in sorted(root.glob("*/metrics.json")) if root.is_dir() else []:
@@ -118,7 +119,7 @@ def pretraining_figures(study: SegmentationStudy) -> dict[str, Any]:
 
 
 def build_page(study: SegmentationStudy, outcome: Outcome, sentence: str, pretraining: dict[str, Any]) -> Page:
-    """The report's content, before it is HTML."""
+    """Builds the report's content, before it is HTML."""
     config = study.config
     summary = [sentence]
     simulated = [name for name in outcome.tasks if config.tasks[name].data is None]

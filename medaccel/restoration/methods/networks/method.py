@@ -31,10 +31,10 @@ _CT_DROPOUT = 0.2  # share of the patches that are shown without their CT, so th
 
 
 class NetworkMethod(Method):
-    """A method whose work is a network's."""
+    """Restores with a network."""
 
     Settings: ClassVar[type[NetworkSettings]] = NetworkSettings
-    multiple: ClassVar[int] = 32  # that windows must be of
+    multiple: ClassVar[int] = 32  # windows must be multiples of this
     least: ClassVar[int] = (
         64  # voxels of a window's longest side: at 32 the last map has one voxel, which has no norm
     )
@@ -68,7 +68,7 @@ class NetworkMethod(Method):
 
     @abc.abstractmethod
     def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
-        """Fills `fitted.choices` and `fitted.scores` from what the trained network does on these studies."""
+        """Fills `fitted.choices` and `fitted.scores` from the trained network's results on these studies."""
 
     def fit(
         self,
@@ -134,11 +134,12 @@ class NetworkMethod(Method):
 
     @property
     def training_settings(self) -> dict[str, Any]:
-        """The settings without what plays no part in training: that must not make a training another one."""
+        """Returns the settings without those that play no part in training: changing these must not make it another
+        training."""
         return {key: value for key, value in self.settings.items() if key != "residual_shrinkage"}
 
     def shrunk_residual_added(self, volume: Array, activity: Array, spacing: Sequence[float]) -> Array:
-        """The activity, (i, j, k) SUV, after the residual shrinkage that the settings ask for."""
+        """Returns the activity, (i, j, k) SUV, after the residual shrinkage that the settings ask for."""
         threshold = self.settings["residual_shrinkage"]
         if not threshold:
             return activity
@@ -179,7 +180,7 @@ class Candidates:
         }
 
     def add(self, name: str, study: PETStudy, seconds: int, restored: Array) -> None:
-        """One candidate on one study and exposure."""
+        """Adds one candidate's image of one study and exposure."""
         self.rows.setdefault((name, seconds), []).append(self._scorers[study.name, seconds](restored))
 
     def best(self, seconds: int, among: Sequence[str] | None = None) -> str:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual shrinkage: the residual of a denoised PET is soft-thresholded and added back, so that no signal is lost.
+"""Shrinks residuals: the residual of a denoised PET is soft-thresholded and added back, so that no signal is lost.
 
 The residual PET_t − λ̂ (the "method noise" of Buades et al., Multiscale Model. Simul. 4, 2005) is noise alone where λ̂
-is right. Smoothed to about a lesion's size and in units of √λ̂, as counts have it, the noise's standard deviation is
-nearly the same all over the body (on phantoms 0.05 to 0.07 √SUV from 0.2 to 40 SUV, at 60 s). What exceeds it several
-times is uptake that the denoising took for noise, or noise that it took for uptake, and the excess is added back: no
-lesion that stands out of the noise is lost. The shrinkage is Donoho's soft threshold (IEEE Trans. Inf. Theory 41,
-1995), on the residual as in method noise thresholding (Shreyamsha Kumar, Signal Image Video Process. 7, 2013).
+is right. Smoothed to about a lesion's size and in units of √λ̂, as for counts, the noise's standard deviation is
+nearly the same all over the body (on phantoms 0.05 to 0.07 √SUV from 0.2 to 40 SUV, at 60 s). A residual several
+times as large is uptake that the denoising took for noise, or noise that it took for uptake, and the excess is added
+back: no lesion that stands out of the noise is lost. The shrinkage is Donoho's soft threshold (IEEE Trans. Inf.
+Theory 41, 1995), on the residual as in method noise thresholding (Shreyamsha Kumar, Signal Image Video Process. 7,
+2013).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from medaccel.restoration.evaluation.metrics import Array, Mask
 
 #: The smoothing has this standard deviation, mm: 10 mm FWHM, the smallest lesion that is called large.
 SIGMA_MM = 4.25
-#: A sphere of that size keeps a third of its height through the smoothing: what is still missing is added in turns.
+#: A sphere of that size keeps a third of its height through the smoothing, so the rest is added in several rounds.
 ROUNDS = 3
 _FLOOR_SUV = 0.02
 _MAD_TO_SD = 1.4826

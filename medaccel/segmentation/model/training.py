@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a segmentation network: numbered crops of labelled scans, Dice and cross entropy, and its validation.
+"""Trains a segmentation network on numbered crops of labelled scans with Dice and cross entropy, and validates it.
 
 Crop n of a run is the same whatever the network was initialized with, whatever the number of workers and processes
-and whenever it is drawn: its random numbers come from (seed, n) alone. A run that was killed goes on with the crops
+and whenever it is drawn: its random numbers come from (seed, n) alone. A run that was killed continues with the crops
 that it would have had.
 """
 
@@ -41,19 +41,19 @@ from medaccel.segmentation.model.inference import predict_labels
 from medaccel.training import ranks
 from medaccel.training.fit import NetworkFit
 
-# Of each kind, this many places at most are kept for crops to be centred on.
+# At most so many places of each kind are kept as centres of crops.
 _PLACES = 100_000
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 def make_network(settings: Mapping[str, Any], classes: int, seed: int) -> SwinUNETR:
-    """A Swin UNETR whose random weights depend on the seed alone; torch's random state stays as it is.
+    """Makes a Swin UNETR whose random weights depend on the seed alone; torch's random state stays as it is.
 
     Args:
-        settings: of `medaccel.segmentation.model.presets.make_settings`.
-        classes: with the background.
-        seed: of the weights.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`.
+        classes: number of classes, background included.
+        seed: seed of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,18 +67,18 @@ def make_network(settings: Mapping[str, Any], classes: int, seed: int) -> SwinUN
 
 
 class Crops(torch.utils.data.Dataset):
-    """Endless numbered crops of labelled cases: {"image": (1, i, j, k) 0 … 1, "label": (1, i, j, k)}, float32.
+    """Yields endless numbered crops of labelled cases: {"image": (1, i, j, k) 0 … 1, "label": (1, i, j, k)}, float32.
 
     Args:
-        dataset: that the cases are of.
-        cases: to train on.
-        settings: from `model.presets.make_settings`; `cache` "memory" reads each case once, "none" for
-            each crop.
-        seed: with a crop's number, of all that is random in it.
+        dataset: the cases' data set.
+        cases: the cases to train on.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`; `cache` "memory" reads each case
+            once, "none" for each crop.
+        seed: together with a crop's number, it seeds all randomness of the crop.
         progress: show a bar while cases are read.
 
     Raises:
-        ValueError: no cases; as `load_case`.
+        ValueError: there are no cases, or `load_case` refuses one.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Crops(torch.utils.data.Dataset):
         self.random = _random_transforms(settings)
 
     def __len__(self) -> int:
-        return 1 << 62  # as many as are asked for
+        return 1 << 62  # the dataset is endless
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, index])
@@ -109,7 +109,7 @@ class Crops(torch.utils.data.Dataset):
         item = self.loaded[number] if self.loaded else self._load(self.cases[number])
         self.random.set_random_state(seed=int(rng.integers(2**31)))
         with warnings.catch_warnings():
-            # A case without foreground is one to learn from too.
+            # A case without foreground is worth learning from too.
             warnings.filterwarnings("ignore", message="Num foregrounds 0")
             crop: Any = self.random(dict(item))[0]
         return {key: torch.as_tensor(crop[key]).as_subclass(Tensor).float() for key in ("image", "label")}
@@ -130,7 +130,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 def _places(mask: Tensor) -> np.ndarray:
-    """Flat indices of a mask, every so many of them where there are more than are needed."""
+    """Returns flat indices of a mask, evenly thinned out if there are more than needed."""
     found = np.flatnonzero(mask.numpy())
     return found[:: len(found) // _PLACES + 1]
 
@@ -173,13 +173,13 @@ def _random_transforms(s: Mapping[str, Any]) -> Compose:
 
 
 class SegmentationFit(NetworkFit):
-    """A network and Dice plus cross entropy of its softmax: MONAI's `DiceCELoss`, where classes weigh the same.
+    """Trains a network by Dice plus cross entropy of its softmax: MONAI's `DiceCELoss`, if classes weigh the same.
 
     Args:
-        network: (B, 1, i, j, k) to logits (B, classes, i, j, k).
-        classes: with the background.
-        settings: from `model.presets.make_settings`; more keys, which tell one training from another,
-            may be in it.
+        network: maps (B, 1, i, j, k) to logits (B, classes, i, j, k).
+        classes: number of classes, background included.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`; it may have further keys, which
+            distinguish trainings.
     """
 
     def __init__(self, network: nn.Module, classes: int, settings: Mapping[str, Any]) -> None:
@@ -190,19 +190,19 @@ class SegmentationFit(NetworkFit):
             softmax=True,
             batch=settings["batch_dice"],
         )
-        # `DiceCELoss` would weigh its Dice part too, but not where there is one structure.
+        # `DiceCELoss` would weigh its Dice part too, but not for a single structure.
         weights = [1.0] + [float(settings["foreground_weight"])] * (classes - 1)
         self.cross_entropy = nn.CrossEntropyLoss(torch.tensor(weights))
 
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
-        """ "loss" and its parts, "dice" and "cross_entropy", of crops as `Crops` gives them."""
+        """Returns "loss" and its parts, "dice" and "cross_entropy", for crops as `Crops` gives them."""
         logits, label = self.network(batch["image"]).float(), batch["label"]
         overlap, entropy = self.dice(logits, label), self.cross_entropy(logits, label[:, 0].long())
         return {"loss": overlap + entropy, "dice": overlap, "cross_entropy": entropy}
 
 
 def shared_out(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """A function's results for each item, each computed by one of torchrun's processes and known to all."""
+    """Returns a function's results for each item, each computed by one of torchrun's processes and known to all."""
     own = [function(item) for item in items[ranks.rank() :: ranks.world_size()]]
     if ranks.world_size() == 1:
         return own
@@ -212,15 +212,16 @@ def shared_out(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
 
 
 class Validation(lightning.Callback):
-    """Mean foreground Dice on validation cases, on the network's grid, and the weights that had the best.
+    """Measures the mean foreground Dice on validation cases, on the network's grid, and keeps the weights with the
+    best.
 
-    The curve also has the mean training loss since the point before. All of it is in the checkpoint, for the run
-    that resumes. Of equal ones, the earlier weights are kept. Several processes share the cases out.
+    The curve also has the mean training loss since the previous point. All of it is in the checkpoint, for the run
+    that resumes. Among equal ones, the earlier weights are kept. Several processes divide the cases among them.
 
     Args:
         cases: (HU on the network's grid, labels likewise), as `canonical` gives them.
-        classes: with the background.
-        settings: of `medaccel.segmentation.model.presets.make_settings`.
+        classes: number of classes, background included.
+        settings: the result of `medaccel.segmentation.model.presets.make_settings`.
     """
 
     def __init__(self, cases: Sequence[Mapping[str, MetaTensor]], classes: int, settings: Mapping[str, Any]) -> None:
@@ -228,7 +229,7 @@ class Validation(lightning.Callback):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, float] = {"step": 0, "dice": -1.0}
         self.weights: dict[str, Tensor] = {}
-        self.losses: list[float] = []  # since the curve's last point
+        self.losses: list[float] = []  # losses since the curve's last point
         self.seconds = 0.0
 
     def on_train_batch_end(
@@ -268,5 +269,5 @@ class Validation(lightning.Callback):
 
 
 def validation_case(scan: Nifti1Image, label: Nifti1Image, settings: Mapping[str, Any]) -> dict[str, MetaTensor]:
-    """A case as `Validation` takes it."""
+    """Prepares a case for `Validation`."""
     return canonical(scan, settings["spacing"], label=label)

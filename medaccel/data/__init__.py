@@ -15,11 +15,12 @@ from medaccel.data.files import (
     write_text,
 )
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, resample, save_nifti, voxel_spacing
-from medaccel.data.suv import suv_factors
+from medaccel.data.suv import SuvRule, suv_factors, suv_rule
 
 _VIEWS = ("TwoViews", "feature_affine")  # these need MONAI, which is imported at their first use
 __all__ = [
     "DicomSeries",
+    "SuvRule",
     "TwoViews",
     "atomic_folder",
     "atomic_path",
@@ -36,6 +37,7 @@ __all__ = [
     "resample",
     "save_nifti",
     "suv_factors",
+    "suv_rule",
     "voxel_spacing",
     "write_bytes",
     "write_derived_pet",

@@ -4,7 +4,7 @@
 import importlib
 from typing import Any
 
-from medaccel.data.dicom import DicomSeries, load_series, open_series, read_dicom_series, read_pet_series
+from medaccel.data.dicom import DicomSeries, load_series, open_series, read_dicom_series, read_pet_series, series_rule
 from medaccel.data.dicom_write import write_derived_pet
 from medaccel.data.files import (
     atomic_folder,
@@ -36,6 +36,7 @@ __all__ = [
     "read_pet_series",
     "resample",
     "save_nifti",
+    "series_rule",
     "suv_factors",
     "suv_rule",
     "voxel_spacing",

@@ -116,8 +116,8 @@ def suv_rule(headers: Sequence[Dataset], kind: Kind | Literal["bqml"] = "bw") ->
 
     Units BQML needs PatientWeight, DecayCorrection, the times, and of RadiopharmaceuticalInformationSequence the
     dose, the half-life and the injection time. GML and CM2ML are SUV already, of the kind that SUVType says; another
-    kind needs weight, height and sex. CNTS needs Philips's SUV scale factor (7053,1000), else the activity scale factor
-    (7053,1009) and the fields of BQML.
+    kind needs weight, height and sex. CNTS needs Philips's SUV scale factor (7053,1000), else the activity scale
+    factor (7053,1009) and the fields of BQML.
 
     Args:
         headers: the headers of the slices of one series.
@@ -302,7 +302,7 @@ def _from_concentration(
         _check_administration(headers, half_life, findings)
         factors, reference, origin = np.full(len(headers), norm / dose), "the injection", label("DecayCorrection")
         return SuvRule(factors, kind, units, correction, reference, origin, inputs, tuple(findings.warnings))
-    frames = read_frames(headers, findings)
+    frames = read_frames(headers, half_life, findings)
     if correction == "START":
         start, origin = scan_start(headers, frames, half_life, findings)
         references, reference = [start] * len(headers), start.isoformat(sep=" ")
@@ -334,7 +334,7 @@ def _check_administration(headers: Sequence[Dataset], half_life: float, findings
     if decay_factors(headers) is None:
         return
     try:
-        frames: Frames = read_frames(headers, Findings())
+        frames: Frames = read_frames(headers, half_life, Findings())
         injected = injection(headers, half_life, frames.first, frames.first_end, Findings())
     except ValueError:  # the times aren't there, and nothing else needs them
         return

@@ -29,6 +29,7 @@ class Frames:
     the header lacks them)."""
 
     starts: list[datetime]
+    acquired: list[datetime]  # the acquisition times as written
     durations: list[float | None]
     offsets: list[float | None]
 
@@ -43,19 +44,30 @@ class Frames:
         return min(start + length for start, length in zip(self.starts, lengths, strict=True))
 
 
-def read_frames(headers: Sequence[Dataset], findings: Findings) -> Frames:
+def read_frames(headers: Sequence[Dataset], half_life: float, findings: Findings) -> Frames:
     """Reads the frames' times.
 
-    Some scanners write the start of the whole scan as every slice's acquisition time. Where the frame reference times
-    differ nevertheless, a frame's start lies as much later as its frame reference time does.
+    Some scanners, GE's for instance, write the start of the whole scan as every slice's acquisition time. It is known
+    by frame reference times that differ nevertheless, or by being the series' time; then a frame's start follows from
+    its frame reference time.
     """
-    starts = [acquisition(header, findings) for header in headers]
+    acquired = [acquisition(header, findings) for header in headers]
     durations = [_milliseconds(header, "ActualFrameDuration", least=1e-3) for header in headers]
     offsets = [_milliseconds(header, "FrameReferenceTime", least=-math.inf) for header in headers]
-    known = [offset for offset in offsets if offset is not None]
-    if len(set(starts)) == 1 and len(known) == len(offsets) and len(set(durations)) == 1:
-        starts = [start + timedelta(seconds=offset - min(known)) for start, offset in zip(starts, known, strict=True)]
-    return Frames(starts, durations, offsets)
+    starts = acquired
+    whole_scan = len(set(offsets)) > 1 or _begins_with_series(headers[0], acquired[0])
+    if len(set(acquired)) == 1 and None not in offsets and whole_scan:
+        to_start = vendors.is_made_by(headers[0], "GE")
+        into = [0.0 if to_start else average_time(duration or 0, half_life) for duration in durations]
+        later = [max((offset or 0) - part, 0) for offset, part in zip(offsets, into, strict=True)]
+        starts = [moment + timedelta(seconds=seconds) for moment, seconds in zip(acquired, later, strict=True)]
+    return Frames(starts, acquired, durations, offsets)
+
+
+def _begins_with_series(header: Dataset, acquired: datetime) -> bool:
+    if any(optional(header, keyword) is None for keyword in _SERIES):
+        return False
+    return abs((moment(header, *_SERIES) - acquired).total_seconds()) <= SECOND
 
 
 def acquisition(header: Dataset, findings: Findings) -> datetime:
@@ -92,6 +104,12 @@ def frame_averages(
     They lie T_ave after the frame's start. Decay from the injection to this moment is decay to the frame's start
     times λT / (1 - exp(-λT)), the factor from a frame's average to its start.
     """
+    k = max(range(len(headers)), key=lambda k: frames.starts[k] - frames.acquired[k])
+    if not agree(frames.starts[k], frames.acquired[k], half_life):
+        findings.warn(
+            f"{source(headers[k])}: its acquisition time, {frames.acquired[k]}, is that of all slices, but by "
+            f"{label('FrameReferenceTime')} its frame began at {frames.starts[k]}, which is used"
+        )
     moments = []
     for header, start, duration in zip(headers, frames.starts, frames.durations, strict=True):
         stated = optional(header, "FrameReferenceDateTime")
@@ -132,7 +150,7 @@ def scan_start(
     series = _series_time(headers, name)
     tag = vendors.scan_time(headers)
     back = _from_frame_reference(headers, frames, half_life, findings)
-    usable = series is not None and (series - frames.first).total_seconds() <= SECOND
+    usable = series is not None and (series - min(frames.acquired)).total_seconds() <= SECOND
     if tag is not None:
         chosen, origin = _vendor_time(headers, tag, frames, series if usable else None, back, half_life, findings)
         if usable and series is not None and not agree(series, chosen, half_life):
@@ -283,10 +301,13 @@ def decay_factors(headers: Sequence[Dataset]) -> list[float] | None:
     return found if all(math.isfinite(factor) and factor > 0 for factor in found) else None
 
 
-def _expected_factors(start: datetime, duration: float | None, reference: datetime, half_life: float) -> list[float]:
-    """Returns the factors that decay-correct a frame's average, or its start, to the reference time."""
-    decay = 2 ** (min((start - reference).total_seconds() / half_life, 1000))
-    return [decay, decay * frame_factor(duration or 0, half_life)]
+def _expected_factors(frames: Frames, k: int, reference: datetime, half_life: float) -> list[float]:
+    """Returns the factors that decay-correct the k-th frame's start, or its average, to the reference time."""
+    factors = []
+    for start in (frames.acquired[k], frames.starts[k]):
+        decay = 2 ** (min((start - reference).total_seconds() / half_life, 1000))
+        factors += [decay, decay * frame_factor(frames.durations[k] or 0, half_life)]
+    return factors
 
 
 def _decay_factors_fit(
@@ -297,8 +318,10 @@ def _decay_factors_fit(
     if factors is None:
         return None
     return all(
-        any(abs(factor / expected - 1) <= TOLERANCE for expected in _expected_factors(*frame, half_life))
-        for factor, frame in zip(factors, zip(frames.starts, frames.durations, references, strict=True), strict=True)
+        any(
+            abs(factor / expected - 1) <= TOLERANCE for expected in _expected_factors(frames, k, reference, half_life)
+        )
+        for k, (factor, reference) in enumerate(zip(factors, references, strict=True))
     )
 
 
@@ -316,7 +339,7 @@ def check_decay_factor(
         return
     wrong, all_expected = [], []
     for k, factor in enumerate(factors):
-        expected = _expected_factors(frames.starts[k], frames.durations[k], references[k], half_life)
+        expected = _expected_factors(frames, k, references[k], half_life)
         all_expected.append(expected[-1])
         if all(abs(factor / e - 1) > TOLERANCE for e in expected):
             wrong.append(k)

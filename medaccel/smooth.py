@@ -123,9 +123,9 @@ def smooth(
     frames = values.T if values.ndim == 4 else values.T[None]  # (t, k, j, i)
     results = smoothed.T if values.ndim == 4 else smoothed.T[None]
     for t in _with_progress(len(frames), progress):
-        frame = torch.from_numpy(frames[t])[None, None]  # (1, 1, k, j, i)
+        one = torch.from_numpy(frames[t])[None, None]  # (1, 1, k, j, i)
         result = gaussian_filter(
-            frame, sigma_voxels[::-1], truncated=truncated, approx=approx, mode=mode, normalize=True
+            one, sigma_voxels[::-1], truncated=truncated, approx=approx, mode=mode, normalize=True
         )
         results[t] = result[0, 0].numpy()
     written = make_nifti(smoothed, image.affine, like=image)

@@ -96,8 +96,8 @@ def write_derived_pet(
         raise ValueError(f"{source(first)}: {label('Modality')} is {template.modality}, expected PT (PET)")
     if hasattr(first, "frame_index"):
         raise ValueError(
-            f"{source(first)} is a multi-frame file, which can't be a template for a series of single slices; expected "
-            "an output that ends in .nii or .nii.gz"
+            f"{source(first)} is a multi-frame file, which can't be a template for a series of single slices; "
+            "expected an output that ends in .nii or .nii.gz"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller was warned when SUV was computed

@@ -188,7 +188,8 @@ def choose_frame(headers: Sequence[Dataset], frame: int | None) -> list[Dataset]
         kind = kind if isinstance(kind, str) or kind is None else "\\".join(map(str, kind))
         raise ValueError(
             f"{first}: {count} slices share the same position: a dynamic series, or a gated one "
-            f"({label('SeriesType')} {kind or 'missing'}) of {count} frames; expected one, which frame (--frame) chooses. {listed}"
+            f"({label('SeriesType')} {kind or 'missing'}) of {count} frames; expected one, which "
+            f"frame (--frame) chooses. {listed}"
         )
     if not 1 <= frame <= count:
         raise ValueError(f"{first}: frame is {frame}, expected 1 to {count}, as the series has {count} frame(s)")

@@ -82,7 +82,8 @@ def acquisition(header: Dataset, findings: Findings) -> datetime:
         if abs((other - found).total_seconds()) > SECOND:
             findings.warn(
                 f"{source(header)}: {label('AcquisitionDateTime')} is {other}, but {label('AcquisitionDate')} and "
-                f"{label('AcquisitionTime')} are {found}; the latter are used"
+                f"{label('AcquisitionTime')} are {found}; the latter are used",
+                topic="AcquisitionDateTime",
             )
     return found
 
@@ -127,7 +128,8 @@ def frame_averages(
             findings.warn(
                 f"{source(header)}: {label('FrameReferenceDateTime')} is {moments[-1]}, but the activity equals the "
                 f"frame's average at {computed} by {label('FrameAcquisitionDateTime')} and its duration; the former "
-                "is used"
+                "is used",
+                topic="FrameReferenceDateTime",
             )
     return moments
 

@@ -157,7 +157,7 @@ def choose_frame(headers: Sequence[Dataset], frame: int | None) -> list[Dataset]
 
     Args:
         headers: the series' slices, in any order.
-        frame: which frame, from 1; None for a series of one.
+        frame: the frame's number, from 1; None for a series of one.
 
     Raises:
         ValueError: there are several frames and none was chosen (they are listed); no frame has this number; the

@@ -110,7 +110,7 @@ def beds_with_reference(to_average: bool) -> Callable[[int], dict[str, Any]]:
 
 
 def whole_scan(k: int) -> dict[str, Any]:
-    """As GE writes it: every slice has the scan's start, and only the frame reference time tells the bed."""
+    """Every slice, as GE writes them, has the scan's start, and only the frame reference time tells the bed."""
     return {"FrameReferenceTime": 0 if k < 3 else 300000, "ActualFrameDuration": 300000}
 
 
@@ -225,7 +225,9 @@ CASES = [
     Case(
         "series early, decay factor fits the reference times",
         {
-            "SeriesTime": "105000", "FrameReferenceTime": 1000 * average_at(300), "ActualFrameDuration": 300000,
+            "SeriesTime": "105000",
+            "FrameReferenceTime": 1000 * average_at(300),
+            "ActualFrameDuration": 300000,
             "DecayFactor": f"{in_frame(300):.5f}",
         },
         BASE,
@@ -235,7 +237,9 @@ CASES = [
     Case(
         "series early, decay factor fits it",
         {
-            "SeriesTime": "105000", "FrameReferenceTime": 1000 * average_at(300), "ActualFrameDuration": 300000,
+            "SeriesTime": "105000",
+            "FrameReferenceTime": 1000 * average_at(300),
+            "ActualFrameDuration": 300000,
             "DecayFactor": f"{in_frame(300) * 2 ** (600 / F18):.5f}",
         },
         after(3000),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IBSI's reference objects for SUV give 0.20, 1.00 and 4.00; their headers' twins, made here, do so without the data."""
+"""IBSI's reference objects for SUV give 0.20, 1.00 and 4.00; their twins, made here, do so without the data."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ class SuvRule:
     """Says how a series' values become SUV, or Bq/mL.
 
     Attributes:
-        factors: from the rescaled values to the result, one per slice, float64.
-        kind: what SUV are normalised by (bw, lbm, lbm_james, bsa, ibw), or bqml for Bq/mL.
+        factors: the factors from the rescaled values to the result, one per slice, float64.
+        kind: the normalisation of SUV (bw, lbm, lbm_james, bsa, ibw), or bqml for Bq/mL.
         units: the header's units.
         decay_correction: START, ADMIN or NONE; None where no dose was needed.
         reference: the time that the values are decay-corrected to, a date and time or words.

@@ -291,7 +291,7 @@ CASES = [
         in_frame(1200, 1221.8) * after(3600, 1221.8),
     ),
     Case("NONE, no duration", NONE, refused=r"slice0.dcm: ActualFrameDuration \(0018,1242\) is missing"),
-    Case("NONE, duration 0", {**NONE, "ActualFrameDuration": 0}, refused="ActualFrameDuration .* no positive number"),
+    Case("NONE, duration 0", {**NONE, "ActualFrameDuration": 0}, refused="ActualFrameDuration .* in ms"),
     Case(
         "NONE, decay factor",
         {**NONE, "ActualFrameDuration": 300000, "DecayFactor": "1.2"},
@@ -572,6 +572,24 @@ CASES = [
         warned=("7.1 half-lives before",),
     ),
     Case("no time of injection", {"RadiopharmaceuticalStartTime": None}, refused="StartTime .* is missing"),
+    Case("a scan of eleven days", {**NONE, "ActualFrameDuration": 999999999}, refused="ActualFrameDuration .* in ms"),
+    Case("a senseless frame reference time", {"FrameReferenceTime": "1e30"}, BASE),
+    Case(
+        "the first day of all",
+        {
+            "SeriesDate": "00010101",
+            "AcquisitionDate": "00010101",
+            "SeriesTime": "000500",
+            "AcquisitionTime": "000500",
+            "RadiopharmaceuticalStartTime": "235000",
+        },
+        refused="a date of the header is out of range",
+    ),
+    Case(
+        "injection in UTC, senseless time zone",
+        {"RadiopharmaceuticalStartDateTime": "20240229090000+0000", "TimezoneOffsetFromUTC": "CET"},
+        refused="TimezoneOffsetFromUTC .* expected one time zone",
+    ),
     # --- Nuclides ---
     *(
         Case(

@@ -42,9 +42,9 @@ def local(header: Dataset, value: datetime) -> datetime:
 
         offsets = {str(v) for v in zone} if not isinstance(zone, str) and hasattr(zone, "__iter__") else {str(zone)}
         name = label("TimezoneOffsetFromUTC")
-        if len(offsets) > 1:
-            raise ValueError(f"{source(header)}: {name} is {sorted(offsets)}; expected one time zone")
-        value = value.astimezone(parsed(header, name, f"20000101000000{offsets.pop()}", DT).tzinfo)
+        if len(offsets) > 1 or not all(re.fullmatch(r"[+-]\d{4}", offset.strip()) for offset in offsets):
+            raise ValueError(f"{source(header)}: {name} is {sorted(offsets)}; expected one time zone, such as +0100")
+        value = value.astimezone(parsed(header, name, f"20000101000000{offsets.pop().strip()}", DT).tzinfo)
     # pydicom's DT has its own constructor, which datetime's methods don't know.
     return datetime(value.year, value.month, value.day, value.hour, value.minute, value.second, value.microsecond)
 

@@ -145,6 +145,13 @@ def _tell(rule: SuvRule, *, stacklevel: int) -> None:
 def _rule(headers: Sequence[Dataset], kind: str) -> SuvRule:
     if not headers:
         raise ValueError("suv_factors: no headers given, expected those of a series")
+    try:
+        return _by_units(headers, kind)
+    except OverflowError as error:  # the years 1 and 9999 have no yesterday and no tomorrow
+        raise ValueError(f"{source(headers[0])}: a date of the header is out of range ({error})") from error
+
+
+def _by_units(headers: Sequence[Dataset], kind: str) -> SuvRule:
     if kind not in (*KINDS, "bqml"):
         raise ValueError(f"suv is {kind!r}, expected {', '.join(KINDS)} or bqml")
     findings = Findings()

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _SERIES = ("SeriesDate", "SeriesTime")
 # No scan is longer; a vendor's time that is further from the acquisition has another date, by anonymisation.
-_LONGEST_SCAN = timedelta(hours=12)
+_LONGEST_SCAN = 12 * 3600.0
+# Scans of long-lived nuclides may count from the injection, days before.
+_LONGEST_OFFSET = 60 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def read_frames(headers: Sequence[Dataset], half_life: float, findings: Findings
     its frame reference time.
     """
     acquired = [acquisition(header, findings) for header in headers]
-    durations = [_milliseconds(header, "ActualFrameDuration", least=1e-3) for header in headers]
-    offsets = [_milliseconds(header, "FrameReferenceTime", least=-math.inf) for header in headers]
+    durations = [_milliseconds(header, "ActualFrameDuration", 1e-3, _LONGEST_SCAN) for header in headers]
+    offsets = [_milliseconds(header, "FrameReferenceTime", -_LONGEST_OFFSET, _LONGEST_OFFSET) for header in headers]
     starts = acquired
     whole_scan = len(set(offsets)) > 1 or _begins_with_series(headers[0], acquired[0])
     if len(set(acquired)) == 1 and None not in offsets and whole_scan:
@@ -88,13 +90,13 @@ def acquisition(header: Dataset, findings: Findings) -> datetime:
     return found
 
 
-def _milliseconds(header: Dataset, keyword: str, *, least: float) -> float | None:
-    """Returns a field in seconds; None if it is absent, not a number, or less than `least`."""
+def _milliseconds(header: Dataset, keyword: str, least: float, most: float) -> float | None:
+    """Returns a field in seconds; None if it is absent, not a number, or no length that a frame can have."""
     try:
         value = float(optional(header, keyword)) / 1000
     except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) and value >= least else None
+    return value if least <= value <= most else None
 
 
 def frame_averages(
@@ -116,7 +118,7 @@ def frame_averages(
         stated = optional(header, "FrameReferenceDateTime")
         if duration is None and stated is None:
             raise ValueError(
-                f"{source(header)}: {label('ActualFrameDuration')} is missing or no positive number of ms; since "
+                f"{source(header)}: {label('ActualFrameDuration')} is missing, or isn't that of a scan in ms; since "
                 f"{label('DecayCorrection')} is NONE, SUV depend on the decay during the frame"
             )
         computed = None if duration is None else start + timedelta(seconds=average_time(duration, half_life))
@@ -212,7 +214,7 @@ def _vendor_time(
     """Returns the vendor's time, on the acquisition's date if anonymisation has shifted the others' but not its."""
     name, found = tag
     distance = frames.first - found
-    if -SECOND <= distance.total_seconds() <= _LONGEST_SCAN.total_seconds():
+    if -SECOND <= distance.total_seconds() <= _LONGEST_SCAN:
         return found, name
     days = timedelta(days=round(distance / timedelta(days=1)))
     others = [*back, *([] if series is None else [series])]

@@ -148,7 +148,7 @@ class _Line:
         if hint is None:
             return values[0] if len(values) == 1 else json.dumps([_loaded(value) for value in values])
         found = converted(name, _given(values, hint), hint)
-        if _is_text(hint):
+        if _is_text(hint) or (isinstance(found, str) and _has_choices(hint)):
             return "null" if found is None else values[0]
         return json.dumps(found, default=str)
 
@@ -271,6 +271,11 @@ def _is_text(hint: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return {one for one in typing.get_args(hint) if one is not type(None)} <= {str, Path}
     return hint in (str, Path) or typing.get_origin(hint) is Literal
+
+
+def _has_choices(hint: Any) -> bool:
+    """Tells whether a type is a union with words to choose from, such as `bool | Literal["bw", "lbm"]`."""
+    return any(typing.get_origin(one) is Literal for one in typing.get_args(hint))
 
 
 def _of_text(hint: Any) -> bool:

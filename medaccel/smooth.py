@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 
 from medaccel.data import (
+    SuvRule,
     check_output,
     is_nifti_name,
     load_series,
@@ -19,13 +22,18 @@ from medaccel.data import (
     open_series,
     read_nifti,
     save_nifti,
+    series_rule,
     voxel_spacing,
+    write_text,
 )
+from medaccel.data.files import beside
+from medaccel.data.suv import Kind
 from medaccel.ops import gaussian_filter
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
+Wanted = bool | Kind | Literal["bqml"]
 Width = float | tuple[float, float, float]  # one width for all axes, or one each for i, j and k
 
 SIGMA_PER_FWHM = 1 / (2 * math.sqrt(2 * math.log(2)))
@@ -37,12 +45,13 @@ def smooth(
     *,
     sigma: Width | None = None,
     fwhm: Width | None = None,
-    unit: Literal["mm", "voxel"] = "mm",
+    unit: Literal["mm", "voxel", "bqml"] = "mm",
     mode: Literal["reflect", "nearest", "mirror", "wrap", "constant"] = "reflect",
     approx: Literal["erf", "sampled", "scalespace"] = "erf",
     truncated: float = 4.0,
-    suv: bool = True,
+    suv: bool | Kind = True,
     series_uid: str | None = None,
+    frame: int | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Nifti1Image:
@@ -64,7 +73,9 @@ def smooth(
         sigma: standard deviation of the Gaussian: one number, or three for the axes i, j, k of the NIfTI array
             (DICOM: column, row, slice). 0 leaves an axis as it is. Give either sigma or fwhm.
         fwhm: full width at half maximum instead: 2·sqrt(2·ln 2) σ = 2.3548 σ.
-        unit: unit of sigma and fwhm; mm are divided by the voxel spacing of each axis.
+        unit: unit of sigma and fwhm; mm are divided by the voxel spacing of each axis. "bqml" says that the widths
+            are in mm, and that a PET DICOM series is read in Bq/mL, without SUV, for which weight or dose may be
+            missing.
         mode: assumption about the voxels beyond the border. The default reflects the image (d c b a | a b c d): the
             sum of all voxels, hence the total uptake, is kept, and a constant image stays constant. "constant" means
             zeros, which darken a PET's first and last slices and brighten a CT's (air is -1000 HU).
@@ -72,8 +83,11 @@ def smooth(
             the voxels' centres (SciPy), "scalespace" is Lindeberg's discrete Gaussian, whose variance is exact even
             where σ is under a voxel. The kernel's sum is 1.
         truncated: where the kernel ends, in σ.
-        suv: convert PET DICOM series to body-weight SUV; false keeps the files' unit, as a rule Bq/mL.
+        suv: convert PET DICOM series to SUV by body weight (true or bw), lean body mass (lbm by Janmahasatian's
+            formula, lbm_james by James's), body surface area (bsa) or ideal body weight (ibw); the rule is written to
+            <output>.suv.json. False keeps the files' unit, as a rule Bq/mL.
         series_uid: SeriesInstanceUID, if the DICOM folder has several series.
+        frame: the frame to take of a dynamic or gated DICOM series, from 1.
         force: overwrite the output where it exists.
         progress: show progress on stderr.
 
@@ -87,14 +101,20 @@ def smooth(
     """
     input, output = Path(input), Path(output)
     widths = _sigmas(sigma, fwhm)  # widths are refused before anything is read
-    if unit not in ("mm", "voxel"):
-        raise ValueError(f"smooth: unit is {unit!r}, expected 'mm' or 'voxel'")
+    if unit not in ("mm", "voxel", "bqml"):
+        raise ValueError(f"smooth: unit is {unit!r}, expected 'mm' or 'voxel' (or 'bqml')")
+    if unit == "bqml" and suv not in (True, False):
+        raise ValueError(f"smooth: suv is {suv!r} and unit is 'bqml', expected one of them")
     if not is_nifti_name(output):
         raise ValueError(f"{output}: the output's name must end in .nii or .nii.gz")
     check_output(output, force=force)
 
-    image = _read(input, suv=suv, series_uid=series_uid, progress=progress)
-    spacing = voxel_spacing(image) if unit == "mm" else (1.0, 1.0, 1.0)
+    wanted: Wanted = "bqml" if unit == "bqml" else suv
+    image, rule = _read(input, wanted, series_uid=series_uid, frame=frame, progress=progress)
+    record = beside(output, ".suv.json")
+    if rule is not None:
+        check_output(record, force=force)
+    spacing = voxel_spacing(image) if unit != "voxel" else (1.0, 1.0, 1.0)
     sigma_voxels = [width / step for width, step in zip(widths, spacing, strict=True)]
     values = np.asanyarray(image.dataobj)
     values = np.require(values, _floating(values.dtype), ["F", "W"])  # torch warns of read-only arrays
@@ -103,13 +123,15 @@ def smooth(
     frames = values.T if values.ndim == 4 else values.T[None]  # (t, k, j, i)
     results = smoothed.T if values.ndim == 4 else smoothed.T[None]
     for t in _with_progress(len(frames), progress):
-        frame = torch.from_numpy(frames[t])[None, None]  # (1, 1, k, j, i)
+        one = torch.from_numpy(frames[t])[None, None]  # (1, 1, k, j, i)
         result = gaussian_filter(
-            frame, sigma_voxels[::-1], truncated=truncated, approx=approx, mode=mode, normalize=True
+            one, sigma_voxels[::-1], truncated=truncated, approx=approx, mode=mode, normalize=True
         )
         results[t] = result[0, 0].numpy()
     written = make_nifti(smoothed, image.affine, like=image)
     save_nifti(output, written, force=force)
+    if rule is not None:
+        write_text(record, json.dumps(rule.plain(), indent=2) + "\n", force=force)
     return written
 
 
@@ -130,13 +152,24 @@ def _sigmas(sigma: Width | None, fwhm: Width | None) -> list[float]:
     return [v * scale for v in values]
 
 
-def _read(path: Path, *, suv: bool, series_uid: str | None, progress: bool) -> Nifti1Image:
+def _read(
+    path: Path, wanted: Wanted, *, series_uid: str | None, frame: int | None, progress: bool
+) -> tuple[Nifti1Image, SuvRule | None]:
+    """Returns the image, and the rule of its SUV if it is a PET series that was converted."""
     if not path.is_dir():
         if path.exists() and not is_nifti_name(path):
             raise ValueError(f"{path}: expected a .nii or .nii.gz file, or the folder of a DICOM series")
-        return read_nifti(path, ndim=(3, 4))
-    series = open_series(path, series_uid=series_uid, progress=progress)
-    return load_series(series, suv=suv and series.modality == "PT", progress=progress)
+        if frame is not None or wanted not in (True, False):
+            option = "frame" if frame is not None else "unit bqml" if wanted == "bqml" else f"suv {wanted}"
+            raise ValueError(f"{path}: {option} is for DICOM series, whose headers say what it needs")
+        return read_nifti(path, ndim=(3, 4)), None
+    series = open_series(path, series_uid=series_uid, frame=frame, progress=progress)
+    if wanted is False or (series.modality != "PT" and wanted is True):
+        return load_series(series, progress=progress), None
+    rule = series_rule(series, "bw" if wanted is True else wanted)
+    if progress:
+        print(f"medaccel: {path}: {rule.sentence}", file=sys.stderr)
+    return load_series(series, suv=rule, progress=progress), rule
 
 
 def _floating(dtype: np.dtype) -> np.dtype:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pydicom.dataset import Dataset
 from scipy import ndimage
 
 import medaccel.smooth
@@ -169,6 +171,44 @@ def test_a_pet_series_is_written_as_suv_or_in_its_own_unit(tmp_path: Path) -> No
     np.testing.assert_array_equal(read_nifti(tmp_path / "suv.nii.gz").affine, read_pet_series(folder).affine)
     raw = smooth(folder, tmp_path / "raw.nii.gz", sigma=0, suv=False, progress=False)
     np.testing.assert_allclose(np.asarray(suv.dataobj), np.asarray(raw.dataobj) * SUV_PER_BQML, rtol=1e-6, atol=1e-12)
+
+
+def test_the_rule_of_suv_stands_beside_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_series(tmp_path / "dicom")
+    smooth(folder, tmp_path / "out.nii.gz", sigma=0)
+    assert "SUV body weight (g/mL) from BQML, decay correction START" in capsys.readouterr().err
+    rule = json.loads((tmp_path / "out.suv.json").read_text())
+    assert rule["reference_time"] == "2024-02-29 11:00:00"
+    assert rule["reference_time_source"] == "SeriesDate (0008,0021), SeriesTime (0008,0031)"
+    assert rule["factor"]["min"] == rule["factor"]["max"] == pytest.approx(SUV_PER_BQML)
+    (tmp_path / "out.nii.gz").unlink()
+    with pytest.raises(FileExistsError, match=r"out\.suv\.json"):
+        smooth(folder, tmp_path / "out.nii.gz", sigma=0, progress=False)
+    smooth(folder, tmp_path / "out.nii.gz", sigma=0, progress=False, force=True)
+
+
+def test_a_series_without_weight_can_be_read_in_its_own_unit(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "dicom", lambda ds, k: setattr(ds, "PatientWeight", 0))
+    with pytest.raises(ValueError, match=r"PatientWeight .* positive number of kg \(smooth --unit bqml reads"):
+        smooth(folder, tmp_path / "out.nii.gz", sigma=0, progress=False)
+    raw = smooth(folder, tmp_path / "out.nii.gz", sigma=0, unit="bqml", progress=False)
+    expected = smooth(folder, tmp_path / "raw.nii.gz", sigma=0, suv=False, progress=False)
+    np.testing.assert_array_equal(np.asarray(raw.dataobj), np.asarray(expected.dataobj))
+
+
+def test_suv_can_be_normalised_otherwise(tmp_path: Path) -> None:
+    def edit(ds: Dataset, k: int) -> None:
+        ds.PatientSize, ds.PatientSex = 1.75, "M"
+
+    folder = write_series(tmp_path / "dicom", edit)
+    weight = smooth(folder, tmp_path / "bw.nii.gz", sigma=0, suv="bw", progress=False)
+    lean = smooth(folder, tmp_path / "lbm.nii.gz", sigma=0, suv="lbm_james", progress=False)
+    ratio = (1.10 * 70 - 128 * 0.16) / 70
+    np.testing.assert_allclose(np.asarray(lean.dataobj), np.asarray(weight.dataobj) * ratio, rtol=1e-5)
+    with pytest.raises(ValueError, match="suv is 'lbm' and unit is 'bqml', expected one of them"):
+        smooth(folder, tmp_path / "x.nii.gz", sigma=0, suv="lbm", unit="bqml", progress=False)
+    with pytest.raises(ValueError, match="suv lbm is for DICOM series"):
+        smooth(tmp_path / "bw.nii.gz", tmp_path / "x.nii.gz", sigma=0, suv="lbm", progress=False)
 
 
 def test_a_ct_series_needs_no_suv_fields(tmp_path: Path) -> None:

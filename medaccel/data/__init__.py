@@ -4,7 +4,7 @@
 import importlib
 from typing import Any
 
-from medaccel.data.dicom import DicomSeries, load_series, open_series, read_dicom_series, read_pet_series
+from medaccel.data.dicom import DicomSeries, load_series, open_series, read_dicom_series, read_pet_series, series_rule
 from medaccel.data.dicom_write import write_derived_pet
 from medaccel.data.files import (
     atomic_folder,
@@ -15,11 +15,12 @@ from medaccel.data.files import (
     write_text,
 )
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti, resample, save_nifti, voxel_spacing
-from medaccel.data.suv import suv_factors
+from medaccel.data.suv import SuvRule, suv_factors, suv_rule
 
 _VIEWS = ("TwoViews", "feature_affine")  # these need MONAI, which is imported at their first use
 __all__ = [
     "DicomSeries",
+    "SuvRule",
     "TwoViews",
     "atomic_folder",
     "atomic_path",
@@ -35,7 +36,9 @@ __all__ = [
     "read_pet_series",
     "resample",
     "save_nifti",
+    "series_rule",
     "suv_factors",
+    "suv_rule",
     "voxel_spacing",
     "write_bytes",
     "write_derived_pet",

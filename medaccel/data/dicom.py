@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
 from medaccel.data._fields import integer, label, numbers, optional, require, source
+from medaccel.data.decoding import check_decoder
 from medaccel.data.geometry import stack
+from medaccel.data.multiframe import choose_frame, frame_headers
 from medaccel.data.nifti import make_nifti
-from medaccel.data.suv import suv_factors
+from medaccel.data.suv import Kind, SuvRule, suv_rule
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
@@ -38,7 +40,10 @@ _STRAY_SUFFIXES = _STRAY_TEXT | {".gif", ".gz", ".jpeg", ".jpg", ".nii", ".pdf",
 
 @dataclass(frozen=True)
 class DicomSeries:
-    """Holds one series: the slices' headers without pixels, in order, and the paths of their files."""
+    """Holds one series: the slices' headers without pixels, in order, and the paths of their files.
+
+    The slices of a multi-frame file have headers of their own, with the attribute `frame_index`.
+    """
 
     headers: list[Dataset]
     affine: np.ndarray  # (4, 4), maps (column, row, slice) to RAS, mm
@@ -50,7 +55,11 @@ class DicomSeries:
 
 
 def open_series(
-    folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    series_uid: str | None = None,
+    frame: int | None = None,
+    progress: bool = False,
 ) -> DicomSeries:
     """Reads and checks the headers of the one series in a folder (not in its sub-folders).
 
@@ -60,13 +69,14 @@ def open_series(
     Args:
         folder: it holds the slices, one per file, under any names.
         series_uid: SeriesInstanceUID of the series to take where the folder has several.
+        frame: the frame to take of a dynamic or gated series, from 1.
         progress: show a bar on stderr.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `folder` is no folder.
         ValueError: the folder holds no DICOM, a file that isn't DICOM or is truncated, several series (each is
-            named), no series of that UID, multi-frame files, or a geometry that is no volume
-            (`medaccel.data.geometry.stack`).
+            named), no series of that UID, several frames at a position (they are listed), pixels for which no decoder
+            is installed, or a geometry that is no volume (`medaccel.data.geometry.stack`).
 
     Warns:
         UserWarning: there are fewer slices than the header says the series has.
@@ -84,27 +94,42 @@ def open_series(
     headers = [_read(path, pixels=False) for path in _with_progress(paths, progress, "headers")]
     series = _choose(folder, headers, series_uid)
     for header in series:
-        frames = integer(header, "NumberOfFrames", 1)
         samples = integer(header, "SamplesPerPixel")
-        if frames != 1:
-            raise ValueError(
-                f"{source(header)}: {label('NumberOfFrames')} is {frames}, expected 1 (one slice a file; "
-                "enhanced multi-frame DICOM is not supported)"
-            )
         if samples != 1:
             raise ValueError(f"{source(header)}: {label('SamplesPerPixel')} is {samples}, expected 1 (no colours)")
+        check_decoder(header)
+    series = choose_frame([header for file in series for header in frame_headers(file)], frame)
     order, affine = stack(series)
     _check_count(series)
     return DicomSeries([series[k] for k in order], affine)
 
 
-def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = False) -> Nifti1Image:
+def series_rule(series: DicomSeries, kind: Kind | Literal["bqml"] = "bw") -> SuvRule:
+    """Returns the rule by which the values of an open series become SUV; `medaccel.data.suv_rule` has its errors.
+
+    Raises:
+        ValueError: besides, the series is no PET.
+    """
+    first = series.headers[0]
+    if series.modality != "PT":
+        raise ValueError(f"{source(first)}: {label('Modality')} is {series.modality}, expected PT (PET) for SUV")
+    try:
+        return suv_rule(series.headers, kind)
+    except ValueError as error:
+        if kind == "bqml" or str(optional(first, "Units")) != "BQML":
+            raise
+        raise ValueError(f"{error} (smooth --unit bqml reads the series in Bq/mL, without SUV)") from error
+
+
+def load_series(
+    series: DicomSeries, *, suv: bool | Kind | Literal["bqml"] | SuvRule = False, progress: bool = False
+) -> Nifti1Image:
     """Reads the pixels of a series whose headers are open.
 
     Args:
         series: the result of `open_series`.
-        suv: return body-weight SUV (g/mL), for PET only; otherwise the unit is the files': HU for CT, Bq/mL (BQML)
-            for most PET.
+        suv: return SUV, for PET only: true for body weight (g/mL); a kind, or bqml, as `medaccel.data.suv_rule` has
+            them; or its rule. False keeps the files' unit: HU for CT, Bq/mL (BQML) for most PET.
         progress: show a bar on stderr.
 
     Returns:
@@ -113,42 +138,54 @@ def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = Fals
     Raises:
         ValueError: pixels are truncated, or compressed in a way that pydicom can't decode here; RescaleSlope
             or RescaleIntercept is missing (MR may lack both); with `suv`, the series is no PET, or
-            `medaccel.data.suv_factors` refuses it.
+            `medaccel.data.suv_rule` refuses it.
     """
     first = series.headers[0]
-    factors = np.ones(len(series.headers))
+    factors, quantity = np.ones(len(series.headers)), ""
     if suv:
-        if series.modality != "PT":
-            raise ValueError(f"{source(first)}: {label('Modality')} is {series.modality}, expected PT (PET) for SUV")
-        factors = suv_factors(series.headers)
+        rule = suv if isinstance(suv, SuvRule) else series_rule(series, "bw" if suv is True else suv)
+        factors, quantity = rule.factors, rule.quantity
+    read = (Path(), np.empty((0, 0, 0)))  # the last file, as frames of one file follow each other
     values = np.empty((0, 0, 0), np.float32)
     for k, header in enumerate(_with_progress(series.headers, progress, "slices")):
         # Each slice has its own slope: PET spreads 16 bits over the slice's range.
         slope, intercept = _rescale(header)
-        pixels = _pixels(Path(source(header)))
+        if Path(source(header)) != read[0]:
+            read = Path(source(header)), _pixels(Path(source(header)))
+        index = getattr(header, "frame_index", None)
+        # A file of one frame has no axis for frames.
+        pixels = (read[1] if index is None or read[1].ndim == 2 else read[1][index]).astype(np.float64)
         if k == 0:  # only now is it known that a slice holds what its header says
             values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
         values[:, :, k] = (pixels.T * slope + intercept) * factors[k]
     image = make_nifti(values, series.affine)
-    image.header["descrip"] = b"SUV body weight (g/mL)" if suv else b""
+    image.header["descrip"] = quantity.encode()[:79]
     return image
 
 
 def read_dicom_series(
-    folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    series_uid: str | None = None,
+    frame: int | None = None,
+    progress: bool = False,
 ) -> Nifti1Image:
     """Reads the one series in a folder, in its own unit; its arguments and errors are those of `open_series` and
     `load_series`."""
-    series = open_series(folder, series_uid=series_uid, progress=progress)
+    series = open_series(folder, series_uid=series_uid, frame=frame, progress=progress)
     return load_series(series, progress=progress)
 
 
 def read_pet_series(
-    folder: str | os.PathLike[str], *, series_uid: str | None = None, progress: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    series_uid: str | None = None,
+    frame: int | None = None,
+    progress: bool = False,
 ) -> Nifti1Image:
     """Reads the one PET series in a folder as SUV; its arguments and errors are those of `open_series` and
     `load_series`."""
-    series = open_series(folder, series_uid=series_uid, progress=progress)
+    series = open_series(folder, series_uid=series_uid, frame=frame, progress=progress)
     return load_series(series, suv=True, progress=progress)
 
 
@@ -226,13 +263,13 @@ def _rescale(header: Dataset) -> tuple[float, float]:
 
 
 def _pixels(path: Path) -> np.ndarray:
-    """Reads the pixels as (rows, columns), float64."""
+    """Reads a file's pixels, (rows, columns) or (frames, rows, columns)."""
     dataset = _read(path, pixels=True)
     try:
         pixels = dataset.pixel_array
     except Exception as error:  # a decoder of damaged bytes can stumble in any way
         raise ValueError(f"{path}: the pixels can't be read; truncated? ({error})") from error
-    return pixels.astype(np.float64)
+    return pixels
 
 
 def _with_progress(items: Iterable[_T], shown: bool, description: str) -> Iterable[_T]:

@@ -26,7 +26,7 @@ import numpy as np
 from medaccel.data._fields import integer, label, optional, require, source
 from medaccel.data.dicom import DicomSeries
 from medaccel.data.files import atomic_folder, check_output_folder
-from medaccel.data.suv import suv_factors
+from medaccel.data.suv import suv_factors, vendors
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -45,9 +45,6 @@ _LEFT_OUT = (
     *("InstanceCreatorUID", "SeriesDescriptionCodeSequence", "PixelDataProviderURL", "DataSetTrailingPadding"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 )
-# SUV depends on these fields: GE's scan time; Philips's factors to SUV and to Bq/mL. Each entry: group, creator,
-# elements.
-_PRIVATE_KEPT = ((0x0009, "GEMS_PETD_01", (0x0D,)), (0x7053, "Philips PET Private Group", (0x00, 0x09)))
 
 
 def write_derived_pet(
@@ -97,6 +94,11 @@ def write_derived_pet(
         raise ValueError(f"{folder}: the volume has {bad} voxels that are NaN or infinite; expected SUV")
     if template.modality != "PT":
         raise ValueError(f"{source(first)}: {label('Modality')} is {template.modality}, expected PT (PET)")
+    if hasattr(first, "frame_index"):
+        raise ValueError(
+            f"{source(first)} is a multi-frame file, which can't be a template for a series of single slices; "
+            "expected an output that ends in .nii or .nii.gz"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller was warned when SUV was computed
         factors = suv_factors(headers)
@@ -187,16 +189,8 @@ def _code(value: str, meaning: str) -> Dataset:
 def _without_stale_fields(header: Dataset) -> Dataset:
     """Copies a source slice's header without the fields that aren't true of other pixels."""
     from pydicom import DataElement
-    from pydicom.tag import Tag
 
-    kept = set()
-    for group, creator, elements in _PRIVATE_KEPT:
-        try:
-            block = header.private_block(group, creator)
-        except KeyError:
-            continue
-        tags = {block.get_tag(element) for element in elements if element in block}
-        kept |= tags | ({Tag(group, block.block_start >> 8)} if tags else set())  # the block's creator is kept too
+    kept = vendors.tags(header)
 
     def leave_out(item: Dataset, element: DataElement) -> None:
         overlay = element.tag.group >> 8 == 0x60 and element.tag.group % 2 == 0

@@ -215,6 +215,15 @@ def write_text(path: str | os.PathLike[str], text: str, *, force: bool = False) 
     write_bytes(path, text.encode(), force=force)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Returns the path `pet<ending>` beside `pet.nii`, `pet.nii.gz` or the folder `pet`."""
+    name = path.name
+    for suffix in (".nii", ".nii.gz"):
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
+    return path.with_name(name + ending)
+
+
 def _sync(path: Path) -> None:
     """Waits until the disk has the content: otherwise a power cut may keep a rename but lose the content."""
     descriptor = os.open(path, os.O_RDONLY)

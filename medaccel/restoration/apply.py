@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 
 from medaccel.data import (
     DicomSeries,
+    SuvRule,
     check_output,
     is_nifti_name,
     load_series,
@@ -23,13 +25,16 @@ from medaccel.data import (
     read_nifti,
     resample,
     save_nifti,
+    series_rule,
     voxel_spacing,
     write_derived_pet,
+    write_text,
 )
 from medaccel.data._fields import optional
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
-from medaccel.data.files import check_input
+from medaccel.data.files import beside, check_input
 from medaccel.data.hounsfield import check_hu
+from medaccel.data.suv import Kind
 from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.evaluation.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.memory import expected_of_restoring, on_gpu
@@ -55,6 +60,7 @@ class _Input:
     image: Nifti1Image
     series: DicomSeries | None = None
     ct: Path | None = None
+    rule: SuvRule | None = None  # by which the series became SUV
 
 
 def apply(
@@ -67,6 +73,8 @@ def apply(
     samples: int | None = None,
     seed: int = 0,
     series_uid: str | None = None,
+    frame: int | None = None,
+    suv: Kind = "bw",
     check_units: bool = True,
     force: bool = False,
     progress: bool = True,
@@ -88,6 +96,10 @@ def apply(
         samples: how many to draw, for methods that draw; by default their own setting.
         seed: the seed of the samples.
         series_uid: SeriesInstanceUID, if the DICOM folder has several series.
+        frame: the frame to take of a dynamic or gated DICOM series, from 1.
+        suv: what the output's SUV are normalised by, for DICOM input and NIfTI output: body weight (bw), lean body
+            mass (lbm by Janmahasatian's formula, lbm_james by James's), body surface area (bsa) or ideal body weight
+            (ibw). For DICOM input, the rule by which SUV were computed is written to <output>.suv.json.
         check_units: refuse an input that can't be in SUV, by the body's median, and a CT that doesn't look like HU.
         force: overwrite an existing output.
         progress: show progress on stderr.
@@ -118,7 +130,13 @@ def apply(
     if samples is not None and (samples < 1 or not method.samples):
         expected = "1 or more" if method.samples else f"none, as {method.name} draws no samples"
         raise ValueError(f"samples is {samples}; expected {expected}")
-    read = _read(input, exposure, series_uid, progress)
+    read = _read(input, exposure, series_uid, frame, progress)
+    factor, rule = _asked_for(read, suv, output)
+    record = beside(output, ".suv.json")
+    if rule is not None:
+        check_output(record, force=force)
+        if progress:
+            print(f"medaccel: {read.path}: {rule.sentence}", file=sys.stderr)
     spacing = voxel_spacing(read.image)
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
     check_volume(str(read.path), volume, spacing)
@@ -150,15 +168,33 @@ def apply(
         # The deviation is the activity's, for methods that predict it; the image is the measured part and the rest's
         # activity.
         share = 1.0 if restored.activity is None else 1 - restored.weight
-        save_nifti(deviation, _image(restored.std * share, read, f"std of {method.name}, uncalibrated"), force=force)
+        save_nifti(
+            deviation, _image(restored.std * share * factor, read, f"std of {method.name}, uncalibrated"), force=force
+        )
         written.append(deviation)
     what = f"{method.name}, {exposure} s to {method.task.target_seconds} s"
     if is_nifti_name(output) or read.series is None:
-        save_nifti(output, _image(restored.volume, read, what), force=force)
+        save_nifti(output, _image(restored.volume * factor, read, what), force=force)
     else:
         derivation = f"Checkpoint with SHA-256 {file_sha256(checkpoint)}, seed {seed}."
         write_derived_pet(output, restored.volume, read.series, description=what, derivation=derivation, force=force)
+    if rule is not None:
+        write_text(record, json.dumps(rule.plain(), indent=2) + "\n", force=force)
     return (*written, output)
+
+
+def _asked_for(read: _Input, suv: Kind, output: Path) -> tuple[np.float32, SuvRule | None]:
+    """Returns the factor from SUV by body weight, which methods take, to those that are asked for, and their rule."""
+    if read.series is None or read.rule is None:
+        if suv != "bw":
+            raise ValueError(f"{read.path}: suv is {suv}, which needs a DICOM series' height and sex; expected bw")
+        return np.float32(1), None
+    if suv == "bw":
+        return np.float32(1), read.rule
+    if not is_nifti_name(output):
+        raise ValueError(f"{output}: suv is {suv}, but a derived DICOM series has its source's unit; expected bw")
+    rule = series_rule(read.series, suv)
+    return np.float32(rule.factors[0] / read.rule.factors[0]), rule
 
 
 def _is_study(folder: Path) -> bool:
@@ -186,13 +222,10 @@ def _check_output(input: Path, output: Path, force: bool) -> None:
 
 def _deviation_path(output: Path) -> Path:
     """Returns the path `pet_std.nii.gz` beside `pet.nii`, `pet.nii.gz` or the folder `pet`."""
-    name = output.name
-    if is_nifti_name(output):
-        name = name[: name.lower().rindex(".nii")]
-    return output.with_name(f"{name}_std.nii.gz")
+    return beside(output, "_std.nii.gz")
 
 
-def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _Input:
+def _read(path: Path, seconds: int, series_uid: str | None, frame: int | None, progress: bool) -> _Input:
     if path.is_dir() and _is_study(path):
         pet, ct = path / f"PET_{seconds}.nii.gz", path / "CT.nii.gz"
         if not os.path.lexists(pet):
@@ -200,8 +233,9 @@ def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _
             raise FileNotFoundError(f"{pet}: missing exposure (the study has {found})")
         return _Input(pet, read_nifti(pet), ct=ct if os.path.lexists(ct) else None)
     if path.is_dir():
-        series = open_series(path, series_uid=series_uid, progress=progress)
-        return _Input(path, load_series(series, suv=True, progress=progress), series)
+        series = open_series(path, series_uid=series_uid, frame=frame, progress=progress)
+        rule = series_rule(series)
+        return _Input(path, load_series(series, suv=rule, progress=progress), series, rule=rule)
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
     check_input(path)

@@ -134,6 +134,19 @@ def test_a_series_made_after_the_scan_keeps_its_suv(tmp_path: Path) -> None:
     assert half_steps(tmp_path / "out", volume).max() < 1.01
 
 
+def test_philips_factors_without_their_creator_are_kept(tmp_path: Path) -> None:
+    def edit(ds: Dataset, k: int) -> None:
+        ds.Manufacturer, ds.Units = "Philips Medical Systems", "CNTS"
+        ds.add_new(0x70531000, "DS", "0.0005")
+        ds.add_new(0x70531020, "LO", "about other pixels")
+
+    template = series(tmp_path / "in", edit)
+    volume = restored(template)
+    write_derived_pet(tmp_path / "out", volume, template, description="test")
+    assert half_steps(tmp_path / "out", volume).max() < 1.01
+    assert 0x70531020 not in pydicom.dcmread(next((tmp_path / "out").iterdir()))
+
+
 def test_a_compressed_series_becomes_a_plain_one(tmp_path: Path) -> None:
     template = series(tmp_path / "in", lambda ds, k: ds.compress(RLELossless))
     volume = restored(template)

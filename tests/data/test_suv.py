@@ -74,11 +74,12 @@ def test_none_decays_the_dose_to_each_slices_acquisition() -> None:
     def edit(ds: Dataset, k: int) -> None:
         ds.DecayCorrection, ds.CorrectedImage = "NONE", ["ATTN"]
         ds.AcquisitionTime = f"11{10 * k:02d}00"
+        ds.ActualFrameDuration = 600000
 
     elapsed = ELAPSED_S + 600 * np.arange(SLICES)
-    np.testing.assert_allclose(
-        suv_factors(slices(edit)), SUV_WITHOUT_DECAY * 2 ** (elapsed / HALF_LIFE_S), rtol=1e-12
-    )
+    decay = np.log(2) / HALF_LIFE_S * 600
+    expected = SUV_WITHOUT_DECAY * 2 ** (elapsed / HALF_LIFE_S) * decay / (1 - np.exp(-decay))
+    np.testing.assert_allclose(suv_factors(slices(edit)), expected, rtol=1e-9)
 
 
 def test_injection_before_midnight_is_the_day_before() -> None:
@@ -152,8 +153,8 @@ def test_gml_is_suv_already() -> None:
     np.testing.assert_array_equal(suv_factors(headers), np.ones(SLICES))
 
 
-def test_suv_of_lean_body_mass_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"SUVType \(0054,1006\) is LBM, expected BW"):
+def test_suv_of_lean_body_mass_need_the_height() -> None:
+    with pytest.raises(ValueError, match=r"PatientSize \(0010,1020\) is missing or 0, which lean body mass"):
         suv_factors(changed(Units="GML", SUVType="LBM"))
 
 
@@ -168,7 +169,7 @@ def philips(suv_scale: float, activity_scale: float) -> list[Dataset]:
 
 
 def test_counts_take_philips_suv_scale() -> None:
-    np.testing.assert_allclose(suv_factors(philips(0.00123, 2.5)), 0.00123)
+    np.testing.assert_allclose(suv_factors(philips(0.00123, 0)), 0.00123)
 
 
 def test_counts_take_philips_activity_scale_where_the_suv_scale_is_0() -> None:
@@ -182,7 +183,7 @@ def test_counts_without_a_scale_are_refused(headers: list[Dataset]) -> None:
 
 
 def test_other_units_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Units \(0054,1001\) is PROPCPS, expected BQML, GML or CNTS"):
+    with pytest.raises(ValueError, match=r"Units \(0054,1001\) is PROPCPS, expected BQML, GML, CM2ML or CNTS"):
         suv_factors(changed(Units="PROPCPS"))
 
 
@@ -201,6 +202,8 @@ def test_other_units_are_refused() -> None:
 def test_a_field_that_is_missing_or_empty_is_named_with_its_file(keyword: str, state: str) -> None:
     def edit(ds: Dataset, k: int) -> None:
         ds.filename = f"slice{k}.dcm"
+        if keyword == "RadionuclideHalfLife":  # else the nuclide's is taken
+            change(ds, {"RadionuclideCodeSequence": None})
         if state == "missing":
             change(ds, {keyword: None})
         else:
@@ -214,7 +217,7 @@ def test_a_field_that_is_missing_or_empty_is_named_with_its_file(keyword: str, s
     ("keyword", "value", "message"),
     [
         ("PatientWeight", 0, "expected a positive number of kg"),
-        ("RadionuclideTotalDose", 370, "expected Bq; is it MBq"),
+        ("RadionuclideTotalDose", 3.7, "expected Bq; is it MBq"),
         ("RadionuclideHalfLife", -1, "expected a positive number of seconds"),
         ("DecayCorrection", "LATER", "expected START, ADMIN or NONE"),
         ("RadiopharmaceuticalStartTime", "110500", "expected 0 to 10 half-lives"),

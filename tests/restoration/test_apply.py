@@ -61,11 +61,29 @@ def test_a_dicom_series_becomes_a_derived_one_or_nifti(tmp_path: Path) -> None:
     expected = ndimage.gaussian_filter(suv, 1.0)
     np.testing.assert_allclose(np.asarray(read_pet_series(written[1]).dataobj), expected, rtol=2e-5, atol=1e-6)
     header = open_series(written[1]).headers[0]
+    assert '"kind": "bw"' in (tmp_path / "derived.suv.json").read_text()
     assert header.SeriesDescription == "research only: drawer, 60 s to 90 s"
     assert "Checkpoint with SHA-256" in header.DerivationDescription
     with pytest.warns(UserWarning, match="fitted on"):
         apply(model, source, tmp_path / "suv.nii.gz", progress=False)
     np.testing.assert_allclose(values(tmp_path / "suv.nii.gz"), expected, rtol=1e-6)
+
+
+def test_the_output_of_a_dicom_series_can_be_normalised_otherwise(tmp_path: Path) -> None:
+    def edit(ds: Dataset, k: int) -> None:
+        ds.PatientSize, ds.PatientSex = 1.75, "F"
+
+    source, model = write_series(tmp_path / "dicom", edit), checkpoint(tmp_path)
+    for name in ("bw", "lbm"):
+        with pytest.warns(UserWarning, match="fitted on"):
+            apply(model, source, tmp_path / f"{name}.nii", suv=name, progress=False)
+    lean = 9270 / (8780 + 244 * 70 / 1.75**2)
+    np.testing.assert_allclose(values(tmp_path / "lbm.nii"), lean * values(tmp_path / "bw.nii"), rtol=1e-5)
+    assert '"kind": "lbm"' in (tmp_path / "lbm.suv.json").read_text()
+    with pytest.raises(ValueError, match="a derived DICOM series has its source's unit; expected bw"):
+        apply(model, source, tmp_path / "derived", suv="lbm", progress=False)
+    with pytest.raises(ValueError, match="suv is lbm, which needs a DICOM series"):
+        apply(model, tmp_path / "bw.nii", tmp_path / "x.nii", suv="lbm", progress=False)
 
 
 def test_a_study_folder_gives_the_exposure_and_its_ct(tmp_path: Path) -> None:

@@ -295,7 +295,8 @@ def _fit(
     if method.distributed or ranks.rank() == 0:
         method.fit(train, validation, folder=config.output / "fits" / name, seed=config.seed)
     if ranks.rank() == 0:
-        method.fitted.parameters["training_range"] = trained_on()
+        if "training_range" not in method.fitted.parameters:  # a method that makes its own studies knows their range
+            method.fitted.parameters["training_range"] = trained_on()
         method.fitted.seconds = method.fitted.seconds or time.perf_counter() - start
         method.save(checkpoint)
         say(f"{name}: fitted in {time.perf_counter() - start:.0f} s")

@@ -96,6 +96,7 @@ class UNetMethod(Method):
 
     name = "unet"
     Settings = UNetSettings
+    any_exposure = True
     distributed = True
 
     def __init__(self, task: Any, settings: Mapping[str, Any] | None = None) -> None:

@@ -16,12 +16,14 @@ from medaccel._examples import (
     APPLY_EXAMPLES,
     DEMO_EXAMPLES,
     DOCTOR_EXAMPLES,
+    FINETUNE_EXAMPLES,
     PRETRAINING_EXAMPLES,
     RUN_EXAMPLES,
     SCORE_EXAMPLES,
     SEGMENT_EXAMPLES,
     SEGMENTATION_EXAMPLES,
     SMOOTH_EXAMPLES,
+    VALIDATE_EXAMPLES,
     VERIFY_EXAMPLES,
     WEIGHTS_EXAMPLES,
 )
@@ -118,6 +120,23 @@ def _restoration_apply() -> Parser:
         "--model", help="instead of --checkpoint: a name that `medaccel weights list` has, or the path of a file"
     )
     _add_apply_options(parser, apply)
+    return parser
+
+
+def _restoration_validate() -> Parser:
+    from medaccel.restoration.validate import validate
+
+    parser = _parser("Measures a model on one's own exposures, and says whether to fine-tune it.", VALIDATE_EXAMPLES)
+    parser.add_function_arguments(validate, as_positional=True, skip={"progress"})
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _restoration_finetune() -> Parser:
+    from medaccel.restoration.finetune import finetune
+
+    parser = _parser("Trains a model's weights further on studies of one's own scanner.", FINETUNE_EXAMPLES)
+    _add_apply_options(parser, finetune)
     return parser
 
 
@@ -249,6 +268,19 @@ def _call_restoration_apply(arguments: Namespace) -> None:
     _apply(arguments, apply)
 
 
+def _call_restoration_validate(arguments: Namespace) -> None:
+    from medaccel.restoration.validate import validate
+
+    print(validate(**_options(arguments, "quiet"), progress=not arguments.quiet))
+
+
+def _call_restoration_finetune(arguments: Namespace) -> None:
+    from medaccel.restoration.finetune import finetune
+
+    options = _options(arguments, "quiet")
+    print("\n".join([*finetune(**options, progress=not arguments.quiet), f"written: {options['output']}"]))
+
+
 def _call_weights_list(_: Namespace) -> None:
     from medaccel.weights import catalogue
 
@@ -376,6 +408,20 @@ COMMANDS = {
         _call_restoration_apply,
         "medaccel.restoration.apply:apply",
         _APPLYING,
+    ),
+    "restoration validate": Command(
+        "measure a model on one's own exposures",
+        _restoration_validate,
+        _call_restoration_validate,
+        "medaccel.restoration.validate:validate",
+        _REPORTING,
+    ),
+    "restoration finetune": Command(
+        "adapt a model to one's own scanner",
+        _restoration_finetune,
+        _call_restoration_finetune,
+        "medaccel.restoration.finetune:finetune",
+        (*_APPLYING, "tensorboard"),
     ),
     "weights list": Command("the trained weights, and where they are", _weights_list, _call_weights_list),
     "weights get": Command(

@@ -68,3 +68,13 @@ WEIGHTS_EXAMPLES = """examples:
   medaccel weights path pet_restoration
   medaccel weights get NAME --from-file copy.pt
 """
+
+VALIDATE_EXAMPLES = """examples:
+  medaccel restoration validate study/
+  medaccel restoration validate my_studies/ --model mine.pt --methods "[nlm]" --output runs/validation
+"""
+
+FINETUNE_EXAMPLES = """examples:
+  medaccel restoration finetune my_studies/ mine.pt
+  medaccel restoration finetune my_studies/ mine.pt --target_seconds 120 --steps 400 --nested false
+"""

@@ -84,6 +84,21 @@ class TrainingRange:
             max(levels),
         )
 
+    def joined(self, other: TrainingRange) -> TrainingRange:
+        """Returns the range that holds both."""
+
+        def end(pick: Any, mine: tuple[float, ...], theirs: tuple[float, ...]) -> tuple[float, float, float]:
+            i, j, k = map(pick, mine, theirs)
+            return i, j, k
+
+        return TrainingRange(
+            tuple(sorted({*self.seconds, *other.seconds})),
+            end(min, self.voxel_min, other.voxel_min),
+            end(max, self.voxel_max, other.voxel_max),
+            min(self.noise_min, other.noise_min),
+            max(self.noise_max, other.noise_max),
+        )
+
     def plain(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

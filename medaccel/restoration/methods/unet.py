@@ -25,6 +25,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level, root_noise
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
 from medaccel.restoration.methods.networks.method import Candidates, body_box, weights
+from medaccel.restoration.methods.networks.study_patches import StudyPatches
 from medaccel.restoration.methods.networks.unet import RestorationUNet
 from medaccel.restoration.methods.networks.varied_patches import VariedPatches
 from medaccel.restoration.settings import UNetSettings
@@ -161,6 +162,34 @@ class UNetMethod(Method):
         }
         if ranks.rank() == 0 and chosen:
             self._choose(chosen)
+
+    def finetune(
+        self,
+        studies: Sequence[Path],
+        *,
+        folder: Path,
+        nested: bool = True,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        """Trains the present weights further on measured studies, see `StudyPatches`.
+
+        Args:
+            studies: study folders with all exposures of the task.
+            folder: holds logs, and the files that an interrupted training continues from.
+            nested: the shorter exposures' events are a part of the longer one's.
+            seed: seed of all randomness.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a study is damaged or shows no body; a loss isn't finite.
+        """
+        patches = StudyPatches(studies, self.task, self.settings["roi_size"], nested=nested, seed=seed)
+        settings = {k: v for k, v in self.settings.items() if k not in _NOT_TRAINED}
+        losses, seconds, _ = train(UNetFit(self.network, settings), patches, folder, seed=seed, progress=progress)
+        self.network = self.network.cpu().eval()
+        self.fitted.losses, self.fitted.seconds = losses, seconds
+        self.fitted.parameters["finetuned_on"] = len(studies)
 
     def _choose(self, validation: Sequence[PETStudy]) -> None:
         """Chooses the blend's weight: SSIM asks for a little more of the PET's own noise."""

@@ -46,11 +46,10 @@ class VariedPatches(torch.utils.data.Dataset):
         number = int(rng.integers(len(self.files)))
         record = self.records[number]
         images = np.load(self.files[number], mmap_mode="r")  # only the patch is read
-        place, padding = [], []
+        place = []
         for size, side in zip(images.shape[1:], self.roi_size, strict=True):
             start = int(rng.integers(max(size - side, 0) + 1))
             place.append(slice(start, min(start + side, size)))
-            padding.append((0, side - (place[-1].stop - start)))
         where = tuple(place)
 
         def read(channel: int) -> Array:
@@ -63,14 +62,8 @@ class VariedPatches(torch.utils.data.Dataset):
             share = seconds[first] / (seconds[first] + seconds[second])
             volume = share * volume + (1 - share) * read(1 + second)
             noise = math.hypot(share * noise, (1 - share) * noises[second])
-        stack = np.stack([volume, read(0)])
-        stack = np.pad(stack, [(0, 0), *padding], mode="edge")
-        stack = np.concatenate([stack, np.pad(read(-1), padding)[None]])
-        axes = tuple(axis for axis in (1, 2, 3) if rng.random() < 0.5)
-        stack = np.flip(stack, axes)
-        if self.roi_size[0] == self.roi_size[1] and rng.random() < 0.5:
-            stack = stack.transpose(0, 2, 1, 3)
-        tensors = torch.from_numpy(np.ascontiguousarray(stack))
+        stack = patch_of([volume, read(0)], read(-1), self.roi_size)
+        tensors = torch.from_numpy(flipped(stack, rng))
         return {
             "input": tensors[:1],
             "noise_free": tensors[1:2],
@@ -78,3 +71,21 @@ class VariedPatches(torch.utils.data.Dataset):
             "noise": torch.tensor(noise * math.exp(_JITTER * rng.standard_normal()), dtype=torch.float32),
             "spacing": torch.tensor(record["spacing"], dtype=torch.float32),
         }
+
+
+def patch_of(images: Sequence[Array], mask: Array, roi_size: Sequence[int]) -> Array:
+    """Stacks images and a mask, (channels, *roi_size), float32.
+
+    Smaller ones are padded: images with their edge, the mask with zeros.
+    """
+    padding = [(0, side - n) for side, n in zip(roi_size, mask.shape, strict=True)]
+    stack = np.pad(np.stack(images).astype(np.float32, copy=False), [(0, 0), *padding], mode="edge")
+    return np.concatenate([stack, np.pad(mask, padding).astype(np.float32)[None]])
+
+
+def flipped(stack: Array, rng: np.random.Generator) -> Array:
+    """Mirrors a stack (channels, i, j, k) along random axes, and exchanges i and j where they are equally long."""
+    stack = np.flip(stack, tuple(axis for axis in (1, 2, 3) if rng.random() < 0.5))
+    if stack.shape[1] == stack.shape[2] and rng.random() < 0.5:
+        stack = stack.transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(stack)

@@ -23,7 +23,7 @@ from medaccel.phantoms.pet_lesions import LesionConfig, add_lesions
 #: The kinds of people, and how often each is drawn.
 KINDS: Mapping[str, float] = {"standard": 0.25, "varied": 0.45, "leaves": 0.3}
 _MOST_VOXELS = 800_000
-_HEIGHT: Range = (-430.0, 445.0)  # of a person, mm
+_HEIGHT: Range = (-430.0, 445.0)  # a person reaches from here to there, mm
 
 _UPTAKES: dict[str, Range] = {
     "fat": (0.1, 0.6),

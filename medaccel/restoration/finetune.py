@@ -17,7 +17,7 @@ from medaccel.restoration.study import load_study
 from medaccel.restoration.validate import common_task, study_folders
 from medaccel.weights import RESTORATION, find
 
-_HELD_OUT = 4  # of so many studies, the last one is held out
+_HELD_OUT = 4  # the last one of so many studies is held out
 
 
 def finetune(

@@ -54,12 +54,12 @@ class Weights:
 
     @property
     def place(self) -> Path:
-        """The file's path, whether it is there yet or not."""
+        """Returns the file's path, whether it is there yet or not."""
         return (cache_folder() if self.url else _FOLDER) / self.file
 
     @property
     def card_path(self) -> Path:
-        """The model card's path."""
+        """Returns the model card's path."""
         return _FOLDER / self.card
 
 

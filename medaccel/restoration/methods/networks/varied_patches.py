@@ -15,7 +15,7 @@ import torch
 from medaccel.restoration.evaluation.metrics import Array
 
 _LEAST_BODY = 0.05  # share of a patch
-_JITTER = 0.05  # of the measured noise, relative: the measurement is not exact
+_JITTER = 0.05  # relative spread of the measured noise: the measurement is not exact
 _AVERAGED = 0.15  # share of the patches that are means of two realisations, which stand for a longer exposure
 
 

@@ -51,6 +51,7 @@ def _without(names: list[str], *arguments: str, folder: Path) -> subprocess.Comp
 
 
 @pytest.mark.parametrize("command", NEEDING)
+@pytest.mark.slow
 def test_without_the_extras_a_command_says_what_to_install(command: str, tmp_path: Path):
     found = _without(EXTRAS, *command.split(), *NEEDING[command], folder=tmp_path)
     assert found.returncode == 2, found.stderr
@@ -61,6 +62,7 @@ def test_without_the_extras_a_command_says_what_to_install(command: str, tmp_pat
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["--help"], ["smooth", "--help"], ["restoration", "--help"]])
+@pytest.mark.slow
 def test_the_kernels_commands_need_no_extras(arguments: list[str], tmp_path: Path):
     found = _without(EXTRAS, *arguments, folder=tmp_path)
     assert found.returncode == 0, found.stderr

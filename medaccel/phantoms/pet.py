@@ -114,8 +114,8 @@ def make_phantom(
     extent = [n * step for n, step in zip(shape, spacing, strict=True)]
     if any(side < least for side, least in zip(extent, MIN_EXTENT, strict=True)):
         raise ValueError(
-            f"the grid covers {' × '.join(f'{side:g}' for side in extent)} mm "
-            f"(expected at least {' × '.join(f'{least:g}' for least in MIN_EXTENT)} mm)"
+            f"the grid covers {' × '.join(f'{side:g}' for side in extent)} mm; "
+            f"expected at least {' × '.join(f'{least:g}' for least in MIN_EXTENT)} mm"
         )
     config = GENERATORS[generator]
     # The generator's index is part of the seed, so the two never share a person.

@@ -136,8 +136,8 @@ def image_grid(rows: Sequence[ImageRow], *, width: float = 11.0, scale_bar: floa
     sizes = [[_size(s) for s in row.slices if s is not None] for row in rows]
     if any(len(row.slices) != columns or len(row.titles) != columns for row in rows) or not any(sizes):
         raise ValueError(
-            f"image rows have {[len(row.slices) for row in rows]} pictures "
-            "(expected as many in each, a title for each, and at least one)"
+            f"image rows have {[len(row.slices) for row in rows]} pictures; "
+            "expected as many in each, a title for each, and at least one"
         )
     column_width = max(right for row in sizes for _, right in row)  # mm
     heights = [max((down for down, _ in row), default=1.0) for row in sizes]

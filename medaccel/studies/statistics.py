@@ -141,8 +141,8 @@ def ratio_score(errors: ArrayLike, input_errors: ArrayLike, *, level: float = LE
     _check_level(level)
     if errors.ndim != 2 or errors.shape != input_errors.shape or not errors.size:
         raise ValueError(
-            f"errors has shape {errors.shape}, input_errors {input_errors.shape} "
-            "(expected the same, (realisations, blocks))"
+            f"errors has shape {errors.shape}, input_errors {input_errors.shape}; "
+            "expected the same, (realisations, blocks)"
         )
     for name, array in (("errors", errors), ("input_errors", input_errors)):
         if not (np.isfinite(array).all() and (array >= 0).all()):

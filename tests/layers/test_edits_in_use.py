@@ -50,6 +50,7 @@ def gelu(layer: Any) -> None:
         (attention, exchange("softmax", lambda: nn.Softmax(dim=-2))),
     ],
 )
+@pytest.mark.slow
 def test_edits_count_however_the_model_is_called(build: Build, edit: Callable[[nn.Module], None], way: str):
     torch.manual_seed(0)
     monais, inputs = build()

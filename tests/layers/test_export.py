@@ -168,6 +168,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.slow
 def test_a_traced_network_runs_where_medaccel_is_not(name: str, tmp_path: Path):
     model, arguments = MODELS[name]()
     assert medaccel.accelerate(model)

@@ -20,6 +20,7 @@ def run(**env: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("isa", _native.ISAS)
+@pytest.mark.slow
 def test_the_environment_forces_an_instruction_set(isa: str):
     result = run(MEDACCEL_ISA=isa)
     if isa in SUPPORTED:

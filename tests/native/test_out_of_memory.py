@@ -159,6 +159,7 @@ def no_garbage_collection() -> Iterator[None]:
 @pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("where", EMULATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.slow
 def test_whichever_allocation_of_the_gpu_filter_fails_torchs_error_arrives_and_nothing_stays(
     where: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):

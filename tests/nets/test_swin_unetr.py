@@ -65,6 +65,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES)
+@pytest.mark.slow
 def test_output_and_every_parameters_gradient_are_monais(shape: tuple[int, ...], options: dict[str, Any]):
     ours, monais = pair(**options)
     x = torch.randn(shape[0], 1, *shape[1:], dtype=torch.float64)

@@ -117,6 +117,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones():
 # --- what every op must hold -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("where", [name for name in IMPLEMENTATIONS if name not in EMULATED])
 @pytest.mark.parametrize("op", ROWS, ids=lambda op: op.name)
+@pytest.mark.slow
 def test_every_case_of_verify_holds_on_every_implementation(op: Op, where: str):
     verifier = op.load("verifier")
     with implementation(where), poisoned_memory():

@@ -88,6 +88,7 @@ def test_compiles_as_one_graph_with_symbols_for_sizes_and_numbers(name: str):
 
 
 @pytest.mark.parametrize("name", ["gaussian_filter", "nt_xent_loss", "diffusion_step", "instance_norm_act"])
+@pytest.mark.slow
 def test_transforms_within_compiled_code(name: str):
     case = CASES[name]
     tensors = case.tensors()

@@ -45,6 +45,7 @@ def test_a_decathlon_task_gives_its_images_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_what_looks_like_no_ct_is_skipped_with_the_reason_up_to_the_limit(tmp_path: Path, pool: Path, workers: int):
     source = shutil.copytree(pool, tmp_path / "scans")
     image = read_nifti(source / "scan_000.nii.gz")

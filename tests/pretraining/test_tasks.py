@@ -216,6 +216,7 @@ def test_presets_are_made_of_tasks_that_there_are():
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", TASKS)
+@pytest.mark.slow
 def test_losses_under_autocast_are_fp32(name: str, cast: torch.dtype):
     task, batch = make(name, (64, 64, 32) if name == "rotation" else ROI), views()
     rng = np.random.default_rng(1)

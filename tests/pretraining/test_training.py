@@ -28,6 +28,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_with_the_same_weights_momentum_copies_included(scans: Scans, tmp_path: Path):
     whole, items = training(scans, PIXPRO)
     train(whole, items, tmp_path / "whole", progress=False)

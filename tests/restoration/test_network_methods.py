@@ -61,6 +61,7 @@ def study() -> PETStudy:
 
 
 @pytest.mark.parametrize("name", ["swin_unetr", "diffusion_sdedit", "diffusion_conditional"])
+@pytest.mark.slow
 def test_a_restoration_is_the_blend_that_was_chosen_and_survives_storing(
     name: str, fits: dict[str, Any], study: PETStudy
 ):

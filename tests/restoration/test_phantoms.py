@@ -27,6 +27,7 @@ def test_the_same_seed_gives_the_same_bits_and_others_another_person(standard: l
     assert not np.array_equal(standard[0].activity, standard[1].activity)
 
 
+@pytest.mark.slow
 def test_every_person_has_a_liver_and_lesions_inside_the_body(standard: list[Phantom], shifted: list[Phantom]):
     for phantom in standard + shifted:
         millilitres = np.prod(phantom.spacing) / 1000

@@ -29,6 +29,7 @@ def _table(folder: Path) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_the_folder_holds_all_that_was_promised(finished: RestorationConfig, scored: ScoreConfig):
     folder = finished.output
     options = yaml.safe_load((folder / "config.yaml").read_text())

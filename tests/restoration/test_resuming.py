@@ -16,6 +16,7 @@ from medaccel.restoration.pipeline import run, score
 from medaccel.studies.lock import locked
 
 
+@pytest.mark.slow
 def test_a_second_run_and_a_second_score_compute_nothing_again_and_say_so(
     quick: RestorationConfig, folders: tuple[Path, Path]
 ):
@@ -50,6 +51,7 @@ def _copied(folders: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "train", tmp_path / "test"
 
 
+@pytest.mark.slow
 def test_studies_that_changed_since_the_fit_are_named(
     quick: RestorationConfig, folders: tuple[Path, Path], tmp_path: Path
 ):
@@ -137,6 +139,7 @@ def test_resume_wants_a_run_that_is_there(quick: RestorationConfig, tmp_path: Pa
     assert run(quick, resume=True).exists()
 
 
+@pytest.mark.slow
 def test_other_options_are_refused_by_name_and_force_starts_clean(quick: RestorationConfig, tmp_path: Path):
     config = dataclasses.replace(quick, output=tmp_path / "run")
     run(config)

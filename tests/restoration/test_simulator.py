@@ -118,6 +118,7 @@ def test_liver_noise_is_10_to_13_percent_at_90_seconds(studies: list[PETStudy]):
     assert max(values) < 0.15
 
 
+@pytest.mark.slow
 def test_one_fitted_gaussian_scores_9_to_15_percent_at_60_seconds(studies: list[PETStudy]):
     _, fitted = fit("gaussian1", studies, 60, 90, epochs=4, progress=False)
     assert 9 <= 100 * (1 - fitted.losses[-1]) <= 15

@@ -70,6 +70,7 @@ def test_it_learns_and_writes_both_logs(studies: list[Path], tmp_path: Path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_with_the_same_weights(studies: list[Path], tmp_path: Path):
     whole = _method()
     train(whole.module(), _patches(studies), tmp_path / "whole", progress=False)

@@ -26,6 +26,7 @@ def edited(tiny_cell: Finished, path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_labels_and_volumes_of_a_scan(tiny_task: Path, tiny_cell: Finished, tmp_path: Path):
     from medaccel.segmentation.model import checkpoint
 

@@ -70,6 +70,7 @@ def test_a_damaged_result_is_named(tiny_task: Path, tmp_path: Path):
         run_tiny(tiny_task, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_cell_ends_with_the_same_figures(tiny_task: Path, tiny_cell: Finished, tmp_path: Path):
     command = [sys.executable, "-m", "tests.segmentation.cells", str(tiny_task), str(tmp_path / "cell")]
     process = subprocess.Popen(
@@ -179,6 +180,7 @@ def test_cells_that_make_no_sense_are_refused(tiny_task: Path, tmp_path: Path):
             run_cell(Cell("spleen", "random", fraction, 0), dataset, split, tmp_path, settings=SETTINGS)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tiny_task: Path, tiny_cell: Finished, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -104,6 +104,7 @@ def test_a_process_that_is_killed_takes_no_other_cell_with_it(tmp_path: Path):
     assert "killed from outside" in (works[2].folder / "error.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker_loses_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     distributed = pytest.importorskip("distributed")
     monkeypatch.setenv("FAKE_SECONDS", "0.4")

@@ -104,6 +104,7 @@ def test_the_configurations_are_the_study(name: str):
         {"weights": {"instance_pixel": ["nowhere.pt"]}},
     ],
 )
+@pytest.mark.slow
 def test_force_removes_nothing_where_the_options_are_refused(tmp_path: Path, task: Path, options: dict[str, Any]):
     config = make_config(tmp_path / "study", task)
     run_fake(config)

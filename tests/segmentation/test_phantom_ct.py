@@ -46,6 +46,7 @@ def test_spleens_differ_in_size_place_and_contrast(people: list[PhantomCT]):
 @pytest.mark.parametrize(
     ("organ", "measured"), [("liver", "liver"), ("spleen", "spleen"), ("lung", "lung"), ("kidney", "kidney")]
 )
+@pytest.mark.slow
 def test_ct_numbers_without_contrast_agent_are_those_measured(organ: str, measured: str):
     from scipy.ndimage import binary_erosion
 

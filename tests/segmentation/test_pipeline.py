@@ -94,6 +94,7 @@ def test_a_part_of_the_grid_is_run_first_and_the_rest_later(tmp_path: Path, task
     assert json.loads((part.output / "metrics.json").read_text())["cells"]["finished"] == 12
 
 
+@pytest.mark.slow
 def test_a_study_with_other_options_is_refused_unless_forced(tmp_path: Path, task: Path):
     config = make_config(tmp_path / "study", task)
     run_fake(config)
@@ -190,6 +191,7 @@ def test_supervised_pretraining_is_another_tasks_network(tmp_path: Path, task: P
     }
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_killed_goes_on_to_the_same_figures(tmp_path: Path, task: Path):
     """kill -9 while cells are run, twice; finished cells are not run again."""
     undisturbed = make_config(tmp_path / "undisturbed", task)

@@ -143,6 +143,7 @@ def test_phantoms_are_called_simulated(tmp_path: Path):
     assert "The scans of spleen are simulated (phantoms)" in text
 
 
+@pytest.mark.slow
 def test_examples_have_contours_and_the_illustration_its_dice(
     finished: SegmentationConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -76,8 +76,8 @@ class RestorationResults:
         wrong = {m: len(rows) for m, rows in self.per_study.items() if len(rows) != len(self.studies)}
         if wrong or not self.studies or not self.per_study:
             raise ValueError(
-                f"per_study has rows {wrong or dict(self.per_study)} for {len(self.studies)} studies "
-                "(expected at least one study and one method, and a row a study for each method)"
+                f"per_study has rows {wrong or dict(self.per_study)} for {len(self.studies)} studies; "
+                "expected at least one study and one method, and a row a study for each method"
             )
 
 

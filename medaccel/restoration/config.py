@@ -19,6 +19,7 @@ from medaccel.restoration.settings import (
     SettingsByMethod,
     SwinSettings,
     TrainerSettings,
+    UNetSettings,
 )
 from medaccel.restoration.simulation.config import SimulatorConfig
 from medaccel.studies.digest import digest
@@ -227,11 +228,13 @@ DEMO_RUN = RestorationConfig(
         "gaussian3",
         "gaussian_mix",
         "nlm",
+        "unet",
         "swin_unetr",
         "diffusion_sdedit",
         "diffusion_conditional",
     ),
     settings=SettingsByMethod(
+        unet=UNetSettings(weights="pet_restoration"),
         gaussian1=GaussianSettings(epochs=4),
         gaussian3=GaussianSettings(epochs=4),
         gaussian_mix=GaussianSettings(epochs=4),

@@ -32,6 +32,9 @@ def expected_of_run(config: RestorationConfig, settings: Mapping[str, Mapping[st
         chosen = _all_settings(name, settings[name])
         if "roi_size" not in chosen:
             continue
+        if name == "unet" and chosen["weights"]:
+            stages.append(expected_of_restoring(name, settings[name], voxels))
+            continue
         if name == "unet":
             patches = math.prod(chosen["roi_size"]) * chosen["batch_size"] / ranks.world_size()
             stages.append(

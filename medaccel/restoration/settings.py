@@ -228,6 +228,8 @@ class UNetSettings(MethodSettings, TrainingSettings):
     enter.
 
     Args:
+        weights: trained weights to restore with, a name that `medaccel weights list` has or the path of a checkpoint:
+            nothing is trained then, and the network's settings are the weights' own.
         roi_size: voxels of a training patch.
         channels: channels of each level, the full resolution first.
         blocks: residual blocks of each level.
@@ -241,6 +243,7 @@ class UNetSettings(MethodSettings, TrainingSettings):
         flips: images that are averaged in restoring: 1, or 2 with the one that is mirrored along all axes.
     """
 
+    weights: str = ""
     roi_size: tuple[int, ...] = (48, 48, 48)
     channels: tuple[Count, ...] = (16, 64, 128)
     blocks: tuple[Count, ...] = (1, 2, 2)

@@ -125,3 +125,35 @@ def test_slabs_join_without_a_seam(slices: int, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(
         apart, method.restore(RestorationRequest(volume, (4, 4, 4))).volume, rtol=1e-4, atol=1e-4
     )
+
+
+def test_trained_weights_are_taken_over(folder: Path, tmp_path: Path) -> None:
+    task = RestorationTask((60,), 90)
+    trained = make_method("unet", task, {**SMALL, "varied_folder": str(folder)})
+    trained.fit([], [], folder=tmp_path / "fit", progress=False)
+    trained.save(tmp_path / "trained.pt")
+    taken = make_method("unet", task, {"weights": str(tmp_path / "trained.pt"), "accelerator": "cpu"})
+    taken.fit([], [], folder=tmp_path / "other", progress=False)
+    assert taken.settings["channels"] == trained.settings["channels"]
+    request = RestorationRequest(_image(0.1), (4, 4, 4))
+    assert np.array_equal(taken.restore(request).volume, trained.restore(request).volume)
+    taken.save(tmp_path / "taken.pt")
+    (tmp_path / "trained.pt").unlink()  # the new checkpoint stands alone
+    assert np.array_equal(load_method(tmp_path / "taken.pt").restore(request).volume, taken.restore(request).volume)
+
+
+@pytest.mark.parametrize("seconds", [4, 90, 120])
+def test_an_exposure_that_leaves_nothing_to_predict_is_refused(seconds: int) -> None:
+    method = make_method("unet", RestorationTask((60,), 90), SMALL)
+    with pytest.raises(ValueError, match=f"seconds is {seconds}; expected 5 or more, and fewer than 90"):
+        method.restore(RestorationRequest(_image(0.1), (4, 4, 4), seconds=seconds))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "weight"), [(60, 0.7), (55, 55 / 90 + 0.7 - 60 / 90), (30, 0.4), (10, 1 / 9 + 0.4 - 1 / 3)]
+)
+def test_the_blend_of_other_exposures_is_the_nearest_ones(seconds: int, weight: float) -> None:
+    method = make_method("unet", RestorationTask((60, 30), 90), SMALL)
+    method.fitted.choices = {"weight": {"60": 0.7, "30": 0.4}}
+    found = method.restore(RestorationRequest(_image(0.1), (4, 4, 4), seconds=seconds))
+    assert found.weight == pytest.approx(weight)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level, root_noise
+from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
 from medaccel.restoration.methods.networks.method import Candidates, body_box, weights
 from medaccel.restoration.methods.networks.study_patches import StudyPatches
@@ -31,8 +32,10 @@ from medaccel.restoration.methods.networks.varied_patches import VariedPatches
 from medaccel.restoration.settings import UNetSettings
 from medaccel.restoration.simulation.varied import write_varied
 from medaccel.restoration.study import PETStudy, load_study
+from medaccel.studies.digest import file_sha256
 from medaccel.training import ranks
 from medaccel.training.fit import NetworkFit, train
+from medaccel.weights import find
 
 LEAST_SECONDS = 5  # shorter exposures were never trained on
 _HALO = 24  # voxels that a slab sees of its neighbours
@@ -40,7 +43,7 @@ _SLAB = 64
 _WEIGHT_WINDOW, _WEIGHT_FLOOR = 5, 0.05  # voxels, SUV
 _MEASURED_STUDIES = 48  # varied studies whose noise level is measured for the training range
 # These play no part in training: changing them must not make it another training.
-_NOT_TRAINED = ("varied_folder", "flips")
+_NOT_TRAINED = ("varied_folder", "flips", "weights")
 
 
 class UNetFit(NetworkFit):
@@ -134,14 +137,32 @@ class UNetMethod(Method):
         seed: int = 0,
         progress: bool = True,
     ) -> None:
+        exposures = (*self.task.input_seconds, self.task.target_seconds)
+        chosen = [load_study(path, exposures) for path in validation[: self.settings["validation_studies"]]]
+        if self.settings["weights"]:
+            self._take(self.settings["weights"])
+        else:
+            self._train(folder, chosen, seed, progress)
+        if ranks.rank() == 0 and chosen:
+            self._choose(chosen)
+
+    def _take(self, weights: str) -> None:
+        """Takes over trained weights, with the settings of their network."""
+        path = find(weights)
+        trained = load_method(path, self.name)
+        assert isinstance(trained, UNetMethod)
+        own = {key: self.settings[key] for key in ("weights", "validation_studies", "flips", "accelerator")}
+        self.settings = trained.settings | own
+        self.network = trained.network
+        self.fitted = Fitted(parameters=trained.fitted.parameters | {"weights_sha256": file_sha256(path)})
+
+    def _train(self, folder: Path, validation: Sequence[PETStudy], seed: int, progress: bool) -> None:
         s = self.settings
         cache = Path(s["varied_folder"]) if s["varied_folder"] else folder / "varied"
         seeds = range(s["varied_studies"])
         files = list(tqdm(write_varied(cache, seeds), desc="varied studies", total=len(seeds), disable=not progress))
         patches = VariedPatches(files, s["roi_size"], seed)
         self.network = self._build()
-        exposures = (*self.task.input_seconds, self.task.target_seconds)
-        chosen = [load_study(path, exposures) for path in validation[: s["validation_studies"]]]
         folder.mkdir(parents=True, exist_ok=True)
         losses, seconds, seconds_per_step = train(
             UNetFit(self.network, {k: v for k, v in s.items() if k not in _NOT_TRAINED}),
@@ -149,7 +170,7 @@ class UNetMethod(Method):
             folder,
             seed=seed,
             progress=progress,
-            callbacks=[_Validation(self, chosen, folder / "validation.csv")],
+            callbacks=[_Validation(self, validation, folder / "validation.csv")],
         )
         self.network = self.network.cpu().eval()
         self.fitted = Fitted(losses=losses, seconds=seconds)
@@ -160,8 +181,6 @@ class UNetMethod(Method):
             "trained_on": len(files),
             "training_range": _range_of(files).plain(),
         }
-        if ranks.rank() == 0 and chosen:
-            self._choose(chosen)
 
     def finetune(
         self,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,69 +12,23 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from medaccel._examples import (
+    APPLY_EXAMPLES,
+    DEMO_EXAMPLES,
+    DOCTOR_EXAMPLES,
+    FINETUNE_EXAMPLES,
+    PRETRAINING_EXAMPLES,
+    RUN_EXAMPLES,
+    SCORE_EXAMPLES,
+    SEGMENT_EXAMPLES,
+    SEGMENTATION_EXAMPLES,
+    SMOOTH_EXAMPLES,
+    VALIDATE_EXAMPLES,
+    VERIFY_EXAMPLES,
+    WEIGHTS_EXAMPLES,
+)
 from medaccel._parser import Formatter, Parser, add_options
 from medaccel.studies.settings import before_work, hints_of
-
-SMOOTH_EXAMPLES = """examples:
-  medaccel smooth pet.nii.gz smooth.nii.gz --fwhm 5
-  medaccel smooth ct.nii ct_smooth.nii.gz --sigma "[1, 1, 2]"
-  medaccel smooth dicom_folder/ suv_smooth.nii.gz --sigma 2 --unit voxel --force
-"""
-
-DOCTOR_EXAMPLES = """examples:
-  medaccel doctor
-"""
-
-VERIFY_EXAMPLES = """examples:
-  medaccel verify
-  medaccel verify --devices cuda:0 --json verify.json
-"""
-
-RUN_EXAMPLES = """examples:
-  medaccel restoration run
-  medaccel restoration run --config configs/restoration_small.yaml
-  medaccel restoration run --config configs/restoration_small.yaml --resume
-  medaccel restoration run --train_studies my_studies --methods gaussian1 swin_unetr --output runs/mine
-  torchrun --nproc-per-node 4 -m medaccel.cli restoration run --config configs/restoration_full.yaml
-"""
-
-SCORE_EXAMPLES = """examples:
-  medaccel restoration score runs/restoration
-  medaccel restoration score runs/restoration --dicom path/to/pet_series --realisations 10
-  medaccel restoration score runs/restoration --test_studies held_out --methods gaussian1
-"""
-
-APPLY_EXAMPLES = """examples:
-  medaccel restoration apply --checkpoint gaussian_mix.pt pet_60s.nii.gz restored.nii.gz
-  medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --ct ct_dicom/
-  medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
-"""
-
-PRETRAINING_EXAMPLES = """examples:
-  medaccel pretraining run --config configs/pretraining_small.yaml
-  medaccel pretraining run --scans LUNA16 my_cts --preset nvidia --output runs/nvidia
-  medaccel pretraining run --config configs/pretraining_small.yaml --trainer.steps 1000 --resume
-  torchrun --nproc-per-node 4 -m medaccel.cli pretraining run --config configs/pretraining_full.yaml
-"""
-
-SEGMENTATION_EXAMPLES = """examples:
-  medaccel segmentation run --config configs/segmentation_small.yaml
-  medaccel segmentation run --config configs/segmentation_small.yaml --jobs 2 \\
-      --select "{task: [spleen], fraction: [0.2], init: [random, instance_pixel]}"
-  medaccel segmentation run --config study.yaml --backend dask --scheduler tcp://10.0.0.1:8786 --jobs 8
-  medaccel segmentation run --config study.yaml --cell $SLURM_ARRAY_TASK_ID
-"""
-
-SEGMENT_EXAMPLES = """examples:
-  medaccel segmentation apply --checkpoint cells/spleen-random-020-seed0/best.pt ct.nii.gz spleen.nii.gz
-  medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
-"""
-
-DEMO_EXAMPLES = """examples:
-  medaccel demo
-  medaccel demo --output demo_run --force
-"""
-
 
 # Each command imports these beyond the kernels' own needs; the value is the package that brings the import.
 PACKAGES = {
@@ -156,11 +111,53 @@ def _restoration_score() -> Parser:
 def _restoration_apply() -> Parser:
     from medaccel.restoration.apply import apply
 
-    parser = _parser("Restores a PET, NIfTI or DICOM, with a fitted method. For research only.", APPLY_EXAMPLES)
+    parser = _parser(
+        "Restores a PET, NIfTI or DICOM: with the package's own weights, or a fitted method. For research only.",
+        APPLY_EXAMPLES,
+    )
+    parser.add_argument("--checkpoint", type=Path, help="a fitted method, such as checkpoints/<method>.pt of a run")
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a fitted method, such as checkpoints/<method>.pt of a run"
+        "--model", help="instead of --checkpoint: a name that `medaccel weights list` has, or the path of a file"
     )
     _add_apply_options(parser, apply)
+    return parser
+
+
+def _restoration_validate() -> Parser:
+    from medaccel.restoration.validate import validate
+
+    parser = _parser("Measures a model on one's own exposures, and says whether to fine-tune it.", VALIDATE_EXAMPLES)
+    parser.add_function_arguments(validate, as_positional=True, skip={"progress"})
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _restoration_finetune() -> Parser:
+    from medaccel.restoration.finetune import finetune
+
+    parser = _parser("Trains a model's weights further on studies of one's own scanner.", FINETUNE_EXAMPLES)
+    _add_apply_options(parser, finetune)
+    return parser
+
+
+def _weights_list() -> Parser:
+    return _parser("Lists trained weights: their names, their purposes, and whether they are here.", WEIGHTS_EXAMPLES)
+
+
+def _weights_get() -> Parser:
+    parser = _parser("Fetches weights that the package doesn't hold, and verifies them.", WEIGHTS_EXAMPLES)
+    parser.add_argument("name", type=str, help="a name of `medaccel weights list`")
+    parser.add_argument(
+        "--from_file", "--from-file", type=Path, help="take this copy of the file; no internet is used"
+    )
+    parser.add_argument("--mirror", type=str, help="fetch from this address of a folder: https, http or file")
+    parser.add_argument("--force", action="store_true", help="fetch weights again that are here already")
+    return parser
+
+
+def _weights_path() -> Parser:
+    parser = _parser("Prints the path of weights, after verifying them.", WEIGHTS_EXAMPLES)
+    parser.add_argument("name", type=str, help="a name of `medaccel weights list`")
     return parser
 
 
@@ -262,7 +259,50 @@ def _call_restoration_score(arguments: Namespace) -> None:
 def _call_restoration_apply(arguments: Namespace) -> None:
     from medaccel.restoration.apply import apply
 
+    model = arguments.pop("model")
+    if model is not None:
+        if arguments.checkpoint is not None:
+            with before_work():
+                raise ValueError("checkpoint and model are both given; expected at most one of them")
+        arguments.checkpoint = model
     _apply(arguments, apply)
+
+
+def _call_restoration_validate(arguments: Namespace) -> None:
+    from medaccel.restoration.validate import validate
+
+    print(validate(**_options(arguments, "quiet"), progress=not arguments.quiet))
+
+
+def _call_restoration_finetune(arguments: Namespace) -> None:
+    from medaccel.restoration.finetune import finetune
+
+    options = _options(arguments, "quiet")
+    print("\n".join([*finetune(**options, progress=not arguments.quiet), f"written: {options['output']}"]))
+
+
+def _call_weights_list(_: Namespace) -> None:
+    from medaccel.weights import catalogue
+
+    for name, chosen in catalogue().items():
+        state = str(chosen.place) if chosen.place.exists() else "not here yet: `medaccel weights get` fetches it"
+        print(f"{name}: {chosen.purpose} ({chosen.bytes / 1e6:.1f} MB)\n  {state}\n  model card: {chosen.card_path}")
+
+
+def _call_weights_get(arguments: Namespace) -> None:
+    from medaccel.weights import get, known
+
+    with before_work():
+        known(arguments.name)
+    print(get(**_options(arguments), say=lambda sentence: print(f"medaccel: {sentence}", file=sys.stderr)))
+
+
+def _call_weights_path(arguments: Namespace) -> None:
+    from medaccel.weights import find, known
+
+    with before_work():
+        known(arguments.name)
+        print(find(arguments.name))
 
 
 def _call_pretraining_run(arguments: Namespace) -> None:
@@ -369,6 +409,30 @@ COMMANDS = {
         "medaccel.restoration.apply:apply",
         _APPLYING,
     ),
+    "restoration validate": Command(
+        "measure a model on one's own exposures",
+        _restoration_validate,
+        _call_restoration_validate,
+        "medaccel.restoration.validate:validate",
+        _REPORTING,
+    ),
+    "restoration finetune": Command(
+        "adapt a model to one's own scanner",
+        _restoration_finetune,
+        _call_restoration_finetune,
+        "medaccel.restoration.finetune:finetune",
+        (*_APPLYING, "tensorboard"),
+    ),
+    "weights list": Command("the trained weights, and where they are", _weights_list, _call_weights_list),
+    "weights get": Command(
+        "fetch weights that the package doesn't hold",
+        _weights_get,
+        _call_weights_get,
+        hints=(("name", str), ("from_file", Path | None), ("mirror", str | None)),
+    ),
+    "weights path": Command(
+        "the path of a file of weights", _weights_path, _call_weights_path, hints=(("name", str),)
+    ),
     "pretraining run": Command(
         "train on CT without labels, and report",
         _pretraining_run,
@@ -398,5 +462,6 @@ COMMANDS = {
 GROUPS = {
     "restoration": "PET restoration: short exposures made to look like long ones.",
     "pretraining": "Pretraining without labels, on CT.",
+    "weights": "Trained weights: those in the package, and larger ones that are fetched.",
     "segmentation": "Segmentation of CT, and what pretraining does for it.",
 }

@@ -137,7 +137,7 @@ def paint_person(
     shape: tuple[int, ...], spacing: tuple[float, ...], config: PhantomConfig, rng: np.random.Generator
 ) -> Person:
     """Draws and paints a person on a grid of ``shape`` voxels of ``spacing`` mm."""
-    painter = _Painter(shape, spacing, config, rng)
+    painter = Painter(shape, spacing, config, rng)
     painter.body()
     painter.abdomen()
     painter.chest()
@@ -146,7 +146,7 @@ def paint_person(
     return Person(painter.z, painter.activity, painter.ct, painter.organs, painter.lumps, painter.parameters)
 
 
-class _Painter:
+class Painter:
     """Paints one person with soft-edged shapes, one over another within the body."""
 
     def __init__(

@@ -44,6 +44,7 @@ from medaccel.restoration.study import AIR_HU
 from medaccel.restoration.uptake import check_suv
 from medaccel.studies.digest import file_sha256
 from medaccel.training.memory import expect
+from medaccel.weights import RESTORATION, find
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
@@ -64,7 +65,7 @@ class _Input:
 
 
 def apply(
-    checkpoint: Path,
+    checkpoint: Path | str | None,
     input: Path,
     output: Path,
     *,
@@ -79,13 +80,14 @@ def apply(
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
-    """Restores one PET with a fitted method. For research only.
+    """Restores one PET with a fitted method, or with the package's own weights. For research only.
 
     The output has the input's grid, in SUV. A warning names the ways in which the image differs from those that the
     method was fitted on: exposure, voxel size, noise.
 
     Args:
-        checkpoint: the file of a fit, `checkpoints/<method>.pt` of a run.
+        checkpoint: the file of a fit, `checkpoints/<method>.pt` of a run; or the name of weights
+            (`medaccel.weights`); None: the package's own for PET, `medaccel.weights.RESTORATION`.
         input: a .nii or .nii.gz file in SUV; a folder with a PET DICOM series; or a study folder with
             PET_<seconds>.nii.gz, of which the file of the exposure is taken.
         output: a .nii or .nii.gz file; or, for DICOM input, a folder for a derived DICOM series in the unit of the
@@ -120,8 +122,9 @@ def apply(
         UserWarning: the image differs from those that the method was fitted on, or may not be in SUV; the CT lacks a
             part of the body.
     """
-    checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
+    input, output = Path(input), Path(output)
     _check_output(input, output, force)  # the output is checked before anything is read
+    checkpoint = find(RESTORATION if checkpoint is None else checkpoint)
     method = load_method(checkpoint)
     exposure = method.seconds(seconds)
     deviation = _deviation_path(output)
@@ -137,6 +140,8 @@ def apply(
         check_output(record, force=force)
         if progress:
             print(f"medaccel: {read.path}: {rule.sentence}", file=sys.stderr)
+    if seconds is None and method.any_exposure:
+        exposure = _known_exposure(method, read, exposure)
     spacing = voxel_spacing(read.image)
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
     check_volume(str(read.path), volume, spacing)
@@ -264,6 +269,27 @@ def _unlike(
         return sentences + TrainingRange.from_plain(plain).warnings(volume, spacing, seconds)
     except ValueError as error:
         return [*sentences, f"can't be compared with the images that the method was fitted on: {error}"]
+
+
+def _known_exposure(method: Method, read: _Input, default: int) -> int:
+    """Returns the exposure that the header tells; warns if there is none, or none that the method can use."""
+    measured = None if read.series is None else _frame_seconds(read.series)
+    if measured is None:
+        if not read.path.name.startswith("PET_"):  # a study's file is named by its exposure
+            warnings.warn(
+                f"{read.path}: doesn't tell its exposure, which is taken to be {default} s; seconds names another",
+                stacklevel=3,
+            )
+        return default
+    try:
+        return method.seconds(round(measured))
+    except ValueError:
+        warnings.warn(
+            f"{read.path}: ActualFrameDuration is {measured:g} s, which {method.name} has nothing to add to; the "
+            f"image is taken for one of {default} s",
+            stacklevel=3,
+        )
+        return default
 
 
 def _frame_seconds(series: DicomSeries) -> float | None:

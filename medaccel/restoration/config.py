@@ -19,6 +19,7 @@ from medaccel.restoration.settings import (
     SettingsByMethod,
     SwinSettings,
     TrainerSettings,
+    UNetSettings,
 )
 from medaccel.restoration.simulation.config import SimulatorConfig
 from medaccel.studies.digest import digest
@@ -54,7 +55,7 @@ class RestorationConfig:
         also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
         methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (if that package is installed),
-            swin_unetr, diffusion_sdedit, diffusion_conditional.
+            unet, swin_unetr, diffusion_sdedit, diffusion_conditional.
         settings: settings of single methods, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
         trainer: settings of all methods that have them, unless a method's own say otherwise. For several devices,
             start the command with `torchrun`.
@@ -227,11 +228,13 @@ DEMO_RUN = RestorationConfig(
         "gaussian3",
         "gaussian_mix",
         "nlm",
+        "unet",
         "swin_unetr",
         "diffusion_sdedit",
         "diffusion_conditional",
     ),
     settings=SettingsByMethod(
+        unet=UNetSettings(weights="pet_restoration"),
         gaussian1=GaussianSettings(epochs=4),
         gaussian3=GaussianSettings(epochs=4),
         gaussian_mix=GaussianSettings(epochs=4),

@@ -20,6 +20,8 @@ _SIMULATED, _WORKED_ON = 200.0, 200.0
 _KEPT = 5
 # The diffusion methods see volumes up to so many voxels whole, not in windows.
 _WHOLE = 2_000_000
+# The U-Net sees a volume in slabs of up to about so many voxels; a varied study has no more than that.
+_SLAB, _VARIED = 5_000_000, 800_000
 
 
 def expected_of_run(config: RestorationConfig, settings: Mapping[str, Mapping[str, Any]]) -> list[list[Part]]:
@@ -29,6 +31,24 @@ def expected_of_run(config: RestorationConfig, settings: Mapping[str, Mapping[st
     for name in config.methods:
         chosen = _all_settings(name, settings[name])
         if "roi_size" not in chosen:
+            continue
+        if name == "unet" and chosen["weights"]:
+            stages.append(expected_of_restoring(name, settings[name], voxels))
+            continue
+        if name == "unet":
+            patches = math.prod(chosen["roi_size"]) * chosen["batch_size"] / ranks.world_size()
+            stages.append(
+                [
+                    Part(
+                        "the network's features and gradients",
+                        patches * _unet_bytes(chosen, training=True),
+                        "reduce unet.batch_size",
+                        network=True,
+                    )
+                ]
+            )
+            stages.append([_of_volume("simulating a varied study", _VARIED, _SIMULATED)])
+            stages.append(expected_of_restoring(name, settings[name], voxels))
             continue
         volumes = _KEPT + len(config.exposures) * (2 if chosen["base"] == "nlm" else 1)
         kept = Part(
@@ -64,7 +84,16 @@ def expected_of_restoring(name: str, settings: Mapping[str, Any], voxels: int) -
     """Returns the memory for one study of so many voxels, restored by a method and scored."""
     chosen = _all_settings(name, settings)
     parts = [_of_volume("a study's volumes", voxels, _WORKED_ON)]
-    if "roi_size" in chosen:
+    if name == "unet":
+        parts.append(
+            Part(
+                "the network's features",
+                min(voxels, _SLAB) * _unet_bytes(chosen, training=False),
+                "crop the study to the body",
+                network=True,
+            )
+        )
+    elif "roi_size" in chosen:
         roi, batch = chosen["roi_size"], chosen["sw_batch_size"]
         if "channels" in chosen and voxels <= _WHOLE:
             side = math.ceil(voxels ** (1 / 3))
@@ -73,6 +102,15 @@ def expected_of_restoring(name: str, settings: Mapping[str, Any], voxels: int) -
     if "samples" in chosen:
         parts.append(Part("the samples", 4.0 * chosen["samples"] * voxels, "reduce samples"))
     return parts
+
+
+def _unet_bytes(settings: Mapping[str, Any], *, training: bool) -> float:
+    """Returns the bytes per voxel of the U-Net's features: those that the backward pass needs, or the few that are
+    alive at once."""
+    levels = list(zip(settings["channels"], settings["blocks"], strict=False))
+    if not training:
+        return 4.0 * 5 * levels[0][0]
+    return sum(4.0 * channels * (6 * blocks + 2) / 8**level for level, (channels, blocks) in enumerate(levels))
 
 
 def on_gpu(settings: Mapping[str, Mapping[str, Any]]) -> bool:

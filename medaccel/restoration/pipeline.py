@@ -46,6 +46,7 @@ from medaccel.studies.run_folder import REPORT, remove_temporaries
 from medaccel.studies.settings import before_work, check_accelerator
 from medaccel.training import ranks
 from medaccel.training.memory import expect, local_processes
+from medaccel.weights import find
 
 Say = Callable[[str], None]
 
@@ -94,6 +95,8 @@ def check(config: RestorationConfig) -> None:
             settings = make_method(name, task_of(config), settings_of(config, name)).settings
             if name in config.methods and "accelerator" in settings:
                 check_accelerator(f"{name}: accelerator", settings["accelerator"])
+            if name in config.methods and settings.get("weights"):
+                load_method(find(settings["weights"]), name)
     for name in config.methods:
         reason = getattr(method_class(name), "unavailable", lambda: None)()
         if reason is not None:
@@ -295,7 +298,8 @@ def _fit(
     if method.distributed or ranks.rank() == 0:
         method.fit(train, validation, folder=config.output / "fits" / name, seed=config.seed)
     if ranks.rank() == 0:
-        method.fitted.parameters["training_range"] = trained_on()
+        if "training_range" not in method.fitted.parameters:  # a method that makes its own studies knows their range
+            method.fitted.parameters["training_range"] = trained_on()
         method.fitted.seconds = method.fitted.seconds or time.perf_counter() - start
         method.save(checkpoint)
         say(f"{name}: fitted in {time.perf_counter() - start:.0f} s")

@@ -223,6 +223,39 @@ class ConditionalSettings(DiffusionSettings):
 
 
 @dataclass(frozen=True, eq=False)
+class UNetSettings(MethodSettings, TrainingSettings):
+    """Holds the settings of the U-Net that is trained on varied studies, which the run's own training studies don't
+    enter.
+
+    Args:
+        weights: trained weights to restore with, a name that `medaccel weights list` has or the path of a checkpoint:
+            nothing is trained then, and the network's settings are the weights' own.
+        roi_size: voxels of a training patch.
+        channels: channels of each level, the full resolution first.
+        blocks: residual blocks of each level.
+        evenness: power of the noise's variance that the loss divides by: 0 lets hot organs rule, 1 weighs all voxels
+            alike.
+        varied_studies: number of varied studies that are made, once, and trained on.
+        varied_folder: folder that keeps them; by default one of the fit's own.
+        validation_studies: number of validation studies to choose on, from the first on.
+        validate_steps: steps between two measurements of the share of the limit on the validation studies; 0 makes
+            none.
+        flips: images that are averaged in restoring: 1, or 2 with the one that is mirrored along all axes.
+    """
+
+    weights: str = ""
+    roi_size: tuple[int, ...] = (48, 48, 48)
+    channels: tuple[Count, ...] = (16, 64, 128)
+    blocks: tuple[Count, ...] = (1, 2, 2)
+    evenness: NotNegative = 0.5
+    varied_studies: Count = 1000
+    varied_folder: str = ""
+    validation_studies: CountFromZero = 8
+    validate_steps: CountFromZero = 1000
+    flips: Literal[1, 2] = 2
+
+
+@dataclass(frozen=True, eq=False)
 class TrainerSettings(
     SwinSettings,
     SDEditSettings,
@@ -249,6 +282,7 @@ class SettingsByMethod(Settings):
         nlm: non-local means.
         tv: total variation.
         bm4d: block matching and 4-D filtering.
+        unet: the U-Net that is trained on varied studies.
         swin_unetr: the Swin UNETR.
         diffusion_sdedit: a diffusion prior, guided by the PET.
         diffusion_conditional: a diffusion conditioned on the PET.
@@ -262,6 +296,7 @@ class SettingsByMethod(Settings):
     nlm: NonLocalMeansSettings = field(default_factory=NonLocalMeansSettings)
     tv: TotalVariationSettings = field(default_factory=TotalVariationSettings)
     bm4d: BM4DSettings = field(default_factory=BM4DSettings)
+    unet: UNetSettings = field(default_factory=UNetSettings)
     swin_unetr: SwinSettings = field(default_factory=SwinSettings)
     diffusion_sdedit: SDEditSettings = field(default_factory=SDEditSettings)
     diffusion_conditional: ConditionalSettings = field(default_factory=ConditionalSettings)

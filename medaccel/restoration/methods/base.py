@@ -126,6 +126,7 @@ class Method(abc.ABC):
     #: Settings in configs and checkpoints of earlier versions have these names; the values are today's names.
     renamed: ClassVar[Mapping[str, str]] = {}
     samples: ClassVar[bool] = False  # True if `restore` can draw several
+    any_exposure: ClassVar[bool] = False  # True if `seconds` accepts exposures that the method wasn't fitted on
     distributed: ClassVar[bool] = False  # True if all processes of `torchrun` fit together
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:

@@ -90,11 +90,12 @@ def described(tensor: Tensor) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def fake_gpu(patch: Any) -> Iterator[Watch]:
+def fake_gpu(patch: Any, watched: bool = True) -> Iterator[Watch]:
     """Makes tensors fake, "cuda" usable and every kernel served within it; yields what watches.
 
     Args:
         patch: pytest's monkeypatch.
+        watched: False leaves the watching out, for code that is compiled.
     """
     import torch.cuda.amp.common
     import triton
@@ -114,7 +115,7 @@ def fake_gpu(patch: Any) -> Iterator[Watch]:
         cached.cache_clear()
     watch = Watch()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), watch:
+        with FakeTensorMode(allow_non_fake_inputs=True), watch if watched else contextlib.nullcontext():
             yield watch
     finally:
         for cached in (_native._probe_gpu, _native._probe_triton):

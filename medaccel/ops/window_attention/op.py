@@ -59,9 +59,14 @@ def triton_problem(index: int, dtype: torch.dtype, head_dim: int) -> str | None:
     does."""
     if dtype not in (torch.float32, *HALF):
         return f"the Triton kernel computes in fp32 and has none for {dtype}"
+    return head_dim_problem(head_dim) or _native.triton_problem(index)
+
+
+def head_dim_problem(head_dim: int) -> str | None:
+    """Says in a sentence why the Triton kernel doesn't serve a head dimension; returns None if it does."""
     if head_dim > MAX_TRITON_HEAD_DIM:
         return f"the Triton kernel has head dimensions up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
-    return _native.triton_problem(index)
+    return None
 
 
 # --- checks --------------------------------------------------------------------------------------------------

@@ -129,7 +129,6 @@ class AccelerationReport:
             lines.append(f"  on {device:<5} {what}: {names[0]}{others}")
         return "\n".join(lines)
 
-
     def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
         groups: dict[tuple[str, str], list[str]] = {}
         for name, device, what in self.kernels:

@@ -131,8 +131,8 @@ def triton_problem(index: int) -> str | None:
 
 
 # torch.compile asks once, while it compiles, instead of tracing into the probe. This is what
-# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with medaccel. The mark stands on
-# plain functions: Dynamo doesn't see it on what functools.cache returns, and then can't trace the probe.
+# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with medaccel. The mark stands
+# on plain functions: Dynamo doesn't see it on what functools.cache returns, and then can't trace the probe.
 gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

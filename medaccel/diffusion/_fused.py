@@ -126,7 +126,7 @@ class Fused:
             return None
         if timestep.untyped_storage()._cdata != timesteps.untyped_storage()._cdata:
             return None
-        place, rest = divmod(timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0))
+        place, rest = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), timesteps.stride(0))
         return walk.steps[place] if rest == 0 and 0 <= place < len(walk.steps) else None
 
     def _following(self, t: int, monais: int) -> tuple[int, bool]:

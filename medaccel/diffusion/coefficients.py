@@ -137,7 +137,9 @@ def langevin(prediction: str, level: Level, step: float | Tensor) -> dict[str, A
     level. Of a step on a GPU, a tensor (), they are tensors there."""
     a, b, p, q = predictions(prediction, level)
     factor = -step / level.sigma
-    return _step(a, b, d=1 + factor * p, e=factor * q, s=(2 * step).sqrt() if isinstance(step, Tensor) else math.sqrt(2 * step))
+    return _step(
+        a, b, d=1 + factor * p, e=factor * q, s=(2 * step).sqrt() if isinstance(step, Tensor) else math.sqrt(2 * step)
+    )
 
 
 def rectified_flow(time: float, following: float) -> dict[str, Any]:

@@ -77,11 +77,15 @@ class Watch(TorchDispatchMode):
 
     def _run_the_kernels_function(self, func: Any, args: Any, declared: Any) -> None:
         name = func.name()
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), f"{name} was called, and has no CUDA code"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), (
+            f"{name} was called, and has no CUDA code"
+        )
         with self:
             made = func._op_dk(torch._C.DispatchKey.CUDA, *args)
         for a, b in zip(pytree.tree_leaves(made), pytree.tree_leaves(declared), strict=True):
-            assert described(a) == described(b), f"{name}: its CUDA code gives {described(a)}, its fake {described(b)}"
+            assert described(a) == described(b), (
+                f"{name}: its CUDA code gives {described(a)}, its fake {described(b)}"
+            )
 
 
 def described(tensor: Tensor) -> tuple[Any, ...]:

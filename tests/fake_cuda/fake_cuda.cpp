@@ -24,9 +24,7 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
     Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
     Device exchangeDevice(Device) const override { return getDevice(); }
-    c10::Stream getStream(Device device) const noexcept override {
-        return c10::Stream(c10::Stream::DEFAULT, device);
-    }
+    c10::Stream getStream(Device device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, device); }
     c10::Stream getDefaultStream(Device device) const override { return getStream(device); }
     c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
     void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}

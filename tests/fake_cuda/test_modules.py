@@ -44,7 +44,8 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         (torch.ones(1, 6, 7, 9, 16), None),
     ),
     "BasicLayer": lambda: (
-        layers.BasicLayer(dim=16, depth=2, drop_path=[0.0, 0.1], qkv_bias=True, **_SWIN), (torch.ones(1, 16, 6, 7, 9),)
+        layers.BasicLayer(dim=16, depth=2, drop_path=[0.0, 0.1], qkv_bias=True, **_SWIN),
+        (torch.ones(1, 16, 6, 7, 9),),
     ),
     "ContrastiveLoss": lambda: (losses.ContrastiveLoss(), (torch.ones(5, 8), torch.ones(5, 8))),
     "ContrastiveLoss, temperature on the GPU": lambda: (
@@ -58,7 +59,8 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "SwinUNETR": lambda: (
-        nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, attn_drop_rate=0.1), (torch.ones(1, 1, 64, 64, 64),)
+        nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, attn_drop_rate=0.1),
+        (torch.ones(1, 1, 64, 64, 64),),
     ),
     "SwinUNETR, v2, checkpointed": lambda: (
         nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, use_v2=True, use_checkpoint=True),
@@ -82,7 +84,9 @@ def trained(
     with fake_gpu(patch) as watch:
         module, arguments = made()
         module = module_on_gpu(module).train()
-        inputs = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in on_gpu(arguments)]
+        inputs = [
+            a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in on_gpu(arguments)
+        ]
         with contextlib.nullcontext() if cast is None else torch.autocast("cuda", dtype=cast):
             outputs = tensors_in(module(*inputs))
         assert {t.device for t in outputs} == {CUDA}

@@ -91,7 +91,11 @@ class OnDevice(TorchDispatchMode):
         first = args[0].to(self.device)
         if forward == "shifted_window_attention":
             return asked(first, args[0].shape[-1] // (3 * args[1].shape[1])) is None
-        return asked(first, args[1].to(self.device)) is None if forward == "pixel_contrastive_loss" else asked(first) is None
+        return (
+            asked(first, args[1].to(self.device)) is None
+            if forward == "pixel_contrastive_loss"
+            else asked(first) is None
+        )
 
 
 @functools.cache

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests marked `interpreted` run in a process that has TRITON_INTERPRET=1, those marked `fake_cuda` in one whose torch
-believes in a GPU; their results show in this one.
+"""Tests marked `interpreted` run in a process that has TRITON_INTERPRET=1, those marked `fake_cuda` in one whose
+torch believes in a GPU; their results show in this one.
 
 Triton decides at import whether @triton.jit interprets or compiles, and torch whether there is a GPU, so these tests
-cannot share a process with others. Here each marked test is replaced, after collection, by a stand-in of the same name.
-The first stand-in of a file to run starts one child pytest for all the marked tests that were selected in that
-file (a file has tests of one of the two kinds); under pytest-xdist the other workers wait for its answer. Use: import the hooks below into a conftest.py.
+cannot share a process with others. Here each marked test is replaced, after collection, by a stand-in of the same
+name. The first stand-in of a file to run starts one child pytest for all the marked tests that were selected in that
+file (of one kind); under pytest-xdist the other workers wait for its answer. Use: import the hooks below into a
+conftest.py.
 
-To debug one test in the ordinary way: `TRITON_INTERPRET=1 pytest FILE -k NAME`.
+To debug one test in the ordinary way: `TRITON_INTERPRET=1 pytest FILE -k NAME`; or, with the library's path (it is in
+the tests' cache), `MEDACCEL_FAKE_CUDA=… pytest -p tests.fake_cuda.preload FILE -k NAME`.
 """
 
 from __future__ import annotations

@@ -262,8 +262,10 @@ def _wrapped(seed: object) -> int:
 
 
 def _key(place: tuple[int | Tensor | None, int, int], sample: Tensor, drawn: bool, by_value: bool) -> Tensor:
-    """Returns seed, offset and sample_offset as int64 (3,): on the CPU if the host knows the seed and the kernel takes
-    it `by_value`, else on the sample's device."""
+    """Returns seed, offset and sample_offset as int64 (3,).
+
+    They lie on the CPU if the host knows the seed and the kernel takes it `by_value`, else on the sample's device.
+    """
     seed, offset, sample_offset = place
     if seed is None and drawn:
         seed = _drawn_seed(sample)

@@ -334,7 +334,7 @@ class _Copy:
 
     table: Tensor
     version: int
-    content: Tensor | None  # of a table on the CPU
+    content: Tensor | None  # the numbers of a table on the CPU
     copy: Tensor
 
     def is_of(self, table: Tensor) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a build has code for a GPU is asked without a launch, and only a lasting answer is remembered."""
+"""A GPU is asked without a launch for its code in this build, and only a lasting answer is remembered."""
 
 from collections.abc import Iterator
 
@@ -60,7 +60,7 @@ def test_an_error_that_may_pass_is_told_and_not_remembered(monkeypatch: pytest.M
         assert "no code" not in reason
     assert _native.gpu_problem(0) is None
     assert _native.gpu_problem(0) is None
-    assert module.asked == 3  # that there is code is remembered
+    assert module.asked == 3  # the good answer is remembered
 
 
 @pytest.mark.usefixtures("asked_anew")

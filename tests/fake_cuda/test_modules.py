@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medaccel import _accelerate, diffusion, layers, losses, nets
 from tests.fake_cuda.device import CUDA, Watch, fake_gpu, module_on_gpu, on_gpu
 
-pytestmark = pytest.mark.fake_cuda
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.slow]
 
 MAP, FEATURES = torch.ones(2, 4, 8, 9, 10), torch.ones(2, 8, 4, 4, 4)
 AFFINE = torch.eye(4).expand(2, 4, 4)

@@ -14,7 +14,7 @@ from medaccel.ops._registry import OPS
 from tests.fake_cuda.calls import CALLERS, WAYS, Call, calls_of
 from tests.fake_cuda.device import CUDA, Watch, fake_gpu, on_gpu
 
-pytestmark = pytest.mark.fake_cuda
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.slow]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AUTOCAST = (None, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from medaccel import ops
 from medaccel.ops.gaussian import native
 from tests.fake_cuda.device import CUDA, fake_gpu, on_gpu
 
-pytestmark = pytest.mark.fake_cuda
+pytestmark = [pytest.mark.fake_cuda, pytest.mark.slow]
 
 ON_GPU = torch.ones(3)
 WAITS: dict[str, Callable[[Tensor], Any]] = {

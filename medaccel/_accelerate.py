@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
+
+from medaccel import _native
+from medaccel.ops._registry import DEVICES, OPS, Kernel, NoKernel
 
 SUPPORTED_MONAI = "1.6"
 
@@ -23,6 +27,11 @@ class _Entry:
     ours: str
     # module:function that returns None if a module can be served, else the sentence for the report
     unsupported: str
+    op: str | None  # in the registry of ops; None: the layer saves work of MONAI's, but has no kernel
+    # what a layer runs on a device without a kernel
+    otherwise: str = "plain PyTorch"
+    # module:function (module, device's type) that returns None if the kernel takes the module's sizes, else why not
+    limits: str | None = None
 
 
 _REGISTRY = (
@@ -30,46 +39,59 @@ _REGISTRY = (
         "monai.losses.contrastive:ContrastiveLoss",
         "medaccel.losses.contrastive:ContrastiveLoss",
         "medaccel.losses.contrastive:contrastive_unsupported",
+        "nt_xent_loss",
     ),
     _Entry(
         "monai.networks.layers.simplelayers:GaussianFilter",
         "medaccel.layers.gaussian:GaussianFilter",
         "medaccel.layers.gaussian:filter_unsupported",
+        "gaussian_filter",
     ),
     _Entry(
         "monai.networks.nets.swin_unetr:WindowAttention",
         "medaccel.layers.swin:WindowAttention",
         "medaccel.layers.swin:attention_unsupported",
+        "shifted_window_attention",
+        limits="medaccel.layers.swin:attention_limit",
     ),
     _Entry(
         "monai.networks.nets.swin_unetr:SwinTransformerBlock",
         "medaccel.layers.swin:SwinTransformerBlock",
         "medaccel.layers.swin:block_unsupported",
+        "shifted_window_attention",
+        limits="medaccel.layers.swin:attention_limit",
     ),
     _Entry(
         "monai.networks.nets.swin_unetr:BasicLayer",
         "medaccel.layers.swin:BasicLayer",
         "medaccel.layers.swin:layer_unsupported",
+        None,
     ),
     _Entry(
         "monai.networks.blocks.dynunet_block:UnetResBlock",
         "medaccel.layers.unet_blocks:UnetResBlock",
         "medaccel.layers.unet_blocks:residual_block_unsupported",
+        "instance_norm_act",
+        otherwise="MONAI's own code",
     ),
     _Entry(
         "monai.networks.blocks.dynunet_block:UnetBasicBlock",
         "medaccel.layers.unet_blocks:UnetBasicBlock",
         "medaccel.layers.unet_blocks:basic_block_unsupported",
+        "instance_norm_act",
+        otherwise="MONAI's own code",
     ),
     _Entry(
         "monai.networks.schedulers:DDPMScheduler",
         "medaccel.diffusion.schedulers:DDPMScheduler",
         "medaccel.diffusion.schedulers:scheduler_unsupported",
+        "diffusion_step",
     ),
     _Entry(
         "monai.networks.schedulers:DDIMScheduler",
         "medaccel.diffusion.schedulers:DDIMScheduler",
         "medaccel.diffusion.schedulers:scheduler_unsupported",
+        "diffusion_step",
     ),
 )
 
@@ -86,10 +108,13 @@ class AccelerationReport:
     Attributes:
         changed: (module's name in the model, the class it has now); the model itself is named "(model)".
         kept: (module's name, the reason why it stays MONAI's).
+        kernels: (module's name, "cpu" or "cuda", which kernel serves it there, or what runs instead and why), for
+            every accelerated module of the model, those of earlier calls included.
     """
 
     changed: list[tuple[str, str]] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
+    kernels: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.changed)
@@ -98,7 +123,46 @@ class AccelerationReport:
         lines = [f"medaccel: {len(self.changed)} module(s) accelerated, {len(self.kept)} kept"]
         lines += [f"  changed  {name}: {what}" for name, what in self.changed]
         lines += [f"  kept     {name}: {why}" for name, why in self.kept]
+        # A network has dozens of layers, and few answers.
+        for (device, what), names in self._by_kernel().items():
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"  on {device:<5} {what}: {names[0]}{others}")
         return "\n".join(lines)
+
+    def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, device, what in self.kernels:
+            groups.setdefault((device, what), []).append(name)
+        return {key: groups[key] for key in sorted(groups)}
+
+
+def _serving(entry: _Entry, module: nn.Module, device: str) -> str:
+    """Says which kernel serves a module on a device's type, or what runs instead and why.
+
+    The registry of ops and the ops' own questions to this machine answer; of a GPU that is not here, only what the
+    kernel is.
+    """
+    if entry.op is None:
+        return f"{entry.ours.split(':')[1]} has no kernel of its own"
+    kernel = OPS[entry.op].kernels[device]
+    reason = kernel.reason if isinstance(kernel, NoKernel) else _machine_problem(kernel, device)
+    if reason is None and entry.limits is not None:
+        reason = _resolve(entry.limits)(module, device)
+    if reason is None:
+        return f"{entry.op}, {kernel}"
+    return f"{entry.otherwise} ({entry.op}: {reason})"
+
+
+def _machine_problem(kernel: Kernel | NoKernel, device: str) -> str | None:
+    """Says why no kernel of this language runs here; returns None if one does, or if the device is not here."""
+    if device == "cpu":
+        return _native.cpu_problem
+    triton = isinstance(kernel, Kernel) and kernel.language == "Triton"
+    if torch.cuda.is_available():
+        ask = _native.triton_problem if triton else _native.gpu_problem
+        answers = [ask(index) for index in range(torch.cuda.device_count())]
+        return None if None in answers else answers[0]
+    return None if triton or _native.cuda is not None else f"the CUDA kernels are not built: {_native.cuda_problem}"
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Entry, type[nn.Module]]]:
@@ -135,7 +199,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
         strict: raise instead of leaving a known MONAI layer as it is.
 
     Returns:
-        The report of what changed and what was kept, with reasons.
+        The report of what changed and what was kept, with reasons, and of what serves each layer on the CPU and on
+        a GPU.
 
     Raises:
         TypeError: `model` is not a module.
@@ -151,6 +216,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
             # A layer was edited after `accelerate`: each forward notices it, and the report states it.
             if type(module) is ours and (edited := _resolve(entry.unsupported)(module)) is not None:
                 report.kept.append((name, f"it runs MONAI's own forward, since it was edited: {edited}"))
+            else:
+                report.kernels += [(name, device, _serving(entry, module, device)) for device in DEVICES]
             continue
         if type(module) is not monai_class:
             reason: str | None = f"{type(module).__qualname__} is a subclass of MONAI's {monai_class.__name__}"
@@ -161,6 +228,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
         if reason is None:
             swaps.append((module, ours))
             report.changed.append((name, f"{ours.__module__}.{ours.__qualname__}"))
+            report.kernels += [(name, device, _serving(entry, module, device)) for device in DEVICES]
         else:
             report.kept.append((name, reason))
     if strict and report.kept:

@@ -69,8 +69,18 @@ emulated: ModuleType | None = None
 emulate_device_sigma = False
 
 
+# By these words the driver says that a build holds no code for a GPU; whatever else it says may pass.
+_NO_CODE = (
+    *("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidKernelImage", "cudaErrorInvalidDeviceFunction"),
+    *("cudaErrorUnsupportedPtxVersion", "cudaErrorJitCompilerNotFound", "cudaErrorJitCompilationDisabled"),
+    "no kernel image is available",
+)
+
+
 @functools.cache
 def _probe_gpu(index: int) -> str | None:
+    """Answers for `gpu_problem` where the answer holds for good; raises the driver's RuntimeError where it may not,
+    which the cache doesn't keep."""
     if cuda is None:
         return f"the CUDA kernels are not built: {cuda_problem}"
     major, minor = torch.cuda.get_device_capability(index)
@@ -82,6 +92,8 @@ def _probe_gpu(index: int) -> str | None:
     try:
         cuda.running_architecture(index)
     except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_CODE):
+            raise
         return (
             f"this build has no code for cuda:{index}, sm_{major}{minor} (built for {cuda.architectures}; "
             f"rebuild with MEDACCEL_CUDA_ARCHS={major}{minor}): {error}"
@@ -90,13 +102,39 @@ def _probe_gpu(index: int) -> str | None:
 
 
 def gpu_problem(index: int) -> str | None:
-    """Says in a sentence why the CUDA kernels don't run on this GPU; returns None if they do."""
-    return _probe_gpu(index)
+    """Says in a sentence why the CUDA kernels don't run on this GPU; returns None if they do.
+
+    That the build has code for the GPU, or none, is remembered. Any other error is told and the next call asks
+    again: the GPU may be out of memory, or recording a graph, only now.
+    """
+    try:
+        return _probe_gpu(index)
+    except RuntimeError as error:
+        return f"cuda:{index} can't say whether this build has code for it (the next call asks again): {error}"
+
+
+@functools.cache
+def _probe_triton(index: int) -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton can't be imported: {error}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"cuda:{index} is sm_{major}{minor}; the Triton kernel needs sm_80 or newer (Ampere)"
+    return None
+
+
+def triton_problem(index: int) -> str | None:
+    """Says in a sentence why no Triton kernel runs on this GPU; returns None if they do."""
+    return _probe_triton(index)
 
 
 # torch.compile asks once, while it compiles, instead of tracing into the probe. This is what
-# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with medaccel.
+# torch.compiler.assume_constant_result sets; calling that would import all of Dynamo with medaccel. The mark stands
+# on plain functions: Dynamo doesn't see it on what functools.cache returns, and then can't trace the probe.
 gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def emulates_device_scalars() -> bool:

@@ -6,14 +6,8 @@
 namespace medaccel::probe {
 namespace {
 
-// Reports what it was compiled for. The smallest kernel there is: if it runs, the others have code too.
-__global__ void architecture(int* out) {
-#ifdef __CUDA_ARCH__
-    *out = __CUDA_ARCH__ / 10;
-#else
-    *out = 0;
-#endif
-}
+// The smallest kernel there is: if there is code of it for a device, there is of the others.
+__global__ void nothing() {}
 
 }  // namespace
 
@@ -27,18 +21,9 @@ DeviceCount device_count() {
 
 int running_architecture(int device) {
     const DeviceGuard guard(device);
-    int* out = nullptr;
-    int result = 0;
-    CUDA_CHECK(cudaMalloc(&out, sizeof(int)));
-    try {
-        LAUNCH(architecture, 1, 1, 0, nullptr, out);
-        CUDA_CHECK(cudaMemcpy(&result, out, sizeof(int), cudaMemcpyDeviceToHost));
-    } catch (...) {
-        cudaFree(out);
-        throw;
-    }
-    CUDA_CHECK(cudaFree(out));
-    return result;
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, nothing));
+    return attributes.ptxVersion;
 }
 
 }  // namespace medaccel::probe

@@ -26,6 +26,7 @@ class _Walk:
     timesteps: Any
     version: int | None  # None: a change of the tensor does not show in its version
     content: Tensor | None  # timesteps that lie on the CPU
+    steps: list[int]  # their values
     following: dict[int, int]
     first: int  # -1: there are no timesteps
     astray: bool = False  # a step that is not listed was taken since the last start
@@ -80,6 +81,8 @@ class Fused:
                 f"{self.num_train_timesteps}"
             )
         super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]
+        if self.timesteps.device.type != "cpu":
+            self._walk_now()  # reads them once, now: no step waits for the GPU then
 
     # --- which step ------------------------------------------------------------------------------------------
     def _left_to_monai(self, model_output: Any, sample: Any) -> bool:
@@ -102,7 +105,8 @@ class Fused:
         wraps negative ones around, and refuses the others.
         """
         name = type(self).__name__
-        t = _whole(name, timestep)
+        listed = self._listed(timestep)
+        t = _whole(name, timestep) if listed is None else listed
         if not 0 <= t < self.num_train_timesteps and (self._mended or not plain):
             raise ValueError(f"{name}: timestep is {t}; expected 0 to {self.num_train_timesteps - 1}")
         if self.check_finite and not bool(model_output.isfinite().all()):
@@ -110,6 +114,20 @@ class Fused:
                 f"{name}: model_output holds a NaN or an infinity at timestep {t}; expected finite numbers"
             )
         return t
+
+    def _listed(self, timestep: Any) -> int | None:
+        """Returns the value of an entry of `timesteps` that lies on a GPU, as ``for t in scheduler.timesteps`` gives
+        it, without reading it there; None for anything else."""
+        walk: _Walk | None = self.__dict__.get("_walk")
+        timesteps = self.timesteps
+        if walk is None or not isinstance(timestep, Tensor) or timestep.device.type == "cpu" or timestep.numel() != 1:
+            return None
+        if not walk.is_of(timesteps) or timestep.dtype != timesteps.dtype or timesteps.dim() != 1:
+            return None
+        if timestep.untyped_storage()._cdata != timesteps.untyped_storage()._cdata:
+            return None
+        place, rest = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), timesteps.stride(0))
+        return walk.steps[place] if rest == 0 and 0 <= place < len(walk.steps) else None
 
     def _following(self, t: int, monais: int) -> tuple[int, bool]:
         """Returns the step after `t` (negative after the last), and whether the step, its noise included, is MONAI's.
@@ -136,8 +154,7 @@ class Fused:
         return (monais, True) if walk.astray else (walk.following[t], not self.kernel_noise)
 
     def _walk_now(self) -> _Walk:
-        """Returns the table for the present timesteps; it is kept, because they may lie on a GPU. It is kept, because
-        they may lie on a GPU."""
+        """Returns the table for the present timesteps; it is kept, because they may lie on a GPU."""
         walk: _Walk | None = self.__dict__.get("_walk")
         if walk is not None and walk.is_of(self.timesteps):
             return walk
@@ -153,7 +170,7 @@ class Fused:
                 content = timesteps.detach().clone()
             elif not timesteps.is_inference():
                 version = timesteps._version
-        walk = _Walk(timesteps, version, content, following, max(steps, default=-1))
+        walk = _Walk(timesteps, version, content, steps, following, max(steps, default=-1))
         self.__dict__["_walk"] = walk
         return walk
 
@@ -161,7 +178,7 @@ class Fused:
     def _at(self, table: Tensor, index: int) -> Any:
         """Returns an entry as a NumPy scalar: its arithmetic rounds as MONAI's 0-d tensors do, and is ten times as
         fast."""
-        values = table.detach().cpu()
+        values = _moved(self, table, torch.device("cpu"), table.dtype).detach()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()[index]
 
     def _x0(self, alpha: Any) -> tuple[float, float]:
@@ -225,8 +242,10 @@ class Fused:
         """Returns the step's noise: torch's, or the kernel's with the time step as its offset."""
         if seed is not None or not torchs:
             if seed is None and generator is not None:
-                device = generator.device
-                seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
+                drawn = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+                # Where the generator is the sample's GPU's, the seed stays there: reading it would wait.
+                on_gpu = drawn.device.type != "cpu" and drawn.device == sample.device
+                return {"seed": drawn if on_gpu else int(drawn), "offset": t}
             return {"seed": seed, "offset": t}
         noise = torch.randn(like.shape, dtype=like.dtype, generator=generator, device=like.device)
         return {"noise": noise.double() if sample.dtype == torch.float64 else noise}
@@ -262,10 +281,15 @@ class Fused:
             )
         timesteps = timesteps.reshape(-1)
         dtype = torch.promote_types(like.dtype, torch.float32) if self._mended else like.dtype
-        table = self.alphas_cumprod.to(device=like.device, dtype=dtype)
+        # Levels that the host can look up are numbers that go to a GPU as such: nothing is copied there.
+        device = like.device if known is None else timesteps.device
         if not self._mended:  # MONAI moves its table for good; later steps compute with it in that dtype
-            self.alphas_cumprod = table
-        alpha = table[timesteps.to(like.device).long()]
+            before = self.alphas_cumprod
+            self.alphas_cumprod = _moved(self, before, like.device, dtype)
+            if self.alphas_cumprod is not before:
+                _remember(self, self.alphas_cumprod, before.to(dtype=dtype))
+        table = _moved(self, self.alphas_cumprod, device, dtype)
+        alpha = table[timesteps.to(table.device).long()]
         return (alpha**0.5).double(), ((1 - alpha) ** 0.5).double()
 
     def add_noise(
@@ -302,6 +326,45 @@ class Fused:
         if self.prediction_type == "v_prediction":
             return self.get_velocity(original_samples, noise, timesteps, seed=seed)
         return noised(original_samples, 0.0, 1.0, noise=noise, seed=seed) if noise is None else noise
+
+
+@dataclass
+class _Copy:
+    """Holds a table's copy on another device or in another dtype, and what tells that the table has changed since."""
+
+    table: Tensor
+    version: int
+    content: Tensor | None  # the numbers of a table on the CPU
+    copy: Tensor
+
+    def is_of(self, table: Tensor) -> bool:
+        if table is not self.table or table._version != self.version:
+            return False
+        return self.content is None or torch.equal(self.content, table)  # writes by NumPy leave the version
+
+
+def _moved(scheduler: Any, table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns a scheduler's table on a device and in a dtype; copies between devices, which wait, are kept."""
+    if table.device == device or table.is_inference():
+        return table.to(device=device, dtype=dtype)
+    copies: dict[Any, list[_Copy]] = scheduler.__dict__.setdefault("_copies", {})
+    for kept in copies.get((device, dtype), []):
+        if kept.is_of(table):
+            return kept.copy
+    copy = table.to(device=device, dtype=dtype)
+    _remember(scheduler, table, copy)
+    return copy
+
+
+def _remember(scheduler: Any, table: Tensor, copy: Tensor) -> None:
+    """Keeps `copy` as what `_moved` returns for `table`."""
+    if table.device == copy.device or table.is_inference():
+        return
+    content = table.detach().clone() if table.device.type == "cpu" else None
+    copies = scheduler.__dict__.setdefault("_copies", {})
+    # A scheduler has three tables.
+    kept = copies.setdefault((copy.device, copy.dtype), [])[-2:]
+    copies[copy.device, copy.dtype] = [*kept, _Copy(table, table._version, content, copy)]
 
 
 def _whole(name: str, timestep: Any) -> int:

@@ -3,11 +3,13 @@
 
 A level of a diffusion is x = alpha · x0 + sigma · ε: variance-preserving ones have alpha² + sigma² = 1,
 variance-exploding ones alpha = 1. A step goes from a level to one with less noise. Everything is plain float
-arithmetic in double; nothing here touches a volume.
+arithmetic in double; nothing here touches a volume. Only the Langevin corrector's step may be a tensor.
 """
 
 import math
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "score")
 
@@ -62,7 +64,7 @@ def predictions(prediction: str, level: Level) -> Predictions:
     return Predictions(alpha / total, -sigma / total, sigma / total, alpha / total)
 
 
-def _step(a: float, b: float, **others: float) -> dict[str, Any]:
+def _step(a: float, b: float, **others: float | Tensor) -> dict[str, Any]:
     return {"a": a, "b": b, "c": 0.0, "d": 0.0, "e": 0.0, "s": 0.0, **others}
 
 
@@ -130,12 +132,14 @@ def _log_ratio(level: Level) -> float:
     return math.log(level.alpha / level.sigma)
 
 
-def langevin(prediction: str, level: Level, step: float) -> dict[str, Any]:
+def langevin(prediction: str, level: Level, step: float | Tensor) -> dict[str, Any]:
     """Returns the coefficients of the Langevin corrector: x′ = x + step · score + √(2 · step) · z, at the same
-    level."""
+    level. Of a step on a GPU, a tensor (), they are tensors there."""
     a, b, p, q = predictions(prediction, level)
     factor = -step / level.sigma
-    return _step(a, b, d=1 + factor * p, e=factor * q, s=math.sqrt(2 * step))
+    return _step(
+        a, b, d=1 + factor * p, e=factor * q, s=(2 * step).sqrt() if isinstance(step, Tensor) else math.sqrt(2 * step)
+    )
 
 
 def rectified_flow(time: float, following: float) -> dict[str, Any]:

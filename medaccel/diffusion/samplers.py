@@ -173,15 +173,17 @@ class Sampler:
             step["s"] = 0.0  # noise added in the last step would stay in the sample
         return step
 
-    def _langevin_step(self, x: Tensor, m: Tensor, index: int) -> float:
+    def _langevin_step(self, x: Tensor, m: Tensor, index: int) -> float | Tensor:
         """Returns 2 · α · (snr · ‖z‖ / ‖score‖)², norms averaged over the batch; ‖z‖ is taken as √n, its value within
-        a share of 1/√(2n)."""
+        a share of 1/√(2n). On a GPU it stays there, as a tensor: nothing waits for it."""
         level = self.sde.level(index)
         _, _, p, q = c.predictions(self.prediction, level)
         noise = q * m if p == 0 else p * x + q * m
-        norm = float(noise.flatten(1).double().norm(dim=1).mean()) / level.sigma
+        mean = noise.flatten(1).double().norm(dim=1).mean()
         size = x[0].numel() ** 0.5
-        return 2 * self.sde.step_size(index) * (self.snr * size / max(norm, 1e-12)) ** 2
+        if x.device.type != "cpu":
+            return 2 * self.sde.step_size(index) * (self.snr * size / (mean / level.sigma).clamp(min=1e-12)) ** 2
+        return 2 * self.sde.step_size(index) * (self.snr * size / max(float(mean) / level.sigma, 1e-12)) ** 2
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from medaccel.layers._bypass import Child, global_hooks, number, problem, warn_once
 from medaccel.ops import shifted_window_attention
 from medaccel.ops._dispatch import exporting, refuse_scripting
+from medaccel.ops.window_attention.op import head_dim_problem
 
 _MONAI_BLOCK_FORWARD = MonaiSwinTransformerBlock.forward
 
@@ -257,6 +258,12 @@ def block_unsupported(module: Any) -> str | None:
     if "forward_part1" in module.__dict__:
         return "its forward_part1 has been replaced on the instance"
     return SwinTransformerBlock.unserved(module)
+
+
+def attention_limit(module: Any, device: str) -> str | None:
+    """Says why the kernel of a device's type does not take the attention's sizes; returns None if it does."""
+    attention = module if isinstance(module, MonaiWindowAttention) else module.attn
+    return head_dim_problem(attention.dim // attention.num_heads) if device == "cuda" else None
 
 
 def layer_unsupported(module: Any) -> str | None:

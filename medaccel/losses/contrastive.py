@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from medaccel.ops import nt_xent_loss
-from medaccel.ops._arguments import check_temperature, learnt
+from medaccel.ops._arguments import check_temperature, stays_tensor
 from medaccel.ops._dispatch import refuse_scripting
 
 _warned: weakref.WeakSet[MonaiContrastiveLoss] = weakref.WeakSet()
@@ -53,7 +53,7 @@ class ContrastiveLoss(MonaiContrastiveLoss):
             if reason is not None:
                 self._warn_once(reason)
                 return super().forward(input, target)
-            if not learnt(temperature):
+            if not stays_tensor(temperature):
                 temperature = float(temperature)
         if target.dim() > 2 or input.dim() > 2:
             raise ValueError(
@@ -78,7 +78,7 @@ def contrastive_unsupported(module: MonaiContrastiveLoss) -> str | None:
 def _tensor_problem(temperature: object) -> str | None:
     """Says why the value of a temperature may not be read as a constant; returns None if it may, or if it is
     learnt."""
-    if torch.compiler.is_compiling() and not isinstance(temperature, float | int) and not learnt(temperature):
+    if torch.compiler.is_compiling() and not isinstance(temperature, float | int) and not stays_tensor(temperature):
         return "its temperature is no plain number, so that torch.compile does not know its value"
     if not isinstance(temperature, Tensor):
         return None
@@ -90,9 +90,9 @@ def _tensor_problem(temperature: object) -> str | None:
 
 
 def _value_problem(temperature: Any) -> str | None:
-    """Says what is wrong with a temperature; returns None if it is above 0, or learnt with a value that can't be read
+    """Says what is wrong with a temperature; returns None if it is above 0, or a tensor whose value can't be read
     without waiting for the GPU."""
-    if learnt(temperature):
+    if stays_tensor(temperature):
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         temperature = temperature.detach()

@@ -8,7 +8,7 @@ A TypeError says that the argument's kind makes no sense, a ValueError that its 
 import math
 import numbers
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,38 @@ def learnt(value: object) -> bool:
     return isinstance(value, Tensor) and (wants_gradient(value) or is_hidden(value))
 
 
+def stays_tensor(value: object) -> bool:
+    """Tells whether `value` is a tensor that no number is read from: it is learnt, or it lies on a device, for which
+    the host would have to wait."""
+    return isinstance(value, Tensor) and (value.device.type != "cpu" or learnt(value))
+
+
+def filled(
+    values: Sequence[float], dtype: torch.dtype, device: torch.device, made: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Returns numbers that the host knows as a tensor (len(values),) on `device`, without waiting for it.
+
+    A copy from the host's memory would wait, and can't be recorded into a CUDA graph. So each number goes as a
+    kernel's argument, equal ones once.
+
+    Args:
+        values: the numbers.
+        dtype, device: those of the tensor.
+        made: the numbers that are on the device already; new ones are added.
+    """
+    if device.type == "cpu" or len(values) == 0:
+        return torch.tensor(values, dtype=dtype).to(device)
+    made = {} if made is None else made
+    parts = []
+    for i, value in enumerate(values):
+        # By its digits: 0.0 and −0.0 are equal. A compiler has symbols instead, and joins equal ones itself.
+        key = f"{i}" if torch.compiler.is_compiling() else repr(value)
+        if torch.compiler.is_compiling() or key not in made:
+            made[key] = torch.full((1,), value, dtype=dtype, device=device)
+        parts.append(made[key])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def number(name: str, argument: str, value: Any, expected: str = "a number") -> float:
     """Converts `value` to a Python float: a Python or NumPy number, or a tensor or array of one element.
 
@@ -123,12 +155,15 @@ def finite(name: str, argument: str, value: Any) -> float:
 
 
 def check_temperature(name: str, value: Any) -> float | Tensor:
-    """Returns the temperature as a number or, if a gradient by it is needed, as the tensor () itself.
+    """Returns the temperature as a number or, if a gradient by it is needed or it lies on a device, as the tensor ()
+    itself.
 
     A tensor's value is read only if it lies on the CPU: nothing waits for a device.
     """
-    if not learnt(value):
+    if not stays_tensor(value):
         return _temperature(name, value, number(name, "temperature", value, "a number above 0"))
+    if _is_dense(value, INTEGERS):
+        value = value.to(torch.float64)
     if value.numel() != 1 or not _is_dense(value, FLOATING):
         raise TypeError(
             f"{name}: temperature is {describe(value)} of shape {tuple(value.shape)}; expected a number, or a "

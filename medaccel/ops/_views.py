@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from medaccel.ops._arguments import check_floating, number
+from medaccel.ops._arguments import check_floating, filled, number
 from medaccel.ops._transforms import host_values, tangent, wants_gradient
 
 
@@ -71,7 +71,11 @@ def _radii(name: str, radius: object, query: Tensor, dtype: torch.dtype) -> Tens
     """Returns the radius of each sample, (B,), in the coordinates' dtype."""
     batch = len(query)
     if not isinstance(radius, Tensor | float | int) and getattr(radius, "ndim", 0) == 1:
-        radius = torch.as_tensor(radius, device=query.device)  # a NumPy array
+        radius = torch.as_tensor(radius)  # a NumPy array
+        check_floating(name, radius=radius)
+        for value in radius.tolist():
+            _check_radius(name, value, dtype)
+        radius = filled(radius.tolist(), radius.dtype, query.device)
     if not isinstance(radius, Tensor):
         value = _check_radius(name, number(name, "radius", radius, "a number or one per sample"), dtype)
         return torch.full((batch,), value, dtype=dtype, device=query.device)

@@ -6,15 +6,23 @@ import io
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
+from monai.networks.blocks.dynunet_block import UnetBasicBlock
 from monai.networks.layers import GaussianFilter as MonaiGaussianFilter
+from monai.networks.nets import SwinUNETR
+from monai.networks.nets.swin_unetr import WindowAttention
 from torch import nn
 
 import medaccel
+from medaccel import _native
+from medaccel._accelerate import _REGISTRY
 from medaccel.layers import GaussianFilter
+from medaccel.ops._registry import OPS, NoKernel
 
 
 class Net(nn.Module):
@@ -189,3 +197,66 @@ assert not heavy, heavy
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+# --- what serves, by device --------------------------------------------------------------------------------------
+def served(model: nn.Module) -> dict[tuple[str, str], str]:
+    return {(name, device): what for name, device, what in medaccel.accelerate(model).kernels}
+
+
+def test_the_report_says_of_every_layer_what_serves_it_on_each_device():
+    model = SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+    report = medaccel.accelerate(model)
+    assert {name for name, _, _ in report.kernels} == {name for name, _ in report.changed}
+    assert len(report.kernels) == 2 * len(report.changed)
+    for entry in _REGISTRY:
+        assert entry.op is None or entry.op in OPS
+    for name, device, what in report.kernels:
+        kind = dict(report.changed)[name].rpartition(".")[2]
+        entry = next(e for e in _REGISTRY if e.ours.endswith(f":{kind}"))
+        if entry.op is None:
+            assert "no kernel of its own" in what
+        elif isinstance(kernel := OPS[entry.op].kernels[device], NoKernel):
+            assert what == f"{entry.otherwise} ({entry.op}: {kernel.reason})"
+        else:
+            assert what == f"{entry.op}, {kernel}"
+        assert f"on {device:<5} {what}" in str(report)
+    assert sorted(medaccel.accelerate(model).kernels) == sorted(report.kernels)  # they are accelerated already
+
+
+def test_a_device_without_an_ops_kernel_runs_monais_blocks_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch):
+    row = OPS["instance_norm_act"]
+    monkeypatch.setitem(OPS, row.name, replace(row, kernels={**row.kernels, "cuda": NoKernel("nobody wrote one")}))
+    block = UnetBasicBlock(3, 2, 2, kernel_size=3, stride=1, norm_name="instance")
+    assert served(nn.Sequential(block))["0", "cuda"] == "MONAI's own code (instance_norm_act: nobody wrote one)"
+
+
+def test_an_attention_too_wide_for_a_gpus_kernel_is_told():
+    wide, narrow = (WindowAttention(2 * d, 2, (2, 2, 2)) for d in (96, 64))
+    answers = served(nn.ModuleList([wide, narrow]))
+    assert answers["0", "cuda"].startswith("plain PyTorch (shifted_window_attention: ")
+    assert "not 96" in answers["0", "cuda"]
+    assert answers["1", "cuda"].startswith("shifted_window_attention, Triton")
+    assert answers["0", "cpu"] == "shifted_window_attention, C++"
+
+
+def test_a_machine_whose_kernels_are_missing_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_native, "cpu_problem", "_cpu_avx2 can't be loaded")
+    monkeypatch.setattr(_native, "cuda", None)
+    monkeypatch.setattr(_native, "cuda_problem", "no such file")
+    answers = served(nn.Sequential(MonaiGaussianFilter(3, 1.0)))
+    assert answers["0", "cpu"] == "plain PyTorch (gaussian_filter: _cpu_avx2 can't be loaded)"
+    assert answers["0", "cuda"] == "plain PyTorch (gaussian_filter: the CUDA kernels are not built: no such file)"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_a_gpu_that_is_here_is_asked(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(_native, "cuda", SimpleNamespace(architectures="80", running_architecture=lambda index: 80))
+    monkeypatch.setattr(_native, "_probe_gpu", _native._probe_gpu.__wrapped__)
+    monkeypatch.setattr(_native, "_probe_triton", _native._probe_triton.__wrapped__)
+    answers = served(nn.ModuleList([MonaiGaussianFilter(3, 1.0), WindowAttention(8, 2, (2, 2, 2))]))
+    old = capability == (7, 5)
+    assert ("cuda:0 is sm_75" in answers["0", "cuda"]) == ("cuda:0 is sm_75" in answers["1", "cuda"]) == old

@@ -7,20 +7,26 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import pybind11
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medaccel import _native, use_reference
 from medaccel.ops._checks import max_error
+from medaccel.ops._registry import OPS
 from tests.cuda_emulation.sanitized import CSRC, build, compiler_is_missing, load_module
 
 # The reference itself is in the list: what a kernel must hold, the truth must hold too.
 # "cuda-emulated": the GPU's kernels, executed on the CPU, with σ on the host or on the device.
 EMULATED = ("cuda-emulated", "cuda-emulated-sigma-on-device")
-IMPLEMENTATIONS = ("reference", *(f"cpu-{isa}" for isa in _native.ISAS), *EMULATED)
+# "cuda": the kernels on a real GPU, where there is one; the suite's tensors stay on the CPU.
+IMPLEMENTATIONS = ("reference", *(f"cpu-{isa}" for isa in _native.ISAS), *EMULATED, "cuda")
+HERE = tuple(name for name in IMPLEMENTATIONS if name != "cuda" or torch.cuda.is_available())
 
 
 @contextmanager
@@ -37,6 +43,12 @@ def implementation(name: str) -> Iterator[None]:
         finally:
             _native.emulated = None
         return
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU")
+        with OnDevice(torch.device("cuda")):
+            yield
+        return
     isa = name.removeprefix("cpu-")
     try:
         baseline = importlib.import_module("medaccel._cpu_baseline")
@@ -50,6 +62,40 @@ def implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _native.cpu = before
+
+
+class OnDevice(TorchDispatchMode):
+    """Runs medaccel's registered ops on another device, from tensors on the CPU to results there: a suite that was
+    written for the CPU then checks the device's kernels, gradients included."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "medaccel" or not self._serves(func, args):
+            return func(*args, **(kwargs or {}))
+        moved = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), args)
+        return pytree.tree_map_only(Tensor, lambda t: t.cpu(), func(*moved, **(kwargs or {})))
+
+    def _serves(self, func: Any, args: Any) -> bool:
+        """Tells whether the device's kernel takes this call, as the public function asks; skips where the device has
+        no kernel of the op."""
+        name = func._schema.name.removeprefix("medaccel::")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"medaccel::{name}", self.device.type.upper()):
+            pytest.skip(f"{name} has no kernel on {self.device.type}")
+        forward = name.removesuffix("_backward")
+        if name != forward:  # the forward pass saved what this one needs
+            return True
+        asked = next(op for op in OPS.values() if op.registered == forward).load("predicate")
+        first = args[0].to(self.device)
+        if forward == "shifted_window_attention":
+            return asked(first, args[0].shape[-1] // (3 * args[1].shape[1])) is None
+        return (
+            asked(first, args[1].to(self.device)) is None
+            if forward == "pixel_contrastive_loss"
+            else asked(first) is None
+        )
 
 
 @functools.cache

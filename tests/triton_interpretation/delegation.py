@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests marked `interpreted` run in a process that has TRITON_INTERPRET=1; their results show in this one.
+"""Tests marked `interpreted` run in a process that has TRITON_INTERPRET=1, those marked `fake_cuda` in one whose
+torch believes in a GPU; their results show in this one.
 
-Triton decides at import whether @triton.jit interprets or compiles, so interpreted tests cannot share a process
-with anything that compiles. Here each marked test is replaced, after collection, by a stand-in of the same name.
-The first stand-in of a file to run starts one child pytest for all the marked tests that were selected in that
-file; under pytest-xdist the other workers wait for its answer. Use: import the hooks below into a conftest.py.
+Triton decides at import whether @triton.jit interprets or compiles, and torch whether there is a GPU, so these tests
+cannot share a process with others. Here each marked test is replaced, after collection, by a stand-in of the same
+name. The first stand-in of a file to run starts one child pytest for all the marked tests that were selected in that
+file (of one kind); under pytest-xdist the other workers wait for its answer. Use: import the hooks below into a
+conftest.py.
 
-To debug one test in the ordinary way: `TRITON_INTERPRET=1 pytest FILE -k NAME`.
+To debug one test in the ordinary way: `TRITON_INTERPRET=1 pytest FILE -k NAME`; or, with the library's path (it is in
+the tests' cache), `MEDACCEL_FAKE_CUDA=… pytest -p tests.fake_cuda.preload FILE -k NAME`.
 """
 
 from __future__ import annotations
@@ -24,14 +27,21 @@ from typing import Any
 
 import pytest
 
+from tests.fake_cuda.library import library
+
 CHILD_FOLDER = "MEDACCEL_INTERPRETED_TESTS"  # set in a child: where its orders lie and its reports go
 TIMEOUT_S = 900.0
+KINDS = {  # the marker of a kind, and the variable that is set in its child
+    "interpreted": "TRITON_INTERPRET",
+    "fake_cuda": "MEDACCEL_FAKE_CUDA",  # the library that fakes a GPU
+}
 
 _ANSWERS = pytest.StashKey["_Answers"]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "interpreted: runs in a process of its own with TRITON_INTERPRET=1")
+    for kind, variable in KINDS.items():
+        config.addinivalue_line("markers", f"{kind}: runs in a process of its own with {variable}")
     folder = os.environ.get(CHILD_FOLDER)
     if folder and not config.pluginmanager.has_plugin("interpreted-recorder"):
         config.pluginmanager.register(_Recorder(config, Path(folder)), "interpreted-recorder")
@@ -39,16 +49,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -k, -m and --deselect
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if any(os.environ.get(variable, "0") != "0" for variable in KINDS.values()):
         return
     wanted: dict[Path, list[str]] = {}
+    kinds: dict[Path, str] = {}
     for number, item in enumerate(items):
-        if isinstance(item, pytest.Function) and item.get_closest_marker("interpreted"):
+        kind = next((kind for kind in KINDS if item.get_closest_marker(kind)), None)
+        if isinstance(item, pytest.Function) and kind is not None:
+            assert kinds.setdefault(item.path, kind) == kind, f"{item.path} has tests of two kinds"
             wanted.setdefault(item.path, []).append(item.nodeid)
             assert item.parent is not None  # a function lies in a module
             items[number] = _StandIn.from_parent(item.parent, name=item.name, location=item.reportinfo())
     if wanted:
-        config.stash[_ANSWERS] = _Answers(config, wanted)
+        config.stash[_ANSWERS] = _Answers(config, wanted, kinds)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -86,7 +99,7 @@ class _StandIn(pytest.Item):
     def runtest(self) -> None:
         reports, output = self.config.stash[_ANSWERS].of(self.path, self.nodeid)
         if not any(report.when == "teardown" for report in reports):
-            raise _Failed(f"{self.nodeid} did not finish in the interpreting process:\n{output}")
+            raise _Failed(f"{self.nodeid} did not finish in its process:\n{output}")
         for report in reports:
             if report.failed:
                 raise _Failed("\n".join([report.longreprtext, *(f"{n}:\n{text}" for n, text in report.sections)]))
@@ -108,8 +121,8 @@ class _StandIn(pytest.Item):
 class _Answers:
     """The children's reports, by file; one child a file, whichever worker needs it first."""
 
-    def __init__(self, config: pytest.Config, wanted: dict[Path, list[str]]) -> None:
-        self.config, self.wanted = config, wanted
+    def __init__(self, config: pytest.Config, wanted: dict[Path, list[str]], kinds: dict[Path, str]) -> None:
+        self.config, self.wanted, self.kinds = config, wanted, kinds
         self._known: dict[Path, tuple[dict[str, list[pytest.TestReport]], str]] = {}
         # Under pytest-xdist each worker's --basetemp is a folder inside the run's common one.
         shared: str | None = config.getoption("basetemp") if "PYTEST_XDIST_WORKER" in os.environ else None
@@ -157,8 +170,16 @@ class _Answers:
         (folder / "tests.json").write_text(json.dumps(self.wanted[path]))
         ours = ("PYTEST_XDIST", "PYTEST_CURRENT_TEST", "PYTEST_ADDOPTS")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        environment |= {"TRITON_INTERPRET": "1", CHILD_FOLDER: str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
+        environment |= {CHILD_FOLDER: str(folder)}
         command = [sys.executable, "-m", "pytest", str(path), "-q", "-p", "no:cacheprovider"]
+        if self.kinds[path] == "interpreted":
+            environment |= {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+        else:
+            try:
+                environment |= {"MEDACCEL_FAKE_CUDA": str(library())}
+            except RuntimeError as error:
+                return f"the fake GPU can't be built:\n{error}"
+            command += ["-p", "tests.fake_cuda.preload"]
         command += ["-p", "no:hypothesispytest"]  # three seconds for a summary that nobody reads
         command += ["-o", "addopts=--strict-markers", f"--rootdir={self.config.rootpath}"]
         if self.config.inipath:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._arguments import describe, whole
-from medaccel.ops._transforms import wants_gradient
+from medaccel.ops._arguments import describe, filled, learnt, whole
+from medaccel.ops._transforms import host_values, wants_gradient
 from medaccel.ops.diffusion_step import native, op, reference
 from medaccel.ops.diffusion_step.checks import (
     NAMES,
@@ -143,9 +143,10 @@ def run(
     by_kernel = _dispatch.kernel_serves(*others, linear=linear) and unsupported(sample) is None
     if by_kernel and _is_direct(tensors, coefficients, place[0]):
         return _run_direct(tensors, coefficients, limits, place, out, need_x0)
-    rows = _rows(coefficients, sample)
-    key = _key(place, sample, drawn=_needs_noise(tensors, coefficients))
-    if by_kernel and not wants_gradient(rows):
+    by_kernel = by_kernel and not any(isinstance(value, Tensor) and wants_gradient(value) for value in coefficients)
+    rows = _rows(coefficients, sample, by_kernel)
+    key = _key(place, sample, _needs_noise(tensors, coefficients), by_kernel)
+    if by_kernel:
         need_x0 = need_x0 and (out is None or out[1] is not None)
         x_next, x0 = torch.ops.medaccel.diffusion_step(*tensors, rows, key, low, high, need_x0)
     else:
@@ -202,21 +203,39 @@ def _run_direct(
     return x_next, x0  # type: ignore[return-value]
 
 
-def _rows(coefficients: Sequence[Coefficient], sample: Tensor) -> Tensor:
-    """Returns the coefficients in float64: (9, 1) on the CPU if all are numbers, else (9, B) on the sample's
-    device."""
-    if not any(isinstance(value, Tensor) for value in coefficients):
-        return torch.tensor([float(value) for value in coefficients], dtype=torch.float64)[:, None]
-    rows = []
+def _rows(coefficients: Sequence[Coefficient], sample: Tensor, by_value: bool) -> Tensor:
+    """Returns the coefficients in float64: (9, 1) if each is one number, else (9, B).
+
+    They lie on the sample's device; or on the CPU if the host has them all and the kernel takes them `by_value`.
+    """
+    tensors = []
     for name, value in zip(NAMES, coefficients, strict=True):
-        row = torch.as_tensor(value, dtype=torch.float64, device=sample.device)
-        if row.dim() > 1 or (row.dim() == 1 and row.shape[0] not in (1, sample.shape[0])):
+        if not isinstance(value, Tensor):
+            continue
+        tensors.append(value)
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, sample.shape[0])):
             raise ValueError(
-                f"diffusion_step: {name} has shape {tuple(row.shape)}; expected a number or ({sample.shape[0]},), "
+                f"diffusion_step: {name} has shape {tuple(value.shape)}; expected a number or ({sample.shape[0]},), "
                 "one a sample"
             )
-        rows.append(row.expand(sample.shape[0]))
-    return torch.stack(rows)
+    on_host = by_value and all(value.device.type == "cpu" for value in tensors)
+    device = torch.device("cpu") if on_host else sample.device
+    if not tensors:
+        return filled([float(value) for value in coefficients], torch.float64, device)[:, None]
+    columns = 1 if all(value.numel() == 1 for value in tensors) else sample.shape[0]
+    made: dict[str, Tensor] = {}
+    return torch.stack([_row(value, device, made).expand(columns) for value in coefficients])
+
+
+def _row(value: Coefficient, device: torch.device, made: dict[str, Tensor]) -> Tensor:
+    """Returns a coefficient in float64 on `device`; what the host knows is not copied there, which would wait."""
+    if not isinstance(value, Tensor):
+        return filled([float(value)], torch.float64, device, made)
+    if value.device.type == "cpu" and device.type != "cpu" and not learnt(value) and value.numel() > 0:
+        known = host_values(value)
+        if known is not None:
+            return filled(known.flatten().tolist(), torch.float64, device, made)
+    return value.to(device, torch.float64)
 
 
 def _needs_noise(tensors: Tensors, coefficients: Sequence[Coefficient]) -> bool:
@@ -242,20 +261,23 @@ def _wrapped(seed: object) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _key(place: tuple[int | Tensor | None, int, int], sample: Tensor, drawn: bool) -> Tensor:
-    """Returns seed, offset and sample_offset as int64 (3,): on the CPU if the host knows the seed."""
+def _key(place: tuple[int | Tensor | None, int, int], sample: Tensor, drawn: bool, by_value: bool) -> Tensor:
+    """Returns seed, offset and sample_offset as int64 (3,).
+
+    They lie on the CPU if the host knows the seed and the kernel takes it `by_value`, else on the sample's device.
+    """
     seed, offset, sample_offset = place
     if seed is None and drawn:
         seed = _drawn_seed(sample)
     if not isinstance(seed, Tensor):
-        return torch.tensor([_wrapped(0 if seed is None else seed), offset, sample_offset], dtype=torch.int64)
+        words = [_wrapped(0 if seed is None else seed), offset, sample_offset]
+        return filled(words, torch.int64, torch.device("cpu") if by_value else sample.device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != sample.device:
         raise ValueError(
             f"diffusion_step: seed is {describe(seed)} of shape {tuple(seed.shape)} on {seed.device}; expected one "
             f"int64 element on {sample.device}"
         )
-    rest = torch.tensor([offset, sample_offset], dtype=torch.int64, device=seed.device)
-    return torch.cat([seed.reshape(1), rest])
+    return torch.cat([seed.reshape(1), filled([offset, sample_offset], torch.int64, seed.device)])
 
 
 def _with_guide_level(guided: bool, coefficients: tuple[Coefficient | None, ...]) -> tuple[Coefficient, ...]:

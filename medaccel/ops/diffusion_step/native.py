@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from medaccel._native import GPU_DTYPES, cpu_module, emulates_device_scalars, gpu_module
+from medaccel.ops._arguments import filled
 
 # Both modules take this for a missing tensor.
 _NO_SAMPLES = (0, 0, 0)
@@ -87,7 +88,10 @@ def _gpu_coefficients(
     on_host = coefficients.device.type == "cpu" and not emulates_device_scalars()
     if on_host and coefficients.shape[1] == 1:
         return None, (0, 1, coefficients[:, 0].tolist())
-    rows = coefficients.to(device).contiguous()
+    if coefficients.device == device:
+        rows = coefficients.contiguous()
+    else:
+        rows = filled(coefficients.flatten().tolist(), torch.float64, device).reshape(coefficients.shape)
     return rows, (rows.data_ptr(), rows.shape[1], [])
 
 

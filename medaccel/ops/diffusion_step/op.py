@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from medaccel import _native
-from medaccel.ops._arguments import FLOATING
+from medaccel.ops._arguments import FLOATING, filled
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
+from medaccel.ops._transforms import host_values
 from medaccel.ops.diffusion_step import native
 
 _lib = torch.library.Library("medaccel", "FRAGMENT")
@@ -218,13 +219,23 @@ def _backward(ctx: Any, grad_next: Tensor | None, grad_x0: Tensor | None) -> tup
         grads[:2] = [g.to(dtype) if want else None for g, dtype, want in zip(both, ctx.dtypes, wanted, strict=False)]
     if grad_next is not None and any(wanted[2:]):
         # These gradients depend on x′ alone, and are rarely needed: plain PyTorch computes them.
-        shape = (-1, *[1] * (grad_next.dim() - 1))
         generated = grad_next if mask is None else grad_next * mask.bool()
         for i, row, grad in ((2, F, generated), (3, S, generated), (4, GUIDE_SCALE, grad_next - generated)):
             if wanted[i]:
-                factor = coefficients[row].to(grad.device, grad.dtype).reshape(shape)
-                grads[i] = (factor * grad).to(ctx.dtypes[i])
+                grads[i] = (_factor(coefficients[row], grad) * grad).to(ctx.dtypes[i])
     return (*grads, *[None] * 6)
+
+
+def _factor(row: Tensor, grad: Tensor) -> Tensor:
+    """Returns a coefficient that multiplies `grad` (B, …); one number on the CPU stays there, as torch passes it by
+    value."""
+    row = row.to(grad.dtype)
+    if row.device != grad.device and row.shape[0] == 1:
+        return row.reshape(())
+    if row.device != grad.device:
+        known = host_values(row)
+        row = row.to(grad.device) if known is None else filled(known.tolist(), grad.dtype, grad.device)
+    return row.reshape(-1, *[1] * (grad.dim() - 1))
 
 
 def _forward_mode(primals: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:

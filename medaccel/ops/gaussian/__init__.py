@@ -13,11 +13,12 @@ from medaccel.ops._arguments import (
     check_floating,
     choice,
     describe,
+    filled,
     finite,
     flag,
     is_sequence,
-    learnt,
     number,
+    stays_tensor,
 )
 from medaccel.ops.gaussian import native, reference
 from medaccel.ops.gaussian.op import check_sigma_values
@@ -88,7 +89,7 @@ def gaussian_filter(
     if not truncated > 0:
         raise ValueError(f"gaussian_filter: truncated is {truncated}; expected a number > 0")
     normalize = flag("gaussian_filter", "normalize", normalize)
-    if isinstance(sigma, list | tuple) and any(learnt(s) for s in sigma):
+    if isinstance(sigma, list | tuple) and any(stays_tensor(s) for s in sigma):
         sigma = _stacked(sigma, input.device)
     by_kernel = _dispatch.kernel_serves(sigma, linear=(input,)) and unsupported(input) is None
     if not isinstance(sigma, Tensor):
@@ -135,11 +136,13 @@ def _largest(sigma: Tensor, truncated: float, approx: str, normalize: bool) -> l
 
 
 def _stacked(sigma: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Stacks one σ per axis, some of which have gradients, into one tensor."""
+    """Stacks one σ per axis, some of which have gradients or lie on a device, into one tensor."""
+    rows = []
     for i, value in enumerate(sigma):
-        if not (isinstance(value, Tensor) and value.numel() == 1 and value.dtype in FLOATING):
-            number("gaussian_filter", f"sigma[{i}]", value)
-    rows = [torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in sigma]
+        if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in FLOATING and stays_tensor(value):
+            rows.append(value.to(device, torch.float64).reshape(()))
+        else:
+            rows.append(filled([number("gaussian_filter", f"sigma[{i}]", value)], torch.float64, device)[0])
     return torch.stack(rows)
 
 

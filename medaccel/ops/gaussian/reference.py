@@ -43,9 +43,9 @@ def taps(sigma: Tensor, truncated: float, approx: str, normalize: bool, largest:
     return t / t.sum() if normalize else t
 
 
-def extended_index(size: int, r: int, mode: str) -> Tensor:
+def extended_index(size: int, r: int, mode: str, device: torch.device | None = None) -> Tensor:
     """Returns, for positions −r … size − 1 + r, the index that each reads under a border mode (not "constant")."""
-    p = torch.arange(-r, size + r)
+    p = torch.arange(-r, size + r, device=device)
     if mode == "nearest" or size == 1:
         return p.clamp(0, size - 1)
     if mode == "wrap":
@@ -83,7 +83,7 @@ def gaussian_filter(
             before_after = [0, 0] * (x.dim() - 1 - axis) + [r, r]
             extended = torch.nn.functional.pad(x, before_after)
         else:
-            extended = x.index_select(axis, extended_index(size, r, mode).to(x.device))
+            extended = x.index_select(axis, extended_index(size, r, mode, x.device))
         filtered = torch.zeros_like(x)
         for k in range(2 * r + 1):
             filtered = filtered + t[k] * extended.narrow(axis, k, size)

@@ -23,16 +23,18 @@ def instance_norm_act(
     """Computes `medaccel.ops.instance_norm_act` for checked arguments. bf16 and fp16 are computed in fp32."""
     half = input.dtype in (torch.bfloat16, torch.float16)
     x = input.float() if half else input
-    if x.numel() == 0:
-        return input.clone()
     axes = tuple(range(2, x.dim()))
-    # The unit is a power of two near the largest number, which rounds nothing: squares neither overflow nor vanish.
-    size = x.detach().abs().amax(axes, keepdim=True).clamp(min=math.sqrt(eps))
-    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
-    variance, mean = torch.var_mean(x / unit, axes, correction=0, keepdim=True)
-    # Even an eps that vanishes beside the numbers makes an instance without deviation 0.
-    squared = (variance + eps / unit / unit).clamp(min=torch.finfo(x.dtype).tiny)
-    y = (x / unit - mean) * torch.rsqrt(squared)
+    if x.numel() == 0:
+        y = x.clone()  # nothing to normalise; the others still get gradients, of zeros
+    else:
+        # The unit is a power of two near the largest number, which rounds nothing: squares neither overflow nor
+        # vanish.
+        size = x.detach().abs().amax(axes, keepdim=True).clamp(min=math.sqrt(eps))
+        unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+        variance, mean = torch.var_mean(x / unit, axes, correction=0, keepdim=True)
+        # Even an eps that vanishes beside the numbers makes an instance without deviation 0.
+        squared = (variance + eps / unit / unit).clamp(min=torch.finfo(x.dtype).tiny)
+        y = (x / unit - mean) * torch.rsqrt(squared)
     if weight is not None:
         y = y * weight.to(x.dtype).reshape(1, -1, *(1 for _ in axes))
     if bias is not None:

@@ -57,7 +57,7 @@ def gather(name: str, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
             f"{name}: group is given under vmap, another transform of torch.func or forward-mode differentiation, "
             "which don't reach other processes; expected None there"
         )
-    mine = torch.tensor([len(rows)], device=rows.device)
+    mine = torch.full((1,), len(rows), device=rows.device)
     counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, mine, group=group)
     sizes = [int(count) for count in counts]

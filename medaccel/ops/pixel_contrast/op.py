@@ -5,8 +5,6 @@ There is no autocast rule: nothing is cast, since the kernels take any dtype and
 does for losses.
 """
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -36,7 +34,6 @@ def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
 MAX_TRITON_CHANNELS = 256  # wider ones spill registers
 
 
-@functools.cache
 def triton_problem(index: int, dtype: torch.dtype, channels: int) -> str | None:
     """Says in a sentence why the Triton kernel doesn't serve this GPU, dtype and number of channels; returns None if
     it does."""
@@ -44,18 +41,7 @@ def triton_problem(index: int, dtype: torch.dtype, channels: int) -> str | None:
         return f"the Triton kernel computes in fp32 and has none for {dtype}"
     if channels > MAX_TRITON_CHANNELS:
         return f"the Triton kernel has up to {MAX_TRITON_CHANNELS} channels, not {channels}"
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton can't be imported: {error}"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"cuda:{index} is sm_{major}{minor}; the Triton kernel needs sm_80 or newer (Ampere)"
-    return None
-
-
-# torch.compile asks once, while it compiles (see _native.gpu_problem).
-triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return _native.triton_problem(index)
 
 
 # --- checks --------------------------------------------------------------------------------------------------

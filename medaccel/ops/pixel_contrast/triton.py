@@ -225,7 +225,10 @@ class _Problem:
     ):
         self.batch, self.queries, self.channels = query.shape
         self.keys = key.shape[1]
-        (self.query, *self.query_length), (self.key, *self.key_length) = _unit(query), _unit(key)
+        # Dense rows: gradients are made in their layout, and written row by row.
+        (self.query, *self.query_length), (self.key, *self.key_length) = map(
+            _unit, (query.contiguous(), key.contiguous())
+        )
         half = query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16)
         dtype = query.dtype if half else torch.float32
         self.precision = "half" if half else "fp32"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medaccel import _native
 from medaccel.ops import _dispatch
-from medaccel.ops._arguments import check_floating, check_integers, describe, finite, learnt, number, wholes
+from medaccel.ops._arguments import check_floating, check_integers, describe, finite, number, stays_tensor, wholes
 from medaccel.ops.window_attention import op, reference
 
 
@@ -87,7 +87,7 @@ def shifted_window_attention(
     window, shift = _check(qkv, bias_table, bias_index, window_size, shift_size, pad_qkv)
     dropout_p = _check_dropout(qkv, dropout_p, dropout_seed)
     head_dim = qkv.shape[-1] // (3 * bias_table.shape[1])
-    if learnt(scale):
+    if stays_tensor(scale):
         qkv, pad_qkv = (None if t is None else _scaled_queries(t, scale) for t in (qkv, pad_qkv))  # type: ignore
         scale = 1.0
     factor = head_dim**-0.5 if scale is None else finite("shifted_window_attention", "scale", scale)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers the attention: schema, shapes without data, gradients, autocast, kernels per device."""
 
-import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medaccel import _native
 from medaccel.ops._arguments import INTEGERS
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
@@ -55,26 +54,19 @@ def check_index(bias_index: Tensor, rows: int) -> None:
         )
 
 
-@functools.cache
 def triton_problem(index: int, dtype: torch.dtype, head_dim: int) -> str | None:
     """Says in a sentence why the Triton kernel doesn't serve this GPU, dtype and head dimension; returns None if it
     does."""
     if dtype not in (torch.float32, *HALF):
         return f"the Triton kernel computes in fp32 and has none for {dtype}"
+    return head_dim_problem(head_dim) or _native.triton_problem(index)
+
+
+def head_dim_problem(head_dim: int) -> str | None:
+    """Says in a sentence why the Triton kernel doesn't serve a head dimension; returns None if it does."""
     if head_dim > MAX_TRITON_HEAD_DIM:
         return f"the Triton kernel has head dimensions up to {MAX_TRITON_HEAD_DIM}, not {head_dim}"
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton can't be imported: {error}"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"cuda:{index} is sm_{major}{minor}; the Triton kernel needs sm_80 or newer (Ampere)"
     return None
-
-
-# torch.compile asks once, while it compiles (see _native.gpu_problem).
-triton_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- checks --------------------------------------------------------------------------------------------------
@@ -194,7 +186,7 @@ def _backward_cpu(
     return (
         grad_qkv.to(qkv.dtype) if need_qkv else qkv.new_empty(0),
         bias_table.new_empty(0) if grad_table is None else grad_table.to(bias_table.dtype),
-        qkv.new_empty(0) if grad_pad is None else grad_pad.to(_pad_like(pad_qkv, qkv).dtype),
+        _pad_like(pad_qkv, qkv).new_empty(0) if grad_pad is None else grad_pad.to(_pad_like(pad_qkv, qkv).dtype),
     )
 
 
@@ -262,7 +254,7 @@ def _(
     return (
         qkv.new_empty(qkv.shape if need_qkv else (0,)),
         bias_table.new_empty(bias_table.shape if need_table else (0,)),
-        _pad_like(pad_qkv, qkv).new_empty(qkv.shape[-1:]) if need_pad else qkv.new_empty(0),
+        _pad_like(pad_qkv, qkv).new_empty(qkv.shape[-1:] if need_pad else (0,)),
     )
 
 

@@ -32,16 +32,22 @@ def unpartition(windows: Tensor, sizes: Sequence[int], window_size: Sequence[int
     return windows.reshape(b, *grid, *window_size, c).permute(order).reshape(b, *sizes, c)
 
 
-def region_ids(sizes: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int]) -> Tensor:
+def region_ids(
+    sizes: Sequence[int],
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    device: torch.device | None = None,
+) -> Tensor:
     """Returns, for each token of each window of the rolled map, the side of the volume that it came from, (windows,
     tokens).
 
     On an axis that is shifted, the last window holds `window − shift` tokens from the volume's end and `shift` from
     its beginning. Two tokens see each other if their numbers agree.
     """
-    ids = torch.zeros(tuple(sizes), dtype=torch.int64)
+    ids = torch.zeros(tuple(sizes), dtype=torch.int64, device=device)
     for axis, (size, shift) in enumerate(zip(sizes, shift_size, strict=True)):
-        wrapped = (torch.arange(size) >= size - shift).long() if shift else torch.zeros(size, dtype=torch.int64)
+        at = torch.arange(size, device=device)
+        wrapped = (at >= size - shift).long() if shift else torch.zeros_like(at)
         ids = 2 * ids + wrapped.reshape([-1 if a == axis else 1 for a in range(len(sizes))])
     return partition(ids[None, ..., None], window_size)[0, ..., 0]
 
@@ -103,7 +109,7 @@ def shifted_window_attention(
     bias = bias_table.to(compute)[bias_index.reshape(-1).long()].reshape(n, n, heads).permute(2, 0, 1)
     scores = scores + bias
     if any(shift_size):
-        ids = region_ids(padded, window_size, shift_size).to(x.device)
+        ids = region_ids(padded, window_size, shift_size, x.device)
         apart = ids[:, :, None] != ids[:, None, :]
         scores = scores + (MASKED * apart.to(compute))[:, None]
     weights = scores.softmax(dim=-1)

@@ -148,12 +148,13 @@ def max_error(actual: Tensor, truth: Tensor) -> float:
     return float(torch.where(both | (a == t), 0.0, error).max())
 
 
-def compare(work: Work, conditions: Iterable[str] | None = None) -> Check:
+def compare(work: Work, conditions: Iterable[str] | None = None, results: Sequence[Tensor] | None = None) -> Check:
     """Holds one call to the 2× rule; a kernel that passes is held to the conditions too.
 
     Args:
         work: the call.
         conditions: those of `_conditions.CONDITIONS` that are tried; None: all of them on a GPU, none on the CPU.
+        results: those that are judged, if the work was run in another way (compiled, say); None: `work.run()`.
     """
     x = work.tensors[0]
     on_gpu = x.device.type == "cuda"
@@ -161,7 +162,7 @@ def compare(work: Work, conditions: Iterable[str] | None = None) -> Check:
     with use_reference():
         truth = work.to(x.device if apart else torch.device("cpu"), torch.float64).run()
         plain = work.run()
-    ours = work.run()
+    ours = work.run() if results is None else results
     share = 0.0
     for actual, same, exact, size in zip(ours, plain, truth, work.sizes, strict=True):
         if exact.numel() == 0:

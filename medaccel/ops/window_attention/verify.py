@@ -36,7 +36,8 @@ def _forward(case: Case, *, padded: bool) -> Callable[..., Tensor]:
     return forward
 
 
-def _work(case: Case, device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+def work_of(case: Case, device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns the attention of any case."""
     qkv, table, index, pad = (None if t is None else t.to(device) for t in case.tensors(dtype))
     assert qkv is not None
     assert table is not None
@@ -59,14 +60,14 @@ def _work(case: Case, device: torch.device, dtype: torch.dtype, name: str) -> _c
 
 def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
     """Returns one attention: the output and the gradients to qkv, bias table and padding, and to a learnt scale."""
-    return _work(named(name.removesuffix(_LEARNT)), device, dtype, name)
+    return work_of(named(name.removesuffix(_LEARNT)), device, dtype, name)
 
 
 def time_attention(device: torch.device, head_dim: int, training: bool) -> _checks.Speed:
     """Times the first stage of a Swin UNETR, at 48³ input on the CPU and 96³ on a GPU."""
     size, dtype = (24, torch.float32) if device.type == "cpu" else (48, torch.bfloat16)
     case = Case("", (size,) * 3, (7, 7, 7), (3, 3, 3), 3, head_dim)
-    one = _work(case, device, dtype, "")
+    one = work_of(case, device, dtype, "")
     call = one.run if training else one.output
     ours = _checks.median_ms(call, device)
     with use_reference():

@@ -25,12 +25,12 @@ def _build(context: Context) -> Iterator[dict[str, Any]]:
             yield fact("built", ", ".join(names))
         yield check("the GPU's module is built", None, NO_GPU)
         return
-    major, minor = torch.cuda.get_device_capability(context.device)
-    if major < 8:
-        yield check("the GPU's module is built", False, f"sm_{major}{minor} is too old; the kernels need sm_80")
+    architecture = native_build.own_architecture(context.device)
+    if architecture is None or int(architecture) < 80:
+        yield check("the GPU's module is built", False, f"sm_{architecture} is too old; the kernels need sm_80")
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield fact("built", native_build.ensure(f"{major}{minor}", Path(folder)))
+        yield fact("built", native_build.ensure(architecture, Path(folder)))
     from medaccel import _native
 
     reason = _native.gpu_problem(torch.device(context.device).index or 0)

@@ -56,6 +56,16 @@ def find_nvcc() -> str | None:
     return None
 
 
+def own_architecture(device: str = "cuda") -> str | None:
+    """Returns the number of the GPU's architecture, such as "90"; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}{minor}"
+
+
 def pybind11_include() -> Path:
     """Returns the folder with pybind11's headers: the package's own, else torch's copy."""
     for package, folder in (("pybind11", "include"), ("torch", "include")):
@@ -138,8 +148,8 @@ def build(architecture: str | None, folder: Path, jobs: int | None = None) -> li
         defines.append(f'-DMEDACCEL_CUDA_VERSION="{version}"')
         host = [*cpu, *bindings, "-O1", *defines]
         kernels = [nvcc, "-std=c++17", "-O3", f"-I{CSRC}", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DNDEBUG"]
-        for kind, code in (("compute", "sm"), ("compute", "compute")):
-            kernels += ["-gencode", f"arch={kind}_{architecture},code={code}_{architecture}"]
+        for code in ("sm", "compute"):  # machine code, and PTX for later GPUs
+            kernels += ["-gencode", f"arch=compute_{architecture},code={code}_{architecture}"]
         of_module["_cuda"] = [
             step("cuda_module", host, CSRC / "cuda_module.cpp"),
             *(step(f"cuda_bind_{f}", host, CSRC / f / "bind_cuda.cpp") for f in folders),

@@ -36,11 +36,11 @@ TILE = 64  # scores are computed in tiles of 64 × 64, those beyond a window's t
 class Assumptions:
     """Holds what the counts are divided by."""
 
-    bytes_per_s: float = 3.0e12  # of 3.35e12
+    bytes_per_s: float = 3.0e12  # the data sheet has 3.35e12
     lanes_per_s: float = 132 * 128 * 1.755e9  # thread-instructions: multiprocessors · lanes · clock
     issue: float = 0.45  # share of them that attention kernels issue
     flops: float = 989e12  # dense bf16
-    convolution_share: float = 0.10  # of it, cuDNN, NCDHW, 3-D, few channels: 15–20 ms in all
+    convolution_share: float = 0.10  # cuDNN, NCDHW, 3-D, few channels: 15–20 ms in all
     channels_last_share: float = 0.20  # the same, NDHWC
     product_share: float = 0.40  # linear layers; their bytes count if they take longer
     kernel_us: float = 3.0  # the least time of a kernel

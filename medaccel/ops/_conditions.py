@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from medaccel.ops._checks import Work
+from medaccel.ops._work import Work
 
 # So many cycles of the GPU's clock, about 5 ms, delay a stream on which the inputs are made late.
 _DELAY = 10_000_000

@@ -7,20 +7,33 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from gpu_checks import command, native_build, plan, records, summary  # noqa: E402
-from gpu_checks.context import Stage  # noqa: E402
+from gpu_checks import (  # noqa: E402
+    command,
+    native_build,
+    network,
+    plan,
+    records,
+    speed,
+    speed_attention,
+    summary,
+)
+from gpu_checks.context import Context, Stage  # noqa: E402
 from gpu_checks.runner import Runner  # noqa: E402
 
 from medaccel.ops._registry import OPS, Kernel  # noqa: E402
+from medaccel.ops.window_attention import verify as attention_verify  # noqa: E402
+from medaccel.ops.window_attention.cases import Case  # noqa: E402
 
 
 def stage(name: str, limit: float = 60.0, item_limit: float = 30.0, **options) -> Stage:
@@ -281,3 +294,45 @@ def test_the_command_runs_here_with_the_kernels_of_one_op(tmp_path: Path):
     assert {r["note"] for r in numbers if r["held"] is None} == {"not run: no GPU"}
     ways = {r["contender"] for r in found if r["kind"] == "speed" and r["ms"] is not None}
     assert ways == {"medaccel", "PyTorch", "torch's instance norm"}
+
+
+# --- what is timed -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_peer_whose_result_differs_is_not_timed(dtype: torch.dtype):
+    work = OPS["gaussian_filter"].load("verifier").work(torch.device("cpu"), dtype, "signal, numbers")
+    ways = {"medaccel": work.forward, "same": work.forward, "other": lambda x: 1.2 * work.forward(x)}
+    ways["refuses"] = lambda x: torch.nn.functional.conv3d(x, x)
+    context = Context("speed:gaussian_filter", "cpu", Path())
+    rows = {r["contender"]: r for r in speed.race(context, "", [work], ways, training=True)}
+    assert rows["medaccel"]["ms"] > 0
+    assert rows["same"]["ms"] > 0
+    assert rows["other"]["ms"] is None
+    assert rows["other"]["note"].startswith("result 0 is off by")
+    assert rows["refuses"]["note"].startswith("RuntimeError: ")
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_the_attentions_peers_do_the_same_work(shift: int):
+    case = Case("", (8, 9, 8), (7, 7, 7), (shift,) * 3, 2, 8)
+    work = attention_verify.work_of(case, torch.device("cpu"), torch.float32, "")
+    sdpa = speed_attention.around(case, speed_attention._with_sdpa(SDPBackend.MATH))
+    for ours, theirs in zip(work.run(), replace(work, forward=sdpa).run(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert str(speed_attention.Configuration(case, torch.float32, False)).startswith("8³, 2 × 8, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_dgrad_implicit_gemm_indexed_bf16", "convolution"),
+        ("void cudnn::engines_precompiled::nchwToNhwcKernel<float>", "convolution"),
+        ("void at::native::batch_norm_collect_statistics_kernel<float>", "norm"),
+        ("ampere_bf16_s16816gemm_bf16_128x64_ldg8_f2f_nn", "product"),
+        ("fmha_cutlassB_bf16_aligned_64x64_k32_sm80", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor>", "element by element"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("something_else", "other"),
+    ],
+)
+def test_a_kernel_has_a_class(name: str, kind: str):
+    assert network.kernel_class(name) == kind

@@ -199,3 +199,21 @@ def test_every_op_has_a_case_as_large_as_in_practice(op: Op):
     assert one.production not in one.cases
     work = one.work(torch.device("cpu"), torch.bfloat16, one.production)
     assert max(t.numel() for t in work.tensors) >= 2**18
+
+
+def test_on_a_gpu_every_op_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def isolated(op: str, device: torch.device, speed: bool):
+        asked.append((op, str(device), speed))
+        yield _checks.Check(op, str(device), "float32", "case", "its kernel", 0.5, True)
+        yield _checks.Speed(op, str(device), "case", 1.0, 2.0, None, "copy", 0.5)
+
+    monkeypatch.setattr(verify, "isolated", isolated)
+    monkeypatch.setattr(verify, "doctor", lambda: verify.Verification([]))
+    monkeypatch.setattr(verify.Verification, "facts", [], raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    outcome = verify.verify(devices=["cuda:0"])
+    assert asked == [(op, "cuda:0", True) for op in OPS]
+    assert [check.op for check in outcome.checks] == [speed.op for speed in outcome.speeds] == list(OPS)

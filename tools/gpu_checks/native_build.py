@@ -162,9 +162,10 @@ def build(architecture: str | None, folder: Path, jobs: int | None = None) -> li
         link = [*compiler.split(), "-shared", "-fopenmp", "-s", *map(str, objects)]
         if name == "_cuda":
             assert nvcc is not None
-            home = Path(nvcc).resolve().parents[1]
-            link += [f"-L{home / lib}" for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
-            link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+            # nvcc knows where its libraries are, also where the one on PATH is a script beside no toolkit.
+            link = [nvcc, "-shared", "-cudart", "static", *map(str, objects)]
+            link += [f"-L{Path(nvcc).resolve().parents[1] / 'lib'}"]  # of NVIDIA's PyPI packages
+            link += ["-Xlinker", "-s", "-Xlinker", "--exclude-libs,ALL", "-lpthread", "-ldl", "-lrt"]
         new = PACKAGE / f".{name}.new"
         _run([*link, "-o", str(new)])
         os.replace(new, PACKAGE / f"{name}{SUFFIX}")

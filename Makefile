@@ -16,8 +16,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test check pytest
 
 check: $(VENV)/.test
-	$(BIN)/ruff check medaccel tests benchmarks setup.py
-	$(BIN)/ruff format --check medaccel tests benchmarks setup.py
+	$(BIN)/ruff check medaccel tests benchmarks tools/gpu_checks tools/gpu_check tools/build_in_place setup.py
+	$(BIN)/ruff format --check medaccel tests benchmarks tools/gpu_checks tools/gpu_check tools/build_in_place setup.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')

@@ -156,6 +156,7 @@ struct Vector {
         }
         return to_compute(element);
     }
+    // Lanes are set in their order: the first of a word writes all of it.
     __device__ void set(int lane, float value) {
         const S element = to_storage<S>(value);
         if constexpr (sizeof(S) == 4) {

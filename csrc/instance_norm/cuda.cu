@@ -178,13 +178,14 @@ __device__ void block_normalise(const Forward<S, T>& t, const Plan& plan, const 
         for (int u = 0; u < kForwardBatch<N>; ++u) {
             const int item = i + u * b.rows;
             if (!b.has(item)) continue;
+            Vector<S, N> result;
 #pragma unroll
             for (int l = 0; l < N; ++l) {
                 T y = fma(x[u][l] - affine.mean[l], affine.scale[l], affine.shift[l]);
                 if (t.residual) y += extra[u][l];
-                x[u].set(l, y > T(0) ? y : y * t.slope);
+                result.set(l, y > T(0) ? y : y * t.slope);
             }
-            x[u].store(t.out + start + item * plan.pitch);
+            result.store(t.out + start + item * plan.pitch);
         }
     });
 }

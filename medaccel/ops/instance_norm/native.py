@@ -109,7 +109,7 @@ def _gpu_problem(input: Tensor, channels_last: bool) -> tuple[int, int, int, int
 
 
 def _strides(grad: Tensor, channels_last: bool) -> tuple[int, int] | None:
-    """Returns the strides of a sample and of a voxel (channels last) or channel; None where the kernel needs a copy."""
+    """Returns the strides of a sample and of a voxel (channels last) or channel; None if the kernel needs a copy."""
     batch, channels, *spatial = grad.shape
     step = pitch = 1
     if channels_last:

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import medaccel
-from medaccel.layers import SwinTransformer, UnetResBlock
+from medaccel.layers import SwinTransformer, UnetResBlock, _memory_format
 from medaccel.layers._memory_format import for_convolution, pays_on_cuda
 from medaccel.ops.instance_norm import native
-from tests.layers.test_unet_blocks import LAYOUTS, PAIRS, outcome, pair
+from tests.layers.test_unet_blocks import PAIRS, outcome, pair
 
 HALF, LAST = (torch.bfloat16, torch.float16), torch.channels_last_3d
 
@@ -43,7 +43,9 @@ def test_a_gpus_half_precision_is_channels_last_where_channels_fill_vectors(
         assert pays_on_cuda(dtype, *channels, voxels) == pays
 
 
-def test_the_device_the_dtype_and_the_setting_decide_and_a_map_is_copied_once():
+def test_the_device_the_dtype_and_the_setting_decide(monkeypatch: pytest.MonkeyPatch):
+    made = object()  # fake CUDA tensors can't be copied by a torch without CUDA
+    monkeypatch.setattr(_memory_format, "channels_last", lambda x: made)
     volume, half = (1, 48, 16, 16, 16), torch.bfloat16
     with FakeTensorMode():
         for shape, dtype, device, setting, last in (
@@ -58,8 +60,15 @@ def test_the_device_the_dtype_and_the_setting_decide_and_a_map_is_copied_once():
             ((1, 48, 32, 32, 32), torch.float32, "cpu", "auto", True),
         ):
             y = for_convolution(torch.empty(shape, dtype=dtype, device=device), 48, setting)
-            assert (y.stride(1) == 1) == last, (shape, dtype, device, setting)
-            assert for_convolution(y, 48, setting) is y
+            assert (y is made) == last, (shape, dtype, device, setting)
+
+
+def test_a_map_is_copied_once():
+    x = torch.randn(1, 3, 4, 5, 6)
+    y = for_convolution(x, 8, True)
+    assert y.is_contiguous(memory_format=LAST)
+    assert torch.equal(y, x)
+    assert for_convolution(y, 8, True) is y
 
 
 @pytest.mark.parametrize("rank", [2, 3])

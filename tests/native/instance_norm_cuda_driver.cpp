@@ -135,7 +135,7 @@ int main() {
             check({2, 3, 40, false, residual, affine, true, slope, 2, 0, true});
             check({2, 20, 35, true, residual, affine, true, slope, 2, 0, true});
             check({1, 37, 27, true, residual, affine, !negative, slope, 1, 0, true});
-            check({1, 2, 301, false, residual, affine, true, slope, 1, 1, true});
+            check({1, 2, 304, false, residual, affine, true, slope, 1, 1, true});
         }
         // An instance in many blocks.
         check({1, 2, 20480, false, true, true, true, 0.1, 1, 0, false});

@@ -18,7 +18,7 @@ _FOUND = re.search(_TILE, (CSRC / "gaussian" / "cuda.cu").read_text(encoding="ut
 assert _FOUND is not None, f"csrc/gaussian/cuda.cu has no line {_TILE}"
 TILE_X, TILE_Y, CHUNK = map(int, _FOUND.groups())
 THREADS = {"march": 512, "make_taps": 128, "architecture": 1}
-OTHERS = 256  # of every other kernel
+OTHERS = 256  # threads of every other kernel
 
 
 def march_traffic(size: int, reach: int, radius: int) -> tuple[float, float]:

@@ -87,6 +87,13 @@ inline unsigned blocks_of(const Plan& plan) {
     return static_cast<unsigned>(blocks);
 }
 
+// Within a chunk, offsets are 32-bit numbers; `pitch` is the widest of the tensors'.
+inline void check_offsets(const Plan& plan, int64_t pitch) {
+    if (plan.last && (plan.step + kThreads * 4) * pitch > INT_MAX)
+        throw std::invalid_argument("instance_norm_act: input has " + std::to_string(plan.channels) +
+                                    " channels; expected fewer");
+}
+
 // One block's share, and this thread's part in it.
 struct Block {
     int64_t plane, chunk;

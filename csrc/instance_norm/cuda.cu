@@ -22,7 +22,7 @@ template <int N>
 constexpr int kForwardBatch = N == 8 ? 2 : 4;
 template <int N>
 constexpr int kBackwardBatch = N == 8 ? 1 : 2;
-constexpr double kSmallSquare = 1e-30;                // squares of floats from here down lose digits
+constexpr double kSmallSquare = 1e-30;  // squares of floats from here down lose digits
 
 // Where a sign comes from; `none`: the gradient is that before the activation already.
 enum class From : int { recompute, output, residual, none };
@@ -398,6 +398,7 @@ void with_types(const GpuProblem& g, bool aligned, const F& f) {
 template <class S, class T, int N>
 void launch_forward(const GpuProblem& g, const Forward<S, T>& t) {
     const Plan plan = plan_of(g, N);
+    check_offsets(plan, plan.channels);
     const DeviceGuard guard(g.device);
     if (in_one_launch(g)) {
         LAUNCH((normalise_at_once<S, T, N>), blocks_of(plan), kThreads, 0, g.stream, t, plan);
@@ -412,6 +413,7 @@ void launch_forward(const GpuProblem& g, const Forward<S, T>& t) {
 template <class S, class T, int N>
 void launch_backward(const GpuProblem& g, const Backward<S, T>& t) {
     const Plan plan = plan_of(g, N);
+    check_offsets(plan, std::max(plan.channels, t.grad_pitch));
     const DeviceGuard guard(g.device);
     const bool at_once = in_one_launch(g);
     if (at_once)

@@ -28,9 +28,9 @@ def pays_on_cuda(dtype: torch.dtype, channels_in: int, channels_out: int, voxels
     rule was not measured yet: `channels_last=` of `accelerate` overrides it.
 
     Args:
-        dtype: that of the convolution, autocast's where it is on.
+        dtype: the convolution's, which is autocast's where it is on.
         channels_in, channels_out: the convolution's.
-        voxels: those of all samples of the map.
+        voxels: the number of all samples' together.
     """
     if dtype not in (torch.bfloat16, torch.float16) or voxels < _LEAST_VOXELS:
         return False

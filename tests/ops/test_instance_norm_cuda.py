@@ -2,6 +2,7 @@
 """Tests instance norm's GPU kernels beyond small maps' numbers: large instances, launches, slices, orders,
 resources."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_an_instance_that_many_blocks_share_matches_the_fp64_reference(case: Cas
 @pytest.mark.parametrize("view", ["", "last"])
 @pytest.mark.parametrize("size", [6, 32])
 def test_half_storage_has_fp32_arithmetic_and_gradients(size: int, view: str, dtype: torch.dtype):
-    """With 32³ voxels, an instance is shared out; channels last, eight channels are one vector."""
+    """An instance of 32³ voxels is shared out; channels last, eight channels are one vector."""
     case = Case("", (1, 8 if view else 1, size, size, size + 2), view, view, residual=True, affine=True, slope=0.1)
     tensors = tuple(t.to(dtype) for t in case.tensors(torch.float32))
     with use_reference():
@@ -202,7 +203,7 @@ PLANTED = {
     "vectors are loaded from where they are not aligned": (
         "cuda.cu",
         "if (aligned && line % width == 0)",
-        "if (line % width == 0)",
+        "if ((aligned || width > 1) && line % width == 0)",
         ADDRESS,
         "UndefinedBehaviorSanitizer",
     ),
@@ -241,7 +242,15 @@ def test_planted_bug_is_caught(name: str, tmp_path: Path):
     text = source.read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times, not once: {old}"
     source.write_text(text.replace(old, new))
-    result = run(build((tmp_path / "csrc" / "instance_norm" / "cuda.cu", DRIVER[1]), sanitizer), order="rev")
+    kernels = tmp_path / "csrc" / "instance_norm" / "cuda.cu"
+    # The driver's tensors are float: without the other types the compiler takes a third of the time.
+    others = r"call\((double|__nv_bfloat16|__half)\(\), \w+\(\), std::integral_constant<int, \d>\(\)\)"
+    only_float, count = re.subn(
+        others, "call(float(), float(), std::integral_constant<int, 4>())", kernels.read_text()
+    )
+    assert count == 3
+    kernels.write_text(only_float)
+    result = run(build((kernels, DRIVER[1]), sanitizer), order="rev")
     if finder == "CheckFailed":
         assert "host reference" in result.output or "expected" in result.output, result.output[-2000:]
         assert "all held" not in result.output

@@ -16,7 +16,7 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # no libcudart to find at run time; imports on a machine without a driver
 enable_language(CUDA)
 
-set(CUDA_FOLDERS diffusion_step gaussian probe)
+set(CUDA_FOLDERS diffusion_step gaussian instance_norm probe)
 list(TRANSFORM CUDA_FOLDERS APPEND /cuda.cu OUTPUT_VARIABLE CUDA_SOURCES)
 list(TRANSFORM CUDA_FOLDERS APPEND /bind_cuda.cpp OUTPUT_VARIABLE CUDA_BINDINGS)
 

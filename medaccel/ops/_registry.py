@@ -136,7 +136,7 @@ _ROWS = (
         predicate="medaccel.ops.instance_norm:unsupported",
         kernels={
             "cpu": _cpu("instance_norm"),
-            "cuda": NoKernel("torch's own operations, which torch.compile fuses"),
+            "cuda": Kernel("CUDA C++", "csrc/instance_norm/cuda.cu", "sm_80 and newer"),
         },
         cases="medaccel.ops.instance_norm.cases",
         verifier="medaccel.ops.instance_norm.verify:VERIFIER",

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from medaccel.data._fields import integer, label, numbers, optional, require, source
+from medaccel.data._fields import integer, label, optional, require, source
+from medaccel.data._plausible import check_identity, check_pixels, pixel_bytes, rescale
 from medaccel.data.geometry import stack
 from medaccel.data.nifti import make_nifti
 from medaccel.data.suv import suv_factors
@@ -93,7 +94,9 @@ def open_series(
             )
         if samples != 1:
             raise ValueError(f"{source(header)}: {label('SamplesPerPixel')} is {samples}, expected 1 (no colours)")
+    check_identity(series)
     order, affine = stack(series)
+    check_pixels(series)
     _check_count(series)
     return DicomSeries([series[k] for k in order], affine)
 
@@ -124,7 +127,7 @@ def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = Fals
     values = np.empty((0, 0, 0), np.float32)
     for k, header in enumerate(_with_progress(series.headers, progress, "slices")):
         # Each slice has its own slope: PET spreads 16 bits over the slice's range.
-        slope, intercept = _rescale(header)
+        slope, intercept = rescale(header)
         pixels = _pixels(Path(source(header)))
         if k == 0:  # only now is it known that a slice holds what its header says
             values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
@@ -178,7 +181,10 @@ def _read(path: Path, *, pixels: bool) -> Dataset:
 
     try:
         with open_clipped(path) as file:
-            return pydicom.dcmread(file, stop_before_pixels=not pixels)
+            dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
+            if not pixels:
+                dataset.pixel_bytes = pixel_bytes(file, dataset)
+            return dataset
     except InvalidDicomError:
         size = path.stat().st_size
         state = "is empty (truncated?)" if size == 0 else "is not a DICOM file (no DICM at byte 128)"
@@ -216,13 +222,6 @@ def _check_count(headers: list[Dataset]) -> None:
             f"{len(headers)} slices of the series: those at an end of the body may be missing",
             stacklevel=3,
         )
-
-
-def _rescale(header: Dataset) -> tuple[float, float]:
-    absent = optional(header, "RescaleSlope") is None and optional(header, "RescaleIntercept") is None
-    if absent and optional(header, "Modality") == "MR":
-        return 1.0, 0.0
-    return numbers(header, "RescaleSlope", 1)[0], numbers(header, "RescaleIntercept", 1)[0]
 
 
 def _pixels(path: Path) -> np.ndarray:

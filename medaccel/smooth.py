@@ -21,6 +21,7 @@ from medaccel.data import (
     save_nifti,
     voxel_spacing,
 )
+from medaccel.data.nifti import is_nifti_input
 from medaccel.ops import gaussian_filter
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _sigmas(sigma: Width | None, fwhm: Width | None) -> list[float]:
 
 def _read(path: Path, *, suv: bool, series_uid: str | None, progress: bool) -> Nifti1Image:
     if not path.is_dir():
-        if path.exists() and not is_nifti_name(path):
+        if path.exists() and not is_nifti_input(path):
             raise ValueError(f"{path}: expected a .nii or .nii.gz file, or the folder of a DICOM series")
         return read_nifti(path, ndim=(3, 4))
     series = open_series(path, series_uid=series_uid, progress=progress)

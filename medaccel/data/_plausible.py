@@ -10,7 +10,11 @@ import warnings
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
+import numpy as np
+
 from medaccel.data._fields import integer, label, numbers, optional, require, source
+from medaccel.data.hounsfield import AIR_HU, HIGHEST_HU, ImageWarning, hu_remarks
+from medaccel.data.nifti import available_memory
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -26,6 +30,7 @@ _PIXEL_DATA = (0x7FE0, 0x0010)
 _UNDEFINED = 0xFFFFFFFF
 # What a header would ask for is compared with the machine's memory: single precision, and one slice in double.
 _BYTES_PER_VOXEL = 4
+_NEAR_AIR = 24.0  # HU: padding of −1000 looks like air
 
 
 def pixel_bytes(file: IO[bytes], header: Dataset) -> int | None:
@@ -33,7 +38,7 @@ def pixel_bytes(file: IO[bytes], header: Dataset) -> int | None:
 
     None stands for pixels whose length can't be told: they are compressed, or the file is deflated or has none.
     """
-    syntax = transfer_syntax(header)
+    syntax = getattr(getattr(header, "file_meta", None), "TransferSyntaxUID", None)
     if syntax is None or syntax.is_compressed:
         return None
     start = file.tell()
@@ -49,11 +54,6 @@ def pixel_bytes(file: IO[bytes], header: Dataset) -> int | None:
         return None
     end = file.seek(0, 2)
     return max(end - begin, 0) if length == _UNDEFINED else min(length, max(end - begin, 0))
-
-
-def transfer_syntax(header: Dataset) -> object | None:
-    """Returns the UID that says how a file is encoded; None if its meta header lacks it."""
-    return getattr(getattr(header, "file_meta", None), "TransferSyntaxUID", None)
 
 
 def check_identity(headers: Sequence[Dataset]) -> None:
@@ -74,7 +74,7 @@ def check_pixels(headers: Sequence[Dataset]) -> None:
 
     Raises:
         ValueError: slices aren't grey, have unusual bits, a scale that no scanner writes, or other pixels than their
-            header says; no decoder is installed; the memory doesn't suffice. The message names file and field.
+            header says; the memory doesn't suffice. The message names file and field.
 
     Warns:
         UserWarning: slices of a PET have an intercept, slices of a CT different scales, or some are MONOCHROME1.
@@ -82,7 +82,6 @@ def check_pixels(headers: Sequence[Dataset]) -> None:
     for header in headers:
         _check_scale(header)
         _check_bits(header)
-        _check_decoder(header)
         _check_length(header)
     _check_memory(headers)
     _remark(headers)
@@ -98,8 +97,8 @@ def _check_one(headers: Sequence[Dataset], keyword: str) -> None:
             known = header
         elif str(value) != str(known.get(keyword)):
             raise ValueError(
-                f"{source(header)}: {label(keyword)} is {value}, but {known.get(keyword)} in {source(known)}; expected "
-                "one value in a series"
+                f"{source(header)}: {label(keyword)} is {value}, but {known.get(keyword)} in {source(known)}; "
+                "expected one value in a series"
             )
 
 
@@ -134,7 +133,7 @@ def _check_bits(header: Dataset) -> None:
         raise ValueError(f"{source(header)}: {label('BitsAllocated')} is {allocated}, expected {listed}")
     if not 1 <= stored <= allocated:
         raise ValueError(
-            f"{source(header)}: {label('BitsStored')} is {stored}, expected 1 to {allocated}, {label('BitsAllocated')}"
+            f"{source(header)}: {label('BitsStored')} is {stored}, expected 1 to {allocated} (BitsAllocated)"
         )
     if high != stored - 1:
         raise ValueError(
@@ -148,27 +147,6 @@ def _check_bits(header: Dataset) -> None:
     if grey not in _GREY:
         raise ValueError(
             f"{source(header)}: {label('PhotometricInterpretation')} is {grey}, expected {' or '.join(_GREY)}"
-        )
-
-
-def _check_decoder(header: Dataset) -> None:
-    from pydicom.pixels import get_decoder
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
-
-    syntax = transfer_syntax(header)
-    if syntax is None or not syntax.is_compressed or syntax == DeflatedExplicitVRLittleEndian:  # type: ignore[attr-defined]
-        return
-    name = getattr(syntax, "name", syntax)
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ValueError(
-            f"{source(header)}: TransferSyntaxUID (0002,0010) is {name}, which pydicom can't decode"
-        ) from None
-    if not decoder.is_available:
-        raise ValueError(
-            f"{source(header)}: TransferSyntaxUID (0002,0010) is {name}, and no decoder for it is installed; it needs "
-            f"one of: {'; '.join(decoder.missing_dependencies)}"
         )
 
 
@@ -195,8 +173,6 @@ def _check_length(header: Dataset) -> None:
 
 
 def _check_memory(headers: Sequence[Dataset]) -> None:
-    from medaccel.data.nifti import available_memory
-
     first = headers[0]
     shape = integer(first, "Columns"), integer(first, "Rows"), len(headers)
     needed, free = math.prod(shape) * _BYTES_PER_VOXEL, available_memory()
@@ -236,3 +212,77 @@ def _remark(headers: Sequence[Dataset]) -> None:
         kind = optional(first, "RescaleType")
         if kind is not None and str(kind) != "HU":
             warnings.warn(f"{source(first)}: {label('RescaleType')} is {kind}, expected HU", stacklevel=4)
+
+
+def check_values(values: np.ndarray, headers: Sequence[Dataset]) -> None:
+    """Refuses a volume that isn't finite, and says of a CT what is no HU of a body.
+
+    Raises:
+        ValueError: a value is NaN or infinite; the file is named.
+
+    Warns:
+        ImageWarning: values of a CT lie outside of HU's usual range.
+    """
+    finite = np.isfinite(values)
+    if not finite.all():
+        k = int(np.flatnonzero(~finite.all(axis=(0, 1)))[0])
+        raise ValueError(f"{source(headers[k])}: {int((~finite).sum())} voxels are NaN or infinite after rescaling")
+    if str(optional(headers[0], "Modality")) == "CT":
+        for sentence in hu_remarks(values):
+            warnings.warn(f"{source(headers[0])}: {sentence}", ImageWarning, stacklevel=3)
+
+
+class Padding:
+    """Replaces the padding of a CT's slices by air, and counts it."""
+
+    def __init__(self, headers: Sequence[Dataset]) -> None:
+        self.headers, self.found, self.kept, self.most = headers, 0, 0, 0.0
+        self.active = any("PixelPaddingValue" in header for header in headers)
+
+    def replace(self, pixels: np.ndarray, values: np.ndarray, header: Dataset) -> None:
+        """Puts air where a CT's pixels are padding; `values` are the pixels after rescaling."""
+        limits = self._limits(header)
+        if limits is None:
+            return
+        padded = (pixels >= limits[0]) & (pixels <= limits[1])
+        count = int(padded.sum())
+        if not count:
+            return
+        hounsfield = float(np.median(values[padded]))
+        if not AIR_HU <= hounsfield < HIGHEST_HU:  # within this range it may be tissue
+            values[padded] = AIR_HU
+            self.found, self.most = self.found + count, hounsfield
+        elif hounsfield > AIR_HU + _NEAR_AIR:
+            self.kept, self.most = self.kept + count, hounsfield
+
+    def tell(self) -> None:
+        """Warns of what was replaced, and of padding that can't be told from tissue."""
+        name = f"{source(self.headers[0])}: {label('PixelPaddingValue')}"
+        if self.found:
+            sentence = f"{name} stands for {self.most:g} HU in {self.found} voxels; they are read as {AIR_HU:g} HU"
+            warnings.warn(sentence, ImageWarning, stacklevel=3)
+        if self.kept:
+            sentence = (
+                f"{name} stands for {self.most:g} HU, which tissue has too; {self.kept} voxels with it are read as "
+                "they are"
+            )
+            warnings.warn(sentence, ImageWarning, stacklevel=3)
+
+    def _limits(self, header: Dataset) -> tuple[int, int] | None:
+        if not self.active or str(optional(header, "Modality")) != "CT":
+            return None
+        if optional(header, "PixelPaddingValue") is None:
+            return None
+        value = _signed(header, "PixelPaddingValue")
+        ranged = optional(header, "PixelPaddingRangeLimit") is not None
+        limit = _signed(header, "PixelPaddingRangeLimit") if ranged else value
+        return min(value, limit), max(value, limit)
+
+
+def _signed(header: Dataset, keyword: str) -> int:
+    """Returns a field that is of the pixels' type, which a file may state with the other sign: 63536 is −2000."""
+    value, bits = integer(header, keyword), integer(header, "BitsAllocated")
+    signed = integer(header, "PixelRepresentation") == 1
+    if signed and value >= 1 << (bits - 1):
+        return value - (1 << bits)
+    return value + (1 << bits) if not signed and value < 0 else value

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from medaccel.data._fields import integer, label, optional, require, source
-from medaccel.data._plausible import check_identity, check_pixels, pixel_bytes, rescale
+from medaccel.data._plausible import Padding, check_identity, check_pixels, check_values, pixel_bytes, rescale
 from medaccel.data.geometry import stack
 from medaccel.data.nifti import make_nifti
 from medaccel.data.suv import suv_factors
@@ -115,8 +115,8 @@ def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = Fals
 
     Raises:
         ValueError: pixels are truncated, or compressed in a way that pydicom can't decode here; RescaleSlope
-            or RescaleIntercept is missing (MR may lack both); with `suv`, the series is no PET, or
-            `medaccel.data.suv_factors` refuses it.
+            or RescaleIntercept is missing (MR may lack both), or gives values that aren't finite; with `suv`, the
+            series is no PET, or `medaccel.data.suv_factors` refuses it.
     """
     first = series.headers[0]
     factors = np.ones(len(series.headers))
@@ -124,14 +124,18 @@ def load_series(series: DicomSeries, *, suv: bool = False, progress: bool = Fals
         if series.modality != "PT":
             raise ValueError(f"{source(first)}: {label('Modality')} is {series.modality}, expected PT (PET) for SUV")
         factors = suv_factors(series.headers)
-    values = np.empty((0, 0, 0), np.float32)
+    values, padding = np.empty((0, 0, 0), np.float32), Padding(series.headers)
     for k, header in enumerate(_with_progress(series.headers, progress, "slices")):
         # Each slice has its own slope: PET spreads 16 bits over the slice's range.
         slope, intercept = rescale(header)
         pixels = _pixels(Path(source(header)))
         if k == 0:  # only now is it known that a slice holds what its header says
             values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
-        values[:, :, k] = (pixels.T * slope + intercept) * factors[k]
+        rescaled = pixels * slope + intercept
+        padding.replace(pixels, rescaled, header)
+        values[:, :, k] = (rescaled * factors[k]).T
+    padding.tell()
+    check_values(values, series.headers)
     image = make_nifti(values, series.affine)
     image.header["descrip"] = b"SUV body weight (g/mL)" if suv else b""
     return image

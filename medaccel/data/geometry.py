@@ -171,7 +171,7 @@ def _check_straight(ordered: Sequence[Dataset], positions: np.ndarray, normal: n
         )
     angle = np.degrees(np.arctan2(far[-1], abs(offsets[-1] @ normal)))
     raise ValueError(
-        f"{source(ordered[k])}: {label('ImagePositionPatient')} is {far[k]:.4g} mm aside of the first slice's normal: "
+        f"{source(ordered[k])}: {label('ImagePositionPatient')} is {far[k]:.4g} mm aside of the first normal: "
         f"the stack leans by {angle:.3g}° (a tilted gantry, or a sheared volume), expected slices straight above one "
         "another; dcm2niix, for instance, resamples such a series"
     )

@@ -30,6 +30,7 @@ from medaccel.data._fields import optional
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.data.files import check_input
 from medaccel.data.hounsfield import check_hu
+from medaccel.data.nifti import is_nifti_input
 from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.evaluation.training_range import SECONDS_MARGIN, TrainingRange
 from medaccel.restoration.memory import expected_of_restoring, on_gpu
@@ -205,7 +206,7 @@ def _read(path: Path, seconds: int, series_uid: str | None, progress: bool) -> _
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
     check_input(path)
-    if not is_nifti_name(path):
+    if not is_nifti_input(path):
         raise ValueError(
             f"{path}: expected a .nii or .nii.gz file, the folder of a PET DICOM series, or a study folder"
         )

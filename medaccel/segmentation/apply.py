@@ -18,6 +18,7 @@ from medaccel.data.ct import Scan, find_scans, read_scan
 from medaccel.data.dicom_write import RESEARCH_ONLY
 from medaccel.data.files import check_input
 from medaccel.data.hounsfield import BODY_HU
+from medaccel.data.nifti import is_nifti_input
 from medaccel.studies.digest import file_sha256
 from medaccel.studies.tables import write_json
 
@@ -135,7 +136,7 @@ def _scan(path: Path, series_uid: str | None, check_units: bool) -> Scan:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         check_input(path)
-        if is_nifti_name(path):
+        if is_nifti_input(path):
             return Scan(path, "nifti")
         if path.suffix.lower() in _META_IMAGE:
             return Scan(path, "metaimage")

@@ -11,8 +11,9 @@ Each slice has its source's header, in which the fields that are no longer true 
 - left out: extremes of pixel values, padding, overlays, thumbnails, digital signatures, look-up tables, and private
   fields, of whose meaning for other pixels nobody can say; but not those that SUV depends on.
 
-So patient data are kept: name, ID, birth date, comments. `deidentify` removes them by the standard's basic profile, and
-writes SUV (unit GML), since weight, dose and times are among what is removed. Nobody but the owner may read the files.
+So patient data are kept: name, ID, birth date, comments. `deidentify` removes them by the standard's basic profile,
+and writes SUV (unit GML), since weight, dose and times are among what is removed. Nobody but the owner may read the
+files.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from medaccel.data.pet_module import IMAGE_TYPE, complete
 from medaccel.data.suv import suv_factors
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
 
 RESEARCH_ONLY = "research only"
 _MAX_LO = 64  # characters of a DICOM long string, such as the description of a series
 _MAX_ST = 1024  # characters of a DICOM short text
+_WORDS = {"OW": 2, "OL": 4, "OF": 4, "OD": 8, "OV": 8}  # bytes of a word in fields of these kinds
 _SMOOTHING = ("113087", "Smoothing")  # the standard's derivation (CID 7203) that comes nearest to removing noise
 _SOURCE_IMAGE = ("121322", "Source image for image processing operation")
 _PROCESSING = ("109102", "Processing Equipment")
@@ -86,9 +88,9 @@ def write_derived_pet(
         force: replace a folder that holds DICOM files and nothing else.
 
     Raises:
-        ValueError: `deidentify` lacks its package; the volume has another shape than the template or values that are not finite; a template that is
-            no PET or has no SUV; a description that is empty, too long or not ASCII; `folder` holds the template
-            itself; with `force`, it holds anything but DICOM files.
+        ValueError: `deidentify` lacks its package; the volume has another shape than the template or values that are
+            not finite; a template that is no PET or has no SUV; a description that is empty, too long or not ASCII;
+            `folder` holds the template itself; with `force`, it holds anything but DICOM files.
         FileExistsError: the folder is not empty and `force` is False.
         OSError: the folder can't be written; its earlier content stays.
     """
@@ -120,13 +122,13 @@ def write_derived_pet(
             values = volume[:, :, k].T.astype(np.float64) / factors[k]  # (rows, columns), the source's unit
             slope, pixels = _quantised(values, signed)
             derived = _without_stale_fields(header)
-            derived.update(series)
+            derived.update(copy.deepcopy(series))
             _describe(derived, header, description, derivation, slope)
-            complete(derived, shared)
+            complete(derived, k + 1, shared)
             if deidentify:
                 derived.Units, derived.SUVType = "GML", "BW"
                 remove_identity(derived)
-                derived.update(series)
+                derived.update(copy.deepcopy(series))
                 _describe(derived, None, description, derivation, slope)
             _set_pixels(derived, pixels, slope)
             path = temporary / f"IM{k + 1:05d}.dcm"
@@ -206,7 +208,7 @@ def _code(value: str, meaning: str) -> Dataset:
 
 def _without_stale_fields(header: Dataset) -> Dataset:
     """Copies a source slice's header without the fields that aren't true of other pixels."""
-    from pydicom import DataElement
+    from pydicom import Dataset
     from pydicom.tag import Tag
 
     kept = set()
@@ -229,7 +231,18 @@ def _without_stale_fields(header: Dataset) -> Dataset:
         derived.walk(leave_out)
     except Exception as error:  # pydicom reads a value when it is asked for, and can stumble in any way
         raise ValueError(f"{source(header)}: a field can't be read ({error})") from error
-    return derived
+    if header.original_encoding[1] is False:  # big-endian, which is retired: words are turned round
+        derived.walk(_swap_bytes)
+    # pydicom converts no dataset that remembers how its file was encoded.
+    plain = Dataset()
+    plain.update(derived)
+    return plain
+
+
+def _swap_bytes(_: Dataset, element: DataElement) -> None:
+    size = _WORDS.get(element.VR)
+    if size is not None and isinstance(element.value, bytes) and len(element.value) % size == 0:
+        element.value = np.frombuffer(element.value, f"u{size}").byteswap().tobytes()
 
 
 def _shared_uids() -> Dataset:

@@ -163,9 +163,7 @@ def check_output_folder(path: str | os.PathLike[str], *, force: bool = False) ->
 
 
 @contextmanager
-def atomic_folder(
-    path: str | os.PathLike[str], *, force: bool = False, private: bool = False
-) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], *, force: bool = False, private: bool = False) -> Iterator[Path]:
     """Yields a temporary empty folder beside `path`; when the block ends well, it becomes `path`.
 
     On any failure in the block it is removed and `path` stays as it was. A folder that is replaced is moved

@@ -27,6 +27,7 @@ from medaccel.data import (
     write_derived_pet,
 )
 from medaccel.data._fields import optional
+from medaccel.data.deidentify import check_deidentify
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.data.files import check_input
 from medaccel.data.hounsfield import check_hu
@@ -69,6 +70,7 @@ def apply(
     seed: int = 0,
     series_uid: str | None = None,
     check_units: bool = True,
+    deidentify: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
@@ -82,7 +84,8 @@ def apply(
         input: a .nii or .nii.gz file in SUV; a folder with a PET DICOM series; or a study folder with
             PET_<seconds>.nii.gz, of which the file of the exposure is taken.
         output: a .nii or .nii.gz file; or, for DICOM input, a folder for a derived DICOM series in the unit of the
-            source. Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
+            source, which keeps the patient's data (name, ID, birth date, comments) and is readable by its owner alone.
+            Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
         seconds: the input's exposure, one that the method was fitted on; by default its primary one.
         ct: a .nii or .nii.gz file in HU, or the folder of a CT DICOM series, in the same space; by default the study
             folder's CT.nii.gz, if it exists. Methods that use no CT ignore it.
@@ -90,7 +93,9 @@ def apply(
         seed: the seed of the samples.
         series_uid: SeriesInstanceUID, if the DICOM folder has several series.
         check_units: refuse an input that can't be in SUV, by the body's median, and a CT that doesn't look like HU.
-        force: overwrite an existing output.
+        deidentify: remove the patient's data from a derived DICOM series by the standard's basic profile (PS3.15 E;
+            the pixels stay as they are), and write it in SUV.
+        force: overwrite an existing output, and restore an input that can't be in SUV all the same, with a warning.
         progress: show progress on stderr.
 
     Returns:
@@ -111,6 +116,10 @@ def apply(
     """
     checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
     _check_output(input, output, force)  # the output is checked before anything is read
+    if deidentify:
+        if is_nifti_name(output):
+            raise ValueError(f"{output}: deidentify is for DICOM output; NIfTI holds no patient data")
+        check_deidentify()
     method = load_method(checkpoint)
     exposure = method.seconds(seconds)
     deviation = _deviation_path(output)
@@ -124,7 +133,7 @@ def apply(
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
     check_volume(str(read.path), volume, spacing)
     if check_units:
-        check_suv(volume, spacing, read.path)
+        check_suv(volume, spacing, read.path, refuse=not force)
     for sentence in _unlike(method, read, volume, spacing, exposure):
         warnings.warn(f"{read.path}: {sentence}", stacklevel=2)
     ct = read.ct if ct is None else Path(ct)
@@ -158,7 +167,15 @@ def apply(
         save_nifti(output, _image(restored.volume, read, what), force=force)
     else:
         derivation = f"Checkpoint with SHA-256 {file_sha256(checkpoint)}, seed {seed}."
-        write_derived_pet(output, restored.volume, read.series, description=what, derivation=derivation, force=force)
+        write_derived_pet(
+            output,
+            restored.volume,
+            read.series,
+            description=what,
+            derivation=derivation,
+            deidentify=deidentify,
+            force=force,
+        )
     return (*written, output)
 
 

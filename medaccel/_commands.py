@@ -46,6 +46,7 @@ SCORE_EXAMPLES = """examples:
 APPLY_EXAMPLES = """examples:
   medaccel restoration apply --checkpoint gaussian_mix.pt pet_60s.nii.gz restored.nii.gz
   medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --ct ct_dicom/
+  medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --deidentify true
   medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
 """
 
@@ -67,6 +68,7 @@ SEGMENTATION_EXAMPLES = """examples:
 SEGMENT_EXAMPLES = """examples:
   medaccel segmentation apply --checkpoint cells/spleen-random-020-seed0/best.pt ct.nii.gz spleen.nii.gz
   medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
+  medaccel segmentation apply --checkpoint lungs.pt ct_dicom/ seg.dcm --output_type dicom_seg --ratio lesion/lung
 """
 
 DEMO_EXAMPLES = """examples:
@@ -280,9 +282,11 @@ def _call_segmentation_run(arguments: Namespace) -> None:
 
 
 def _call_segmentation_apply(arguments: Namespace) -> None:
-    from medaccel.segmentation.apply import apply
+    from medaccel.data.files import read_json
+    from medaccel.segmentation.apply import apply, spoken
 
-    _apply(arguments, apply)
+    *_, report = _apply(arguments, apply)
+    print("\n".join(spoken(read_json(report))))
 
 
 def _call_demo(arguments: Namespace) -> None:
@@ -302,10 +306,12 @@ def _run(
     run(chosen, **others)
 
 
-def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
+def _apply(arguments: Namespace, apply: Callable[..., Any]) -> tuple[Path, ...]:
     options = _options(arguments, "quiet")
-    for path in apply(**options, progress=not arguments.quiet):
+    written = tuple(apply(**options, progress=not arguments.quiet))
+    for path in written:
         print(f"written: {path}")
+    return written
 
 
 @dataclass(frozen=True)

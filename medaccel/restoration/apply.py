@@ -84,8 +84,8 @@ def apply(
         input: a .nii or .nii.gz file in SUV; a folder with a PET DICOM series; or a study folder with
             PET_<seconds>.nii.gz, of which the file of the exposure is taken.
         output: a .nii or .nii.gz file; or, for DICOM input, a folder for a derived DICOM series in the unit of the
-            source, which keeps the patient's data (name, ID, birth date, comments) and is readable by its owner alone.
-            Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
+            source, which keeps the patient's data (name, ID, birth date, comments) and is readable by its owner
+            alone. Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
         seconds: the input's exposure, one that the method was fitted on; by default its primary one.
         ct: a .nii or .nii.gz file in HU, or the folder of a CT DICOM series, in the same space; by default the study
             folder's CT.nii.gz, if it exists. Methods that use no CT ignore it.

@@ -24,6 +24,11 @@ DOCTOR_EXAMPLES = """examples:
   medaccel doctor
 """
 
+INFO_EXAMPLES = """examples:
+  medaccel info pet_series/
+  medaccel info ct.nii.gz
+"""
+
 VERIFY_EXAMPLES = """examples:
   medaccel verify
   medaccel verify --devices cuda:0 --json verify.json
@@ -118,6 +123,18 @@ def _doctor() -> Parser:
     return _parser(
         "Says what is installed, what is built, and which kernel serves each op on each device.", DOCTOR_EXAMPLES
     )
+
+
+def _info() -> Parser:
+    from medaccel.info import info
+
+    parser = _parser(
+        "Says what a file or folder is, what will be read, units, the rule of SUV, its geometry and warnings. "
+        "The exit status is 0 if it can be read, with or without warnings, and 1 if it is refused.",
+        INFO_EXAMPLES,
+    )
+    parser.add_function_arguments(info, as_positional=True)
+    return parser
 
 
 def _verify() -> Parser:
@@ -219,6 +236,14 @@ def _call_doctor(_: Namespace) -> None:
     from medaccel import doctor
 
     print(doctor())
+
+
+def _call_info(arguments: Namespace) -> int:
+    from medaccel.info import info
+
+    found = info(**_options(arguments))
+    print(found)
+    return 0 if found.refusal is None else 1
 
 
 def _call_verify(arguments: Namespace) -> int:
@@ -345,6 +370,7 @@ class Command:
 
 COMMANDS = {
     "doctor": Command("what is installed and which kernels serve", _doctor, _call_doctor),
+    "info": Command("what a file or folder is, and how it is read", _info, _call_info, "medaccel.info:info"),
     "verify": Command(
         "check and time every kernel on this machine",
         _verify,

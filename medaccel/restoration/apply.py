@@ -8,7 +8,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, RestorationRequest, check_volume
 from medaccel.restoration.study import AIR_HU
-from medaccel.restoration.uptake import check_suv
+from medaccel.restoration.uptake import check_suv, suv_per_bqml
 from medaccel.studies.digest import file_sha256
 from medaccel.training.memory import expect
 
@@ -69,6 +69,9 @@ def apply(
     samples: int | None = None,
     seed: int = 0,
     series_uid: str | None = None,
+    unit: Literal["suv", "bqml"] = "suv",
+    weight: float | None = None,
+    dose: float | None = None,
     check_units: bool = True,
     deidentify: bool = False,
     force: bool = False,
@@ -92,6 +95,9 @@ def apply(
         samples: how many to draw, for methods that draw; by default their own setting.
         seed: the seed of the samples.
         series_uid: SeriesInstanceUID, if the DICOM folder has several series.
+        unit: the unit of a NIfTI input; bqml is converted to SUV with weight and dose.
+        weight: the patient's weight, kg, for bqml.
+        dose: the dose in Bq, decayed to the time that the image is decay-corrected to, for bqml.
         check_units: refuse an input that can't be in SUV, by the body's median, and a CT that doesn't look like HU.
         deidentify: remove the patient's data from a derived DICOM series by the standard's basic profile (PS3.15 E;
             the pixels stay as they are), and write it in SUV.
@@ -128,9 +134,14 @@ def apply(
     if samples is not None and (samples < 1 or not method.samples):
         expected = "1 or more" if method.samples else f"none, as {method.name} draws no samples"
         raise ValueError(f"samples is {samples}; expected {expected}")
+    factor = _factor(unit, weight, dose)
     read = _read(input, exposure, series_uid, progress)
     spacing = voxel_spacing(read.image)
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
+    if factor is not None:
+        if read.series is not None:
+            raise ValueError(f"{read.path}: unit is bqml, but a DICOM series says its unit itself; expected suv")
+        volume = volume * np.float32(factor)
     check_volume(str(read.path), volume, spacing)
     if check_units:
         check_suv(volume, spacing, read.path, refuse=not force)
@@ -177,6 +188,20 @@ def apply(
             force=force,
         )
     return (*written, output)
+
+
+def _factor(unit: str, weight: float | None, dose: float | None) -> float | None:
+    """Returns the factor to SUV; None if the input is in SUV."""
+    if unit not in ("suv", "bqml"):
+        raise ValueError(f"unit is {unit!r}; expected suv or bqml")
+    if unit == "suv":
+        if weight is not None or dose is not None:
+            raise ValueError("weight and dose are for unit bqml; expected none of them, as unit is suv")
+        return None
+    if weight is None or dose is None:
+        missing = " and ".join(name for name, value in (("weight", weight), ("dose", dose)) if value is None)
+        raise ValueError(f"unit is bqml, and {missing} is missing; expected kg and Bq")
+    return suv_per_bqml(weight, dose)
 
 
 def _is_study(folder: Path) -> bool:

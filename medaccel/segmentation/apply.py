@@ -51,13 +51,13 @@ def apply(
         checkpoint: best.pt of a cell.
         input: a .nii, .nii.gz, .mhd or .mha file in HU, or a folder with a CT DICOM series.
         output: a .nii or .nii.gz file: the label map, on the input's grid; or a .dcm file for dicom_seg.
-        output_type: nifti; or dicom_seg for a DICOM segmentation of the DICOM series that is the input, which keeps the
+        output_type: nifti; or dicom_seg for a DICOM segmentation of the series that is the input, which keeps the
             patient's data (name, ID, birth date) and is readable by its owner alone.
         keep_largest: number of components to keep of each structure, 0 keeps all; by default the training's setting.
-        ratio: shares to report, such as lesion/lung: the volume of the lesions in that of lungs and lesions together,
+        ratio: shares to report, such as lesion/lung: the volume of lesions in that of lungs and lesions together,
             since a voxel has one label and a lesion's is no longer lung; + joins, as in lesion/lung_left+lung_right.
-        report: a JSON file with the volume of each structure, mL, its components and the shares; by default beside the output,
-            with its name.
+        report: a JSON file with the volume of each structure, mL, its components and the shares; by default beside
+            the output, with its name.
         series_uid: SeriesInstanceUID, if the folder has several series.
         check_units: refuse an input that doesn't look like a CT in HU, but like a label map, MR or another unit.
         force: overwrite existing files.

@@ -23,7 +23,7 @@ def hu() -> np.ndarray:
     values = rng.normal(-1000, 15, (24, 24, 12))
     values[4:20, 4:20] = rng.normal(40, 25, (16, 16, 12))
     values[6:9, 6:9] = -90
-    return values.astype(np.int16)
+    return values.clip(-1024).astype(np.int16)
 
 
 def broken(ds: Dataset, k: int) -> None:

@@ -256,7 +256,7 @@ class Padding:
             self.kept, self.most = self.kept + count, hounsfield
 
     def tell(self) -> None:
-        """Warns of what was replaced, and of padding that can't be told from tissue."""
+        """Warns of padding that was replaced, and of padding that looks like tissue."""
         name = f"{source(self.headers[0])}: {label('PixelPaddingValue')}"
         if self.found:
             sentence = f"{name} stands for {self.most:g} HU in {self.found} voxels; they are read as {AIR_HU:g} HU"

@@ -127,7 +127,7 @@ def _segmentation(masks: np.ndarray, names: list[str], headers: list[Dataset], d
         segments.append(segment)
     number = int(optional(headers[0], "SeriesNumber") or 0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an empty segmentation, which is a result like another
+        warnings.simplefilter("ignore")  # an empty segmentation is a result like another
         segmentation = hd.seg.Segmentation(
             source_images=[_completed(header) for header in headers],
             pixel_array=masks.astype(np.uint8),

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from nibabel import Nifti1Header, Nifti1Image
 
-_APART = 0.1  # of the smallest voxel; a quaternion in single precision is off by less
+_APART = 0.1  # share of the smallest voxel; a quaternion in single precision is off by less
 _SIZES = 0.01  # sizes of voxels that differ by a greater share aren't rounded
 
 

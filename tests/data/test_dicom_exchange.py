@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written as DICOM passes a validator, keeps or loses the patient as asked, and is for its owner alone."""
+"""Written DICOM passes a validator, keeps or loses the patient as asked, and is for its owner alone."""
 
 from __future__ import annotations
 

@@ -323,6 +323,7 @@ def test_the_identity_gives_the_series_back(tmp_path: Path, identity: Path, synt
         assert (b"Doe^Jane" in path.read_bytes()) != hidden
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_identity_gives_a_real_series_back(tmp_path: Path, identity: Path, data_dir: Path) -> None:
     source = data_dir / "pet" / "sts_001_fdg_pet_dicom"

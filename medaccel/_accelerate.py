@@ -71,6 +71,7 @@ _REGISTRY = (
         "monai.networks.nets.swin_unetr:SwinTransformer",
         "medaccel.layers.swin_transformer:SwinTransformer",
         "medaccel.layers.swin_transformer:transformer_unsupported",
+        None,
     ),
     _Entry(
         "monai.networks.blocks.dynunet_block:UnetResBlock",

@@ -17,6 +17,7 @@ from medaccel._examples import (
     DEMO_EXAMPLES,
     DOCTOR_EXAMPLES,
     FINETUNE_EXAMPLES,
+    INFO_EXAMPLES,
     PRETRAINING_EXAMPLES,
     RUN_EXAMPLES,
     SCORE_EXAMPLES,
@@ -71,6 +72,18 @@ def _doctor() -> Parser:
     return _parser(
         "Says what is installed, what is built, and which kernel serves each op on each device.", DOCTOR_EXAMPLES
     )
+
+
+def _info() -> Parser:
+    from medaccel.info import info
+
+    parser = _parser(
+        "Says what a file or folder is, what will be read, units, the rule of SUV, its geometry and warnings. "
+        "The exit status is 0 if it can be read, with or without warnings, and 1 if it is refused.",
+        INFO_EXAMPLES,
+    )
+    parser.add_function_arguments(info, as_positional=True)
+    return parser
 
 
 def _verify() -> Parser:
@@ -216,6 +229,14 @@ def _call_doctor(_: Namespace) -> None:
     print(doctor())
 
 
+def _call_info(arguments: Namespace) -> int:
+    from medaccel.info import info
+
+    found = info(**_options(arguments))
+    print(found)
+    return 0 if found.refusal is None else 1
+
+
 def _call_verify(arguments: Namespace) -> int:
     from medaccel.data.files import check_output, write_text
     from medaccel.verify import check_devices, verify
@@ -320,9 +341,11 @@ def _call_segmentation_run(arguments: Namespace) -> None:
 
 
 def _call_segmentation_apply(arguments: Namespace) -> None:
-    from medaccel.segmentation.apply import apply
+    from medaccel.data.files import read_json
+    from medaccel.segmentation.apply import apply, spoken
 
-    _apply(arguments, apply)
+    *_, report = _apply(arguments, apply)
+    print("\n".join(spoken(read_json(report))))
 
 
 def _call_demo(arguments: Namespace) -> None:
@@ -342,10 +365,12 @@ def _run(
     run(chosen, **others)
 
 
-def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
+def _apply(arguments: Namespace, apply: Callable[..., Any]) -> tuple[Path, ...]:
     options = _options(arguments, "quiet")
-    for path in apply(**options, progress=not arguments.quiet):
+    written = tuple(apply(**options, progress=not arguments.quiet))
+    for path in written:
         print(f"written: {path}")
+    return written
 
 
 @dataclass(frozen=True)
@@ -379,6 +404,7 @@ class Command:
 
 COMMANDS = {
     "doctor": Command("what is installed and which kernels serve", _doctor, _call_doctor),
+    "info": Command("what a file or folder is, and how it is read", _info, _call_info, "medaccel.info:info"),
     "verify": Command(
         "check and time every kernel on this machine",
         _verify,

@@ -24,6 +24,7 @@ def image(path: Path) -> Path:
     "command",
     [
         ["smooth"],
+        ["info"],
         ["restoration", "run"],
         ["restoration", "score"],
         ["restoration", "apply"],

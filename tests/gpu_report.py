@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,12 @@ from typing import NamedTuple
 from tests.cuda_emulation.sanitized import CSRC
 from tests.gpu_resources import compile_for_gpu
 
-THREADS = {"march": 256, "one_axis": 256, "make_taps": 128, "dot_parts": 256, "dot_total": 256, "architecture": 1}
+THREADS = {"march": 256, "make_taps": 128, "architecture": 1}  # of a block; the other kernels have 256
 # An H100 SXM: its multiprocessors, each issuing four instructions a cycle; bytes a second of its memory.
 PROCESSORS, HERTZ, ISSUED, BYTES_PER_SECOND = 132, 1.755e9, 4, 3.35e12
 # Instructions of one thread for one plane (4 voxels) within the volume, by reach: `plane_instructions` of sm_90.
 PLANE_INSTRUCTIONS = {4: 274, 8: 439}
-# Share of the cycles in which an instruction is issued: an assumption, with two blocks on a multiprocessor and with one.
+# Share of the cycles in which an instruction is issued, an assumption: with two blocks on a multiprocessor, and one.
 ISSUE_SHARE = {2: 0.6, 1: 0.4}
 
 
@@ -71,7 +72,7 @@ def predict_march(size: int, reach: int) -> Prediction:
     inside = lambda start, length, margin: min(start + length + margin, size) - max(start - margin, 0)  # noqa: E731
     across = [sum(inside(at, tile, reach) for at in range(0, size, tile)) for _ in range(2)]
     bounds = [part * size // plan.chunks for part in range(plan.chunks + 1)]
-    planes = sum(inside(a, b - a, reach) for a, b in zip(bounds, bounds[1:], strict=False))
+    planes = sum(inside(a, b - a, reach) for a, b in pairwise(bounds))
     most = -(-plan.blocks // PROCESSORS)
     steps = most * (plan.longest + 2 * reach)
     warps = THREADS["march"] // 32
@@ -118,7 +119,9 @@ def plane_instructions(machine_code: str, reach: int) -> int:
         (loop for loop in back if marching[0] < loop[0] and loop[1] < marching[1]),
         key=lambda loop: sum(name == "FFMA" for _, name, _ in inside(loop)),
     )
-    targets = {int(t, 16) for _, name, rest in inside(marching) if "BRA" in name for t in re.findall(r"0x(\w+)", rest)}
+    targets = {
+        int(t, 16) for _, name, rest in inside(marching) if "BRA" in name for t in re.findall(r"0x(\w+)", rest)
+    }
     blocks: list[list[tuple[int, str, str]]] = [[]]
     for instruction in inside(marching):
         if instruction[0] in targets:
@@ -160,7 +163,7 @@ def main() -> int:
     for source in sorted(CSRC.glob("*/cuda.cu")):
         for r in compile_for_gpu(source, allow_spills=True):
             name = r.kernel.split("<")[0].rsplit("::")[-1]
-            o = r.occupancy(THREADS[name])
+            o = r.occupancy(THREADS.get(name, 256))
             spilled = r.spill_store_bytes + r.spill_load_bytes
             spills += spilled
             print(
@@ -168,6 +171,12 @@ def main() -> int:
                 f"{100 * o.fraction:>10.0f}%  {o.limited_by}"
             )
     print()
+    print_predictions()
+    return int(spills > 0)
+
+
+def print_predictions() -> None:
+    """Prints the table of predicted times."""
     head = f"{'Gaussian, fp32':<16}{'chunks':>8}{'blocks':>8}{'busy SMs':>10}{'waves':>7}{'volumes':>9}"
     print(head + f"{'bytes, µs':>11}{'instr., µs':>12}{'predicted, µs':>15}")
     for sigma, reach in ((1.0, 4), (2.0, 8)):
@@ -175,12 +184,12 @@ def main() -> int:
             p = predict_march(size, reach)
             print(
                 f"{f'{size}³, σ = {sigma:g}':<16}{p.plan.chunks:>8}{p.plan.blocks:>8}{p.plan.busy:>10}{p.waves:>7.2f}"
-                f"{p.requested:>9.2f}{1e6 * p.by_bytes:>11.1f}{1e6 * p.by_instructions:>12.1f}{1e6 * p.seconds:>15.1f}"
+                f"{p.requested:>9.2f}{1e6 * p.by_bytes:>11.1f}"
+                f"{1e6 * p.by_instructions:>12.1f}{1e6 * p.seconds:>15.1f}"
             )
     print("volumes: requested by the blocks; the ideal is 2. Predicted for an H100 without its launch: the larger of")
     print(f"bytes at {BYTES_PER_SECOND / 1e12} TB/s and instructions at {ISSUE_SHARE[2]:.0%} of the cycles")
     print(f"({ISSUE_SHARE[1]:.0%} with one block on a multiprocessor), halos and the fullest multiprocessor counted.")
-    return int(spills > 0)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,8 @@ __device__ inline void march_planes(const Place<T, R>& p, const int* radius, Bor
             for (int j = 1; j < S::columns; ++j) {  // and those beyond, that only later ones read
                 const float value = line[j * kTileX];
 #pragma unroll
-                for (int c = j; c < S::columns; ++c) filtered[c] = fmaf(of_y[j - c], value, filtered[c]);
+                for (int c = j; c < S::columns; ++c)
+                    if (Full || ry > 0 || c == j) filtered[c] = fmaf(of_y[j - c], value, filtered[c]);
             }
         }
         // sums[s] belongs to output plane − rz + s, which reads this plane with tap rz − s; those from 2 · rz + 1 on

@@ -29,7 +29,7 @@ from medaccel.training.sampler import Numbered
 
 __all__ = ["TRAINING", "NetworkFit", "train"]
 
-# A gradient scaler begins at 2^16 and halves; gradients that overflow at this scale have a NaN or infinity of their own.
+# A gradient scaler begins at 2^16 and halves; what still overflows at this scale is a NaN or infinity of its own.
 _LEAST_SCALE = 2.0**-24
 
 
@@ -69,7 +69,9 @@ class NetworkFit(lightning.LightningModule):
         loss, gradients = self._terms["loss"], {}
         finite = loss.isfinite()
         if self._scaler() is None:
-            gradients = {n: p.grad for n, p in self.network.named_parameters() if p.grad is not None and p.grad.numel()}
+            gradients = {
+                n: p.grad for n, p in self.network.named_parameters() if p.grad is not None and p.grad.numel()
+            }
         if gradients:  # their largest magnitude: squares would overflow sooner than the gradients
             finite = finite & nn.utils.get_total_norm(gradients.values(), math.inf).isfinite().to(finite.device)
         if bool(finite):

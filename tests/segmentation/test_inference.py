@@ -253,5 +253,3 @@ def test_the_bar_says_where_windows_are_added_up(monkeypatch: pytest.MonkeyPatch
     network, image = Brightness(), MetaTensor(torch.zeros(1, 64, 32, 32))
     list(logit_planes(network, image, SETTINGS, progress=True))
     assert "added up" not in capsys.readouterr().err  # on a CPU there is no other place
-
-

@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_under_a_scaler_too(
     tmp_path: Path, scaled: Callable[[float], torch.amp.GradScaler], spoil: str
 ):
     scaled(1024.0)
-    with pytest.raises(ValueError, match="step 2: the loss is (nan|inf)"):
+    with pytest.raises(ValueError, match=r"step 2: the loss is (nan|inf)"):
         train(Watched(_deep(), spoil), Points(), tmp_path, progress=False)
 
 

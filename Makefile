@@ -47,7 +47,7 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@echo "== building and installing medaccel with what its tests need"
-	$(PIP) install --progress-bar on -e ".[test]"
+	MEDACCEL_WERROR=1 $(PIP) install --progress-bar on -e ".[test]"
 	@tools/install_test_tools
 	@touch $@
 

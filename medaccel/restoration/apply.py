@@ -187,6 +187,8 @@ def apply(
             volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
         )
     )
+    if progress and (placed := getattr(method, "placed", "")):  # a method with a network
+        print(f"medaccel: {placed}", file=sys.stderr)
     del volume, hounsfield
     bad = int(np.count_nonzero(~np.isfinite(restored.volume)))
     if bad:

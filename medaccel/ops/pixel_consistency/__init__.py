@@ -7,8 +7,8 @@ from torch import Tensor
 from medaccel import _native
 from medaccel.ops import _dispatch
 from medaccel.ops._views import check_views
-from medaccel.ops.pixel_contrast.op import triton_problem
 from medaccel.ops.pixel_consistency import op, reference
+from medaccel.ops.pixel_contrast.op import triton_problem
 
 _NAME = "pixel_consistency_loss"
 

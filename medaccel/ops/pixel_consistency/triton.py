@@ -2,14 +2,14 @@
 # mypy: allow-untyped-defs
 """Computes the cosines of two views' near pixels on GPUs: forward and backward.
 
-A program owns a block of consecutive pixels and walks over the other view's blocks. Pixels come in row-major order, so
-a block fills a small box: a block whose box is too far away is passed over, before its features are read. Every sum
-has one owner and a fixed order (no atomics), and memory is linear in the pixels.
+A program owns a block of consecutive pixels and walks over the other view's blocks. Pixels come in row-major order,
+so a block fills a small box: a block whose box is too far away is passed over, before its features are read. Every
+sum has one owner and a fixed order (no atomics), and memory is linear in the pixels.
 
-The kernels take unit vectors in fp32, whatever the features' dtype: few pairs are near, so that arithmetic costs
-little. Products and sums are not contracted (`enable_fp_fusion=False`), so that the distances, and with them the pairs,
-are those of the reference to the last bit; a box's distance is computed step by step as a point's is, and rounding
-keeps the order of numbers: a box that is passed over holds no near pixel.
+The kernels take unit vectors in fp32 and multiply in fp32, whatever the features' dtype and torch's precision of
+products: few pairs are near, so that arithmetic costs little. Products and sums are not contracted (`enable_fp_fusion=False`), so that the distances, and with them the
+pairs, are those of the reference to the last bit; a box's distance is computed step by step as a point's is, and
+rounding keeps the order of numbers: a box that is passed over holds no near pixel.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medaccel.ops._precision import dot_precision
 from medaccel.ops._triton_rows import load_rows, through_norm, unit_rows
 
 # These are a block's pixels, in both views, the channels that a product takes at once, and the warps of a program;
 # static, without autotuning, and chosen by the compiler's counts of registers and spills; not timed.
-BLOCK, BLOCK_C, NUM_WARPS = 64, 32, 8
+BLOCK, BLOCK_C, NUM_WARPS = 32, 32, 4
 
 
 @triton.jit
@@ -70,7 +69,7 @@ def _near(coords_ptr, other_coords_ptr, limit, i, j, N, M, AXES: tl.constexpr, B
 def forward_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, query_boxes_ptr, key_boxes_ptr, radius_ptr, sums_ptr,
     counts_ptr, N, M,
-    C: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK)
     other_blocks = tl.cdiv(M, BLOCK)
@@ -86,7 +85,7 @@ def forward_kernel(
     key_boxes_ptr += sample * other_blocks * 2 * AXES
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
-    for block in range(0, other_blocks):
+    for block in range(other_blocks):
         if not _apart(query_boxes_ptr, key_boxes_ptr + block * 2 * AXES, limit, AXES):
             j = block * BLOCK + tl.arange(0, BLOCK)
             near = _near(query_coords_ptr, key_coords_ptr, limit, i, j, N, M, AXES, BLOCK)
@@ -96,7 +95,7 @@ def forward_kernel(
                     channel = start + tl.arange(0, BLOCK_C)
                     q = load_rows(query_ptr, i, N, channel, C)
                     k = load_rows(key_ptr, j, M, channel, C)
-                    cosines = tl.dot(q, tl.trans(k), cosines, input_precision=PRECISION)
+                    cosines = tl.dot(q, tl.trans(k), cosines, input_precision="ieee")
                 total += tl.sum(tl.where(near, cosines, 0.0), 1)
                 count += tl.sum(near.to(tl.int32), 1)
     tl.store(sums_ptr + sample * N + i, total, mask=i < N)
@@ -107,10 +106,11 @@ def forward_kernel(
 def gradient_kernel(
     other_ptr, weight_ptr, coords_ptr, other_coords_ptr, boxes_ptr, other_boxes_ptr, radius_ptr, grad_ptr, N, M,
     OWN_WEIGHT: tl.constexpr, C: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores Σ_j weight · other_j over the near j, for each own pixel and a chunk of channels; OWN_WEIGHT: whether the
-    weight is of the own pixel or of the other."""
+    """Stores Σ_j weight · other_j over the near j, for each own pixel and a chunk of channels.
+
+    OWN_WEIGHT: whether the weight is that of the own pixel, or of the other one.
+    """
     blocks = tl.cdiv(N, BLOCK)
     other_blocks = tl.cdiv(M, BLOCK)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -125,7 +125,7 @@ def gradient_kernel(
     other_boxes_ptr += sample * other_blocks * 2 * AXES
     total = tl.zeros([BLOCK, BLOCK_C], tl.float32)
     poison = tl.zeros([BLOCK], tl.float32)
-    for block in range(0, other_blocks):
+    for block in range(other_blocks):
         if not _apart(boxes_ptr, other_boxes_ptr + block * 2 * AXES, limit, AXES):
             j = block * BLOCK + tl.arange(0, BLOCK)
             near = _near(coords_ptr, other_coords_ptr, limit, i, j, N, M, AXES, BLOCK)
@@ -138,7 +138,7 @@ def gradient_kernel(
                 # A NaN must reach those that are near to it, and no others through 0 · NaN.
                 poison += tl.sum(tl.where(near, tl.sum(x * 0.0, 1)[None, :], 0.0), 1)
                 x = tl.where(x == x, x, 0.0)
-                total = tl.dot(tl.where(near, weight, 0.0), x, total, input_precision=PRECISION)
+                total = tl.dot(tl.where(near, weight, 0.0), x, total, input_precision="ieee")
     inside = (i < N)[:, None] & (channel < C)[None, :]
     place = grad_ptr + (sample * N + i)[:, None] * C + channel[None, :]
     tl.store(place, total + poison[:, None], mask=inside)
@@ -176,7 +176,7 @@ def forward(
     tensors = (q.unit, k.unit, q.coords, k.coords, q.boxes, k.boxes, radius.contiguous(), sums, counts)
     launch(
         forward_kernel, (q.batch * q.blocks,), (*tensors, q.pixels, k.pixels),
-        C=q.channels, AXES=q.axes, BLOCK_C=BLOCK_C, PRECISION=dot_precision(torch.float32),
+        C=q.channels, AXES=q.axes, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return sums, counts
 
@@ -191,7 +191,7 @@ def _gradient(own: _View, other: _View, weight: Tensor, radius: Tensor, own_weig
     launch(
         gradient_kernel, (own.batch * own.blocks, triton.cdiv(own.channels, BLOCK_C)),
         (*tensors, own.pixels, other.pixels),
-        OWN_WEIGHT=own_weight, C=own.channels, AXES=own.axes, BLOCK_C=BLOCK_C, PRECISION=dot_precision(torch.float32),
+        OWN_WEIGHT=own_weight, C=own.channels, AXES=own.axes, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return through_norm(by_unit, own.unit, *own.length)
 

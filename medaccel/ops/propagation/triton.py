@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs
 """Computes pixel propagation on GPUs: forward, and a backward pass that recomputes the weights.
 
-A program holds BLOCK_M pixels' sums and streams all pixels past them; no N × N tensor is made. A weight is the same in
-both directions. So the values' gradient is the forward pass applied to the output's gradient, and the features'
+A program holds BLOCK_M pixels' sums and streams all pixels past them; no N × N tensor is made. A weight is the same
+in both directions. So the values' gradient is the forward pass applied to the output's gradient, and the features'
 gradient is one sum too, over what flows from a pixel to another and back: every sum has one owner and a fixed order
 (no atomics). With unit vectors u, their cosines s, the weights w and the output's gradient g:
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,9 +42,11 @@ class Tile:
     num_stages: int
 
 
+ALIGNMENT = 16  # rows' channels are filled up to a multiple: rows that vector loads can't read take more registers
+
 # The tiles are static, without autotuning: results and CUDA graphs must not depend on timings. Their keys are the
-# products' precision ("half": of bf16 or fp16; else fp32's), the padded number of channels (the larger of features and
-# values), pass. They were chosen by the compiler's counts of instructions, registers and spills; not timed.
+# products' precision ("half": of bf16 or fp16; else fp32's), the padded number of channels (the larger of features'
+# and values'), pass. They were chosen by the compiler's counts of instructions, registers and spills; not timed.
 TILES = {
     "half": {
         32: {"sum": Tile(64, 64, 32, 4, 2), "features": Tile(64, 64, 32, 4, 2)},
@@ -54,12 +57,12 @@ TILES = {
     "tf32": {
         32: {"sum": Tile(64, 64, 32, 8, 1), "features": Tile(64, 32, 32, 8, 1)},
         64: {"sum": Tile(64, 64, 32, 8, 1), "features": Tile(64, 32, 32, 8, 1)},
-        128: {"sum": Tile(64, 32, 32, 8, 1), "features": Tile(64, 32, 32, 8, 1)},
+        128: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
         256: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
     },
     "tf32x3": {
         32: {"sum": Tile(32, 32, 32, 4, 1), "features": Tile(32, 32, 32, 4, 1)},
-        64: {"sum": Tile(32, 32, 32, 4, 1), "features": Tile(32, 32, 32, 4, 1)},
+        64: {"sum": Tile(32, 32, 64, 4, 1), "features": Tile(16, 32, 64, 4, 1)},
         128: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
         256: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
     },
@@ -107,16 +110,16 @@ def _products(a_ptr, b_ptr, i, j, N, sums, WIDTH: tl.constexpr, BLOCK_K: tl.cons
 @triton.jit
 def sum_kernel(
     unit_ptr, value_ptr, sums_ptr, N, power,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.arange(0, BLOCK_D)
+    channel = tl.arange(0, BLOCK)
     unit_ptr += sample * N * C
     value_ptr += sample * N * D
-    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         cosines = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -131,17 +134,17 @@ def sum_kernel(
 @triton.jit
 def features_kernel(
     unit_ptr, value_ptr, grad_ptr, sums_ptr, N, power,
-    C: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.arange(0, BLOCK_C)
+    channel = tl.arange(0, BLOCK)
     unit_ptr += sample * N * C
     value_ptr += sample * N * D
     grad_ptr += sample * N * D
-    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         flow = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -165,23 +168,28 @@ class _Problem:
     """Holds what all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
 
     def __init__(self, features: Tensor, values: Tensor, power: float):
-        self.batch, self.pixels, self.channels = features.shape
-        self.value_channels = values.shape[2]
+        self.batch, self.pixels, _ = features.shape
         half = features.dtype == values.dtype and features.dtype in (torch.bfloat16, torch.float16)
         self.dtype = features.dtype if half else torch.float32
         self.precision = dot_precision(self.dtype)
         self.tiles = TILES["half" if half else self.precision]
         self.unit, *self.length = unit_rows(features)
-        self.rows = self.unit.to(self.dtype)
+        self.rows = self._rows(self.unit)
         self.power = ctypes.c_float(power).value  # as the kernels get it
         self.empty = values.numel() == 0
 
-    def _launch(self, kernel: Any, name: str, tensors: tuple[Tensor, ...], **blocks: int) -> None:
-        tile = self.tiles[padded_channels(max(self.channels, self.value_channels))][name]
+    def _rows(self, x: Tensor) -> Tensor:
+        """Returns x contiguous, in the products' dtype, with a number of channels that keeps its rows aligned."""
+        rows = x.to(self.dtype).contiguous()
+        return F.pad(rows, (0, -x.shape[2] % ALIGNMENT)) if x.shape[2] % ALIGNMENT else rows
+
+    def _launch(self, kernel: Any, name: str, *tensors: Tensor) -> None:
+        channels, value_channels = self.rows.shape[2], tensors[0].shape[2]
+        tile = self.tiles[padded_channels(max(channels, value_channels))][name]
         with torch.cuda.device_of(self.rows):  # Triton launches on the current device
             kernel[(self.batch * triton.cdiv(self.pixels, tile.block_m),)](
                 self.rows, *tensors, self.pixels, self.power,
-                C=self.channels, D=self.value_channels, **blocks,
+                C=channels, D=value_channels, BLOCK=padded_channels(tensors[-1].shape[2]),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
                 POWER=int(self.power) if self.power in (1, 2) else 0, PRECISION=self.precision,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -189,17 +197,16 @@ class _Problem:
 
     def sums(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns Σ_j w_ij · values_j."""
-        out = values.new_empty(values.shape, dtype=dtype)
-        operands = (values.to(self.dtype).contiguous(), out)
-        self._launch(sum_kernel, "sum", operands, BLOCK_D=padded_channels(self.value_channels))
-        return out
+        rows = self._rows(values)
+        out = torch.empty_like(rows, dtype=dtype)
+        self._launch(sum_kernel, "sum", rows, out)
+        return out[..., : values.shape[2]].contiguous()
 
     def features_gradient(self, values: Tensor, grad: Tensor) -> Tensor:
         """Returns the gradient by the features, in fp32."""
-        by_unit = torch.empty_like(self.unit)
-        operands = (values.to(self.dtype).contiguous(), grad.to(self.dtype).contiguous(), by_unit)
-        self._launch(features_kernel, "features", operands, BLOCK_C=padded_channels(self.channels))
-        return through_norm(by_unit, self.unit, *self.length)
+        by_unit = torch.empty_like(self.rows, dtype=torch.float32)
+        self._launch(features_kernel, "features", self._rows(values), self._rows(grad), by_unit)
+        return through_norm(by_unit[..., : self.unit.shape[2]], self.unit, *self.length)
 
 
 def forward(features: Tensor, values: Tensor, power: float) -> Tensor:

@@ -6,6 +6,7 @@ back."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +17,13 @@ def load_rows(ptr, row, count, channel, WIDTH: tl.constexpr):
     """Loads (rows, channels) of a matrix of `count` rows; 0 beyond its rows and its WIDTH channels."""
     inside = (row < count)[:, None] & (channel < WIDTH)[None, :]
     return tl.load(ptr + row.to(tl.int64)[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """Returns rows (…, C), contiguous, with zeros up to a multiple of 16 channels: vector loads read them then, and
+    the kernels need fewer registers."""
+    missing = -rows.shape[-1] % 16
+    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,10 @@ so a block fills a small box: a block whose box is too far away is passed over, 
 sum has one owner and a fixed order (no atomics), and memory is linear in the pixels.
 
 The kernels take unit vectors in fp32 and multiply in fp32, whatever the features' dtype and torch's precision of
-products: few pairs are near, so that arithmetic costs little. Products and sums are not contracted (`enable_fp_fusion=False`), so that the distances, and with them the
-pairs, are those of the reference to the last bit; a box's distance is computed step by step as a point's is, and
-rounding keeps the order of numbers: a box that is passed over holds no near pixel.
+products: few pairs are near, so that arithmetic costs little. Products and sums are not contracted
+(`enable_fp_fusion=False`), so that the distances, and with them the pairs, are those of the reference to the last
+bit; a box's distance is computed step by step as a point's is, and rounding keeps the order of numbers: a box that is
+passed over holds no near pixel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from medaccel.ops._triton_rows import load_rows, through_norm, unit_rows
+from medaccel.ops._triton_rows import aligned, load_rows, through_norm, unit_rows
 
 # These are a block's pixels, in both views, the channels that a product takes at once, and the warps of a program;
 # static, without autotuning, and chosen by the compiler's counts of registers and spills; not timed.
@@ -105,7 +106,7 @@ def forward_kernel(
 @triton.jit
 def gradient_kernel(
     other_ptr, weight_ptr, coords_ptr, other_coords_ptr, boxes_ptr, other_boxes_ptr, radius_ptr, grad_ptr, N, M,
-    OWN_WEIGHT: tl.constexpr, C: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    OWN_WEIGHT: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stores Σ_j weight · other_j over the near j, for each own pixel and a chunk of channels.
 
@@ -139,8 +140,8 @@ def gradient_kernel(
                 poison += tl.sum(tl.where(near, tl.sum(x * 0.0, 1)[None, :], 0.0), 1)
                 x = tl.where(x == x, x, 0.0)
                 total = tl.dot(tl.where(near, weight, 0.0), x, total, input_precision="ieee")
-    inside = (i < N)[:, None] & (channel < C)[None, :]
-    place = grad_ptr + (sample * N + i)[:, None] * C + channel[None, :]
+    inside = (i < N)[:, None] & (channel < WIDTH)[None, :]
+    place = grad_ptr + (sample * N + i)[:, None] * WIDTH + channel[None, :]
     tl.store(place, total + poison[:, None], mask=inside)
 
 
@@ -152,6 +153,7 @@ class _View:
         self.batch, self.pixels, self.channels = features.shape
         self.axes = coords.shape[2]
         self.unit, *self.length = unit_rows(features)
+        self.rows = aligned(self.unit)
         self.coords = coords.contiguous()
         self.blocks = triton.cdiv(self.pixels, BLOCK)
         self.boxes = coords.new_empty(self.batch, self.blocks, 2, self.axes)
@@ -173,10 +175,10 @@ def forward(
     sums, counts = (query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(2))
     if sums.numel() == 0 or k.pixels == 0:
         return sums.zero_(), counts.zero_()
-    tensors = (q.unit, k.unit, q.coords, k.coords, q.boxes, k.boxes, radius.contiguous(), sums, counts)
+    tensors = (q.rows, k.rows, q.coords, k.coords, q.boxes, k.boxes, radius.contiguous(), sums, counts)
     launch(
         forward_kernel, (q.batch * q.blocks,), (*tensors, q.pixels, k.pixels),
-        C=q.channels, AXES=q.axes, BLOCK_C=BLOCK_C,
+        C=q.rows.shape[2], AXES=q.axes, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return sums, counts
 
@@ -187,11 +189,11 @@ def _gradient(own: _View, other: _View, weight: Tensor, radius: Tensor, own_weig
     by_unit = torch.empty_like(own.unit)
     if own.batch * own.pixels * other.pixels == 0:
         return by_unit.zero_()
-    tensors = (other.unit, weight, own.coords, other.coords, own.boxes, other.boxes, radius, by_unit)
+    tensors = (other.rows, weight, own.coords, other.coords, own.boxes, other.boxes, radius, by_unit)
     launch(
         gradient_kernel, (own.batch * own.blocks, triton.cdiv(own.channels, BLOCK_C)),
         (*tensors, own.pixels, other.pixels),
-        OWN_WEIGHT=own_weight, C=own.channels, AXES=own.axes, BLOCK_C=BLOCK_C,
+        OWN_WEIGHT=own_weight, C=other.rows.shape[2], WIDTH=own.channels, AXES=own.axes, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return through_norm(by_unit, own.unit, *own.length)
 

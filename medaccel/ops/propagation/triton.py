@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from medaccel.ops._precision import dot_precision
-from medaccel.ops._triton_rows import load_rows, through_norm, unit_rows
+from medaccel.ops._triton_rows import aligned, load_rows, through_norm, unit_rows
 from medaccel.ops.pixel_contrast.triton import padded_channels
 
 
@@ -41,8 +40,6 @@ class Tile:
     num_warps: int
     num_stages: int
 
-
-ALIGNMENT = 16  # rows' channels are filled up to a multiple: rows that vector loads can't read take more registers
 
 # The tiles are static, without autotuning: results and CUDA graphs must not depend on timings. Their keys are the
 # products' precision ("half": of bf16 or fp16; else fp32's), the padded number of channels (the larger of features'
@@ -61,10 +58,8 @@ TILES = {
         256: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
     },
     "tf32x3": {
-        32: {"sum": Tile(32, 32, 32, 4, 1), "features": Tile(32, 32, 32, 4, 1)},
+        32: {"sum": Tile(32, 32, 32, 4, 1), "features": Tile(16, 32, 32, 4, 1)},
         64: {"sum": Tile(32, 32, 64, 4, 1), "features": Tile(16, 32, 64, 4, 1)},
-        128: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
-        256: {"sum": Tile(32, 32, 32, 8, 1), "features": Tile(32, 32, 32, 8, 1)},
     },
     "ieee": {
         32: {"sum": Tile(32, 32, 32, 4, 1), "features": Tile(32, 32, 32, 4, 1)},
@@ -110,8 +105,8 @@ def _products(a_ptr, b_ptr, i, j, N, sums, WIDTH: tl.constexpr, BLOCK_K: tl.cons
 @triton.jit
 def sum_kernel(
     unit_ptr, value_ptr, sums_ptr, N, power,
-    C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -126,16 +121,16 @@ def sum_kernel(
         cosines = _products(unit_ptr, unit_ptr, i, j, N, cosines, C, BLOCK_K, PRECISION)
         value = load_rows(value_ptr, j, N, channel, D)
         total = tl.dot(_weight(cosines, power, POWER).to(value.dtype), value, total, input_precision=PRECISION)
-    inside = (i < N)[:, None] & (channel < D)[None, :]
-    place = sums_ptr + (sample * N + i)[:, None] * D + channel[None, :]
+    inside = (i < N)[:, None] & (channel < WIDTH)[None, :]
+    place = sums_ptr + (sample * N + i)[:, None] * WIDTH + channel[None, :]
     tl.store(place, total.to(sums_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def features_kernel(
     unit_ptr, value_ptr, grad_ptr, sums_ptr, N, power,
-    C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, POWER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -159,8 +154,8 @@ def features_kernel(
             total = tl.dot(flow, other.to(tl.float32), total, input_precision="tf32")
         else:
             total = tl.dot(flow.to(other.dtype), other, total, input_precision=PRECISION)
-    inside = (i < N)[:, None] & (channel < C)[None, :]
-    tl.store(sums_ptr + (sample * N + i)[:, None] * C + channel[None, :], total, mask=inside)
+    inside = (i < N)[:, None] & (channel < WIDTH)[None, :]
+    tl.store(sums_ptr + (sample * N + i)[:, None] * WIDTH + channel[None, :], total, mask=inside)
 
 
 # --- launches ------------------------------------------------------------------------------------------------
@@ -171,25 +166,26 @@ class _Problem:
         self.batch, self.pixels, _ = features.shape
         half = features.dtype == values.dtype and features.dtype in (torch.bfloat16, torch.float16)
         self.dtype = features.dtype if half else torch.float32
-        self.precision = dot_precision(self.dtype)
-        self.tiles = TILES["half" if half else self.precision]
         self.unit, *self.length = unit_rows(features)
         self.rows = self._rows(self.unit)
         self.power = ctypes.c_float(power).value  # as the kernels get it
+        self.width = padded_channels(max(features.shape[2], values.shape[2]))
+        self.precision = dot_precision(self.dtype)
+        if self.precision == "tf32x3" and (self.width not in TILES["tf32x3"] or self.power not in (1, 2)):
+            self.precision = "ieee"  # more exact still, and no slower where three products take too many registers
+        self.tiles = TILES["half" if half else self.precision][self.width]
         self.empty = values.numel() == 0
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Returns x contiguous, in the products' dtype, with a number of channels that keeps its rows aligned."""
-        rows = x.to(self.dtype).contiguous()
-        return F.pad(rows, (0, -x.shape[2] % ALIGNMENT)) if x.shape[2] % ALIGNMENT else rows
+        return aligned(x.to(self.dtype))
 
     def _launch(self, kernel: Any, name: str, *tensors: Tensor) -> None:
         channels, value_channels = self.rows.shape[2], tensors[0].shape[2]
-        tile = self.tiles[padded_channels(max(channels, value_channels))][name]
+        tile = self.tiles[name]
         with torch.cuda.device_of(self.rows):  # Triton launches on the current device
             kernel[(self.batch * triton.cdiv(self.pixels, tile.block_m),)](
                 self.rows, *tensors, self.pixels, self.power,
-                C=channels, D=value_channels, BLOCK=padded_channels(tensors[-1].shape[2]),
+                C=channels, D=value_channels, WIDTH=tensors[-1].shape[2], BLOCK=padded_channels(tensors[-1].shape[2]),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
                 POWER=int(self.power) if self.power in (1, 2) else 0, PRECISION=self.precision,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -197,16 +193,15 @@ class _Problem:
 
     def sums(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns Σ_j w_ij · values_j."""
-        rows = self._rows(values)
-        out = torch.empty_like(rows, dtype=dtype)
-        self._launch(sum_kernel, "sum", rows, out)
-        return out[..., : values.shape[2]].contiguous()
+        out = values.new_empty(values.shape, dtype=dtype)
+        self._launch(sum_kernel, "sum", self._rows(values), out)
+        return out
 
     def features_gradient(self, values: Tensor, grad: Tensor) -> Tensor:
         """Returns the gradient by the features, in fp32."""
-        by_unit = torch.empty_like(self.rows, dtype=torch.float32)
+        by_unit = torch.empty_like(self.unit)
         self._launch(features_kernel, "features", self._rows(values), self._rows(grad), by_unit)
-        return through_norm(by_unit[..., : self.unit.shape[2]], self.unit, *self.length)
+        return through_norm(by_unit, self.unit, *self.length)
 
 
 def forward(features: Tensor, values: Tensor, power: float) -> Tensor:

@@ -106,7 +106,8 @@ def forward_kernel(
 @triton.jit
 def gradient_kernel(
     other_ptr, weight_ptr, coords_ptr, other_coords_ptr, boxes_ptr, other_boxes_ptr, radius_ptr, grad_ptr, N, M,
-    OWN_WEIGHT: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    OWN_WEIGHT: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stores Σ_j weight · other_j over the near j, for each own pixel and a chunk of channels.
 

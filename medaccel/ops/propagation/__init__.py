@@ -40,7 +40,8 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
 
     Returns:
         (B, N, D) in the dtype of `values`, computed in fp32 (fp64 for fp64). Same bits whatever the number of
-        threads, gradients included. A NaN in a pixel reaches all pixels of its sample.
+        threads, gradients included. On a GPU, features and values that are both bf16 or both fp16 are multiplied as
+        such and summed in fp32. A NaN in a pixel reaches all pixels of its sample.
 
     Raises:
         TypeError: a dtype makes no sense.

@@ -37,7 +37,7 @@ CASES = [
     Views("wide", (3, 3, 3), 130),
     *map(named, ("no_overlap", "one_pixel", "one_channel", "empty_batch", "no_queries", "no_keys")),
     Views("sliced", (3, 4, 5), 12, view="sliced"),
-    Views("channels_first", (3, 4, 5), 12, view="channels_first"),  # as a feature map gives its rows
+    Views("channels_first", (3, 4, 5), 12, view="channels_first"),
 ]
 FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medaccel.ops._triton_rows import through_norm, unit_rows
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -200,23 +202,6 @@ def padded_channels(channels: int) -> int:
     return max(32, triton.next_power_of_2(channels))
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the unit vectors in fp32, the largest elements (∞ for a zero vector) and the lengths in units of them,
-    (…, 1).
-
-    Squares of the vectors as they are would overflow or vanish, from a scale of 1e19 or 1e-19 on.
-    """
-    largest = x.float().abs().amax(dim=-1, keepdim=True)
-    largest = torch.where(largest == 0, torch.inf, largest)
-    scaled = x.float() / largest
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1)
-    return scaled / length, largest, length
-
-
-def _through_norm(grad: Tensor, unit: Tensor, largest: Tensor, length: Tensor) -> Tensor:
-    return (grad - (grad * unit).sum(dim=-1, keepdim=True) * unit) / length / largest
-
-
 class _Problem:
     """Holds what all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
 
@@ -225,10 +210,7 @@ class _Problem:
     ):
         self.batch, self.queries, self.channels = query.shape
         self.keys = key.shape[1]
-        # Dense rows: gradients are made in their layout, and written row by row.
-        (self.query, *self.query_length), (self.key, *self.key_length) = map(
-            _unit, (query.contiguous(), key.contiguous())
-        )
+        (self.query, *self.query_length), (self.key, *self.key_length) = unit_rows(query), unit_rows(key)
         half = query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16)
         dtype = query.dtype if half else torch.float32
         self.precision = "half" if half else "fp32"
@@ -292,10 +274,10 @@ def backward(
         by_unit = torch.zeros_like(problem.query) if problem.empty else torch.empty_like(problem.query)
         if not problem.empty:
             problem.launch(query_kernel, "query", *saved, by_unit)
-        grad_query = _through_norm(by_unit, problem.query, *problem.query_length).to(query.dtype)
+        grad_query = through_norm(by_unit, problem.query, *problem.query_length).to(query.dtype)
     if need_key:
         by_unit = torch.zeros_like(problem.key) if problem.empty else torch.empty_like(problem.key)
         if not problem.empty:
             problem.launch(key_kernel, "key", *saved, by_unit)
-        grad_key = _through_norm(by_unit, problem.key, *problem.key_length).to(key.dtype)
+        grad_key = through_norm(by_unit, problem.key, *problem.key_length).to(key.dtype)
     return grad_query, grad_key

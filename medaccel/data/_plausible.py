@@ -82,7 +82,7 @@ def check_pixels(headers: Sequence[Dataset]) -> None:
     for header in headers:
         _check_scale(header)
         _check_bits(header)
-        _check_length(header)
+        check_length(header)
     _check_memory(headers)
     _remark(headers)
 
@@ -150,7 +150,7 @@ def _check_bits(header: Dataset) -> None:
         )
 
 
-def _check_length(header: Dataset) -> None:
+def check_length(header: Dataset) -> None:
     """Compares the bytes of the pixels, where `pixel_bytes` found them, with the size that the header states."""
     found = getattr(header, "pixel_bytes", None)
     if found is None:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 from medaccel.data._fields import integer, label, optional, require, source
-from medaccel.data._plausible import Padding, check_identity, check_pixels, check_values, pixel_bytes, rescale
+from medaccel.data._plausible import (
+    Padding,
+    check_identity,
+    check_length,
+    check_pixels,
+    check_values,
+    pixel_bytes,
+    rescale,
+)
 from medaccel.data.decoding import check_decoder
 from medaccel.data.geometry import stack
 from medaccel.data.multiframe import choose_frame, frame_headers
@@ -99,10 +107,14 @@ def open_series(
         if samples != 1:
             raise ValueError(f"{source(header)}: {label('SamplesPerPixel')} is {samples}, expected 1 (no colours)")
         check_decoder(header)
+    frames = [header for file in series for header in frame_headers(file)]
+    for header in series:
+        if integer(header, "NumberOfFrames", 1) > 1:  # a frame's own header doesn't know the file's length
+            check_length(header)
+    series = choose_frame(frames, frame)
     check_identity(series)
-    check_pixels(series)
-    series = choose_frame([header for file in series for header in frame_headers(file)], frame)
     order, affine = stack(series)
+    check_pixels(series)
     _check_count(series)
     return DicomSeries([series[k] for k in order], affine)
 

@@ -65,14 +65,11 @@ _IEEE = {
     },
 }
 _TF32 = {
-    16: dict.fromkeys(_PASSES, Tile(64, 32, 4, 1)),
-    32: dict.fromkeys(_PASSES, Tile(64, 32, 4, 1)),
-    64: dict.fromkeys(_PASSES, Tile(64, 32, 8, 1)),
+    16: {**dict.fromkeys(_PASSES, Tile(64, 32, 4, 1)), "key": Tile(32, 64, 4, 1)},
+    32: {**dict.fromkeys(_PASSES, Tile(64, 32, 4, 1)), "key": Tile(32, 64, 4, 1)},
+    64: {**dict.fromkeys(_PASSES, Tile(32, 32, 8, 1)), "forward": Tile(32, 32, 4, 1)},
 }
-TILES = {
-    arch: {"half": _HALF, IEEE: _IEEE, TF32: _TF32, TF32X3: _TF32}
-    for arch in (80, 90, 100)
-}
+TILES = {arch: {"half": _HALF, IEEE: _IEEE, TF32: _TF32, TF32X3: _TF32} for arch in (80, 90, 100)}
 # So many programs in the bias's pass fill a large GPU; the number is constant, so that sums have the same order on
 # every one.
 _BIAS_PROGRAMS = 512
@@ -299,15 +296,18 @@ def backward(
     """Returns the gradients to qkv, bias_table and pad_qkv, each an empty tensor if it isn't needed."""
     pad_like = qkv if pad_qkv is None else pad_qkv
     if qkv.numel() == 0:
-        shapes = (qkv.shape if need_qkv else 0, bias_table.shape if need_table else 0, qkv.shape[-1:] if need_pad else 0)
-        return qkv.new_empty(shapes[0]), bias_table.new_zeros(shapes[1]), pad_like.new_zeros(shapes[2])
+        grad_table = bias_table.new_zeros(bias_table.shape if need_table else 0)
+        grad_pad = pad_like.new_zeros(qkv.shape[-1:] if need_pad else 0)
+        return qkv.new_empty(qkv.shape if need_qkv else 0), grad_table, grad_pad
     problem = _Problem(
         qkv, bias_table, bias_index, pad_qkv, dropout_seed, window_size, shift_size, scale, dropout_p, arch
     )
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     grad_table = bias_table.new_empty(bias_table.shape if need_table else (0,))
     sum_pad = need_pad and problem.padded
-    grad_pad = (pad_like.new_empty if sum_pad else pad_like.new_zeros)(qkv.shape[-1:] if need_pad else (0,))
+    grad_pad = pad_like.new_empty(qkv.shape[-1:] if need_pad else (0,))
+    if need_pad and not sum_pad:
+        grad_pad.zero_()
     grad, output, lse = grad.contiguous(), output.contiguous(), lse.contiguous()
     rows = lse.new_empty((*lse.shape[:-1], 2, problem.rows))  # of each query lse and Σ do · o
     with torch.cuda.device_of(qkv):

@@ -27,6 +27,9 @@ PADDED = tl.constexpr(-1)  # the place of a token that pads the map to whole win
 BEYOND = tl.constexpr(-2)  # the place of a token beyond the window: blocks are larger
 SIDE_CHANNELS = tl.constexpr(16)
 
+# Sizes that Triton must not build variants for: a network's stages share their kernels.
+_SIZES = ["windows", "heads", "first_head", "head_count", "voxels", "threshold"]
+
 
 # --- tiles ---------------------------------------------------------------------------------------------------
 @triton.jit
@@ -102,7 +105,7 @@ def _keys_sides(side_ptr, window_class, token, ROWS: tl.constexpr, FOLD: tl.cons
 
 
 # --- forward -------------------------------------------------------------------------------------------------
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     qkv_ptr, pad_ptr, bias_ptr, place_ptr, class_ptr, side_ptr, seed_ptr, out_ptr, lse_ptr,
     windows, heads, first_head, head_count, voxels, scale, threshold, kept_scale,
@@ -165,7 +168,7 @@ def forward_kernel(
 
 
 # --- backward ------------------------------------------------------------------------------------------------
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def query_kernel(
     qkv_ptr, pad_ptr, bias_ptr, place_ptr, class_ptr, side_ptr, seed_ptr, lse_ptr, out_ptr, grad_ptr, row_ptr,
     grad_qkv_ptr,
@@ -227,9 +230,10 @@ def query_kernel(
     tl.store(grad_qkv_ptr + at_i.to(tl.int64)[:, None] * (3 * channels) + channel[None, :], dq, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def key_kernel(
-    qkv_ptr, pad_ptr, bias_ptr, place_ptr, class_ptr, side_ptr, seed_ptr, row_ptr, grad_ptr, grad_qkv_ptr, grad_pad_ptr,
+    qkv_ptr, pad_ptr, bias_ptr, place_ptr, class_ptr, side_ptr, seed_ptr, row_ptr, grad_ptr, grad_qkv_ptr,
+    grad_pad_ptr,
     windows, heads, first_head, head_count, voxels, scale, threshold, kept_scale,
     N: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SHIFTED: tl.constexpr, PAD: tl.constexpr, DROPOUT: tl.constexpr,
@@ -300,7 +304,7 @@ def key_kernel(
         tl.store(grad_pad_ptr + channel, tl.sum(tl.where(padded, dv, 0.0), 0), mask=channel < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "all_windows", "group"])
 def bias_kernel(
     qkv_ptr, pad_ptr, bias_ptr, place_ptr, class_ptr, side_ptr, seed_ptr, row_ptr, grad_ptr, partial_ptr,
     all_windows, group, windows, heads, first_head, head_count, voxels, scale, threshold, kept_scale,

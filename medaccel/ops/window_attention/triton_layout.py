@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs
-"""Holds the Triton kernels around shifted-window attention: what its passes read, and what follows their partial sums.
+"""Holds the Triton kernels around shifted-window attention: what its passes read, and what sums up their parts.
 
 `layout_kernel` computes once a call what would otherwise cost instructions for every score. Nothing is kept between
 calls: an index that was edited, copied or broadcast, in eager mode or between replays of a CUDA graph, is read anew.
@@ -23,6 +23,11 @@ TILE = 32  # rows and columns of the bias that a program fills
 WINDOWS = 16  # windows whose tokens' places a program fills
 PAD_CHANNELS = 1024  # channels of the padding that a program casts
 
+# Sizes that Triton must not build variants for: a network's stages share their kernels.
+_SIZES = ["heads", "first_head", "head_count"]
+_MAP = ["windows", "D0", "D1", "D2", "SHIFT0", "SHIFT1", "SHIFT2"]
+_LAYOUT = [*_SIZES, *_MAP, "index_stride0", "index_stride1", "place_programs", "side_programs"]
+
 
 @triton.jit
 def _standard_entry(i, j, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
@@ -40,7 +45,7 @@ def _bias(
     T: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr,
     BACKWARD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Fills a tile of every head's bias, (ROWS, ROWS), and in the backward pass of its transpose and of the entries."""
+    """Fills a tile of every head's bias, (ROWS, ROWS); for the backward pass its transpose and the entries too."""
     tiles: tl.constexpr = ROWS // TILE
     i = program // tiles * TILE + tl.arange(0, TILE)
     j = program % tiles * TILE + tl.arange(0, TILE)
@@ -127,7 +132,7 @@ def _side_tile(
         tl.store(side_ptr + kind * ROWS + token, side.to(side_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LAYOUT)
 def layout_kernel(
     table_ptr, index_ptr, given_pad_ptr, bias_ptr, entry_ptr, strange_ptr, place_ptr, class_ptr, side_ptr, pad_ptr,
     index_stride0, index_stride1, heads, first_head, head_count, windows, D0, D1, D2, SHIFT0, SHIFT1, SHIFT2,
@@ -160,13 +165,13 @@ def layout_kernel(
         tl.store(pad_ptr + channel, pad.to(pad_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "groups", "tiles"])
 def table_kernel(
     partial_ptr, entry_ptr, strange_ptr, grad_table_ptr, groups, heads, first_head, head_count, tiles,
     N: tl.constexpr, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Computes one row of the table's gradient from the pairs that read it, in their order, over the groups in theirs.
+    """Computes one row of the table's gradient: sums the pairs that read it in their order, and the groups in theirs.
 
     The pairs follow from the entry where the index is the standard one of F0 × F1 × F2 windows, which the layout's
     programs have checked; for any other index, all pairs are searched.
@@ -205,12 +210,12 @@ def table_kernel(
     tl.store(grad_table_ptr + wanted.to(tl.int64) * heads + first_head + head, row, mask=head < head_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "first_head", "parts"])
 def pad_kernel(
     part_ptr, grad_pad_ptr, heads, first_head, parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums the gradients of one head's padded keys or values over the key pass's programs; padded queries have none."""
+    """Sums the gradients of a head's padded keys or values over the key pass's programs; queries there have none."""
     program = tl.program_id(0)
     head, value = program // 2, program % 2
     channel = tl.arange(0, BLOCK_D)

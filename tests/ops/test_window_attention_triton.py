@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the attention's GPU kernels, executed on the CPU with every access checked; test_gpu_gates.py compiles them."""
+"""Tests the attention's GPU kernels, executed on the CPU with every access checked; test_gpu_gates.py compiles
+them."""
 
 from __future__ import annotations
 

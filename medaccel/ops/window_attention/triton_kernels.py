@@ -31,6 +31,23 @@ SIDE_CHANNELS = tl.constexpr(16)
 _SIZES = ["windows", "heads", "first_head", "head_count", "voxels", "threshold"]
 
 
+# Windows whose programs run side by side: those of one tile of one head share the bias in an SM's first-level cache,
+# and so many windows' keys and values lie in the second-level cache until every tile of every head has read them.
+_GROUP = tl.constexpr(256)
+
+
+@triton.jit
+def _assigned(heads, tiles: tl.constexpr):
+    """Returns a program's window, head and tile of tokens: in groups of windows, the window changes first."""
+    of_all = heads * tiles
+    all_windows = tl.num_programs(0) // of_all
+    program = tl.program_id(0)
+    first = program // (_GROUP * of_all) * _GROUP
+    size = tl.minimum(all_windows - first, _GROUP)
+    program -= first * of_all
+    return first + program % size, program // size // tiles, program // size % tiles
+
+
 # --- tiles ---------------------------------------------------------------------------------------------------
 @triton.jit
 def _rows(ptr, pad_ptr, place, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr):
@@ -114,10 +131,9 @@ def forward_kernel(
     FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    row = program // tiles
-    window, sample = row // head_count % windows, row // head_count // windows
-    head = first_head + row % head_count
+    number, head, tile = _assigned(head_count, tiles)
+    window, sample = number % windows, number // windows
+    head += first_head
     channels, voxels = heads * HEAD_DIM, tl.cast(voxels, tl.int64)
     qkv_ptr += sample * voxels * 3 * channels + head * HEAD_DIM
     pad_ptr += head * HEAD_DIM
@@ -125,7 +141,7 @@ def forward_kernel(
     bias_ptr += (head - first_head).to(tl.int64) * ROWS * ROWS
     factor = scale * _LOG2E if FOLD else 1.0
 
-    i = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     at_i = tl.load(place_ptr + i)
     q = _rows(qkv_ptr, pad_ptr, at_i, 3 * channels, HEAD_DIM, BLOCK_D, False)
     window_class, side_i = 0, 0
@@ -163,8 +179,8 @@ def forward_kernel(
     tl.store(out_ptr + at_i.to(tl.int64)[:, None] * channels + channel[None, :], y, mask=inside)
     # Padded queries have no output: with +∞ their weights are 0 in the backward pass.
     lse = tl.where(at_i >= 0, highest * factor + tl.log2(total), float("inf"))
-    number = (sample * windows + window).to(tl.int64) * heads + head
-    tl.store(lse_ptr + number * N + i, lse, mask=i < N)
+    row = number.to(tl.int64) * heads + head
+    tl.store(lse_ptr + row * N + i, lse, mask=i < N)
 
 
 # --- backward ------------------------------------------------------------------------------------------------
@@ -178,10 +194,9 @@ def query_kernel(
     FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    row = program // tiles
-    window, sample = row // head_count % windows, row // head_count // windows
-    head = first_head + row % head_count
+    number, head, tile = _assigned(head_count, tiles)
+    window, sample = number % windows, number // windows
+    head += first_head
     channels, voxels = heads * HEAD_DIM, tl.cast(voxels, tl.int64)
     qkv_ptr += sample * voxels * 3 * channels + head * HEAD_DIM
     out_ptr += sample * voxels * channels + head * HEAD_DIM
@@ -189,17 +204,17 @@ def query_kernel(
     pad_ptr += head * HEAD_DIM
     place_ptr += window.to(tl.int64) * ROWS
     bias_ptr += (head - first_head).to(tl.int64) * ROWS * ROWS
-    number = (sample * windows + window).to(tl.int64) * heads + head
+    row = number.to(tl.int64) * heads + head
     factor = scale * _LOG2E if FOLD else 1.0
 
-    i = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     at_i = tl.load(place_ptr + i)
     q = _rows(qkv_ptr, pad_ptr, at_i, 3 * channels, HEAD_DIM, BLOCK_D, False)
     y = _rows(out_ptr, pad_ptr, at_i, channels, HEAD_DIM, BLOCK_D, False)
     dy = _rows(grad_ptr, pad_ptr, at_i, channels, HEAD_DIM, BLOCK_D, False)
-    lse = tl.load(lse_ptr + number * N + i, mask=i < N, other=float("inf"))
+    lse = tl.load(lse_ptr + row * N + i, mask=i < N, other=float("inf"))
     delta = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
-    row_ptr += number * 2 * ROWS + i  # for the other passes, which need no masks then
+    row_ptr += row * 2 * ROWS + i  # for the other passes, which need no masks then
     tl.store(row_ptr, lse)
     tl.store(row_ptr + ROWS, delta)
     window_class, side_i = 0, 0
@@ -241,20 +256,19 @@ def key_kernel(
 ):  # fmt: skip
     """Computes dk and dv from transposed tiles, (keys, queries): bias_ptr holds the transposed bias."""
     tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    row = program // tiles
-    window, sample = row // head_count % windows, row // head_count // windows
-    head = first_head + row % head_count
+    number, head, tile = _assigned(head_count, tiles)
+    window, sample = number % windows, number // windows
+    head += first_head
     channels, voxels = heads * HEAD_DIM, tl.cast(voxels, tl.int64)
     qkv_ptr += sample * voxels * 3 * channels + head * HEAD_DIM
     grad_ptr += sample * voxels * channels + head * HEAD_DIM
     pad_ptr += head * HEAD_DIM
     place_ptr += window.to(tl.int64) * ROWS
     bias_ptr += (head - first_head).to(tl.int64) * ROWS * ROWS
-    row_ptr += ((sample * windows + window).to(tl.int64) * heads + head) * 2 * ROWS
+    row_ptr += (number.to(tl.int64) * heads + head) * 2 * ROWS
     factor = scale * _LOG2E if FOLD else 1.0
 
-    first = program % tiles * BLOCK_N
+    first = tile * BLOCK_N
     j = first + tl.arange(0, BLOCK_N)
     at_j = tl.load(place_ptr + j)
     k = _rows(qkv_ptr + channels, pad_ptr + channels, at_j, 3 * channels, HEAD_DIM, BLOCK_D, PAD)
@@ -297,7 +311,7 @@ def key_kernel(
     if GRAD_PAD:  # (head, sample and window and tile, k and v, channel)
         padded = (at_j == PADDED)[:, None]
         parts = tl.num_programs(0) // head_count
-        part = ((sample * windows + window) * tiles + program % tiles).to(tl.int64)
+        part = number.to(tl.int64) * tiles + tile
         grad_pad_ptr += ((head - first_head).to(tl.int64) * parts + part) * 2 * HEAD_DIM
         tl.store(grad_pad_ptr + channel, tl.sum(tl.where(padded, dk, 0.0), 0), mask=channel < HEAD_DIM)
         grad_pad_ptr += HEAD_DIM

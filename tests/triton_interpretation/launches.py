@@ -68,7 +68,7 @@ class Compiled:
         """
         constants = self.constants
         scores = constants["BLOCK_M"] * constants["BLOCK_N"] / (32 * constants["num_warps"])
-        return self.code.loop / (scores * max(1, round(self.code.exponentials / (scores * exponentials))))
+        return self.code.loop / (scores * max(1, int(self.code.exponentials / (scores * exponentials))))
 
     def __str__(self) -> str:
         return f"{self.kernel} sm_{self.arch} ({self.call}): {self.constants}"

@@ -54,6 +54,12 @@ _HALF = {
     32: dict.fromkeys(_PASSES, Tile(64, 64, 4, 2)),
     64: dict.fromkeys(_PASSES, Tile(64, 64, 4, 2)),
 }
+# sm_80's matrix units take both factors from registers.
+_HALF_80 = {
+    16: _HALF[16],
+    32: {**_HALF[32], "key": Tile(32, 64, 4, 2)},
+    64: {**_HALF[64], "query": Tile(64, 64, 8, 2), "key": Tile(32, 32, 4, 2), "bias": Tile(64, 64, 8, 2)},
+}
 _IEEE = {
     16: dict.fromkeys(_PASSES, Tile(32, 32, 4, 1)),
     32: {**dict.fromkeys(_PASSES, Tile(32, 32, 4, 1)), "key": Tile(32, 16, 4, 1)},
@@ -69,7 +75,12 @@ _TF32 = {
     32: {**dict.fromkeys(_PASSES, Tile(64, 32, 4, 1)), "key": Tile(32, 64, 4, 1)},
     64: {**dict.fromkeys(_PASSES, Tile(32, 32, 8, 1)), "forward": Tile(32, 32, 4, 1)},
 }
-TILES = {arch: {"half": _HALF, IEEE: _IEEE, TF32: _TF32, TF32X3: _TF32} for arch in (80, 90, 100)}
+_TF32X3 = {**_TF32, 64: {**_TF32[64], "key": Tile(32, 32, 4, 1)}}
+_TF32X3_80 = {**_TF32X3, 32: {**_TF32X3[32], "key": Tile(32, 32, 4, 1)}}
+TILES = {
+    arch: {"half": half, IEEE: _IEEE, TF32: _TF32, TF32X3: three}
+    for arch, half, three in ((80, _HALF_80, _TF32X3_80), (90, _HALF, _TF32X3), (100, _HALF, _TF32X3))
+}
 # So many programs in the bias's pass fill a large GPU; the number is constant, so that sums have the same order on
 # every one.
 _BIAS_PROGRAMS = 512

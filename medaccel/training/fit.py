@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import math
 import signal
 import time
@@ -25,6 +24,7 @@ from medaccel.data.tensors import load_tensors
 from medaccel.studies.digest import digest
 from medaccel.studies.settings import TRAINING
 from medaccel.training import ranks
+from medaccel.training.hints import quieten_lightning
 from medaccel.training.sampler import Numbered
 
 __all__ = ["TRAINING", "NetworkFit", "train"]
@@ -222,8 +222,7 @@ def train(
     if begun >= s["steps"]:
         return record.losses, record.seconds, record.seconds / max(record.steps, 1)
     lightning.seed_everything(seed, verbose=False)
-    # Lightning's hints on worker counts and accelerators repeat the settings.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    quieten_lightning()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medaccel.ops._precision import IEEE, TF32, TF32X3, dot_precision
 from medaccel.ops._triton_rows import through_norm, unit_rows
 
 
@@ -36,9 +37,9 @@ class Tile:
 
 
 # The tiles are static, without autotuning: results and CUDA graphs must not depend on timings. Their keys are
-# precision ("fp32" products run on the ordinary cores and hold their operands in registers), padded number of
-# channels, pass. They were chosen by the compiler's counts of registers, spills and shared memory on sm_80, sm_90 and
-# sm_100, fp64 coordinates included; not timed.
+# arithmetic ("half": bf16 and fp16; else the precision of fp32 products, of which "ieee" runs on the ordinary cores
+# and holds its operands in registers), padded number of channels, pass. They were chosen by the compiler's counts of
+# registers, spills and shared memory on sm_80, sm_90 and sm_100, fp64 coordinates included; not timed.
 TILES = {
     "half": {
         32: dict.fromkeys(("forward", "query", "key"), Tile(64, 64, 8, 2)),
@@ -46,12 +47,18 @@ TILES = {
         128: dict.fromkeys(("forward", "query", "key"), Tile(64, 64, 8, 2)),
         256: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 8, 1)),
     },
-    "fp32": {
+    IEEE: {
         32: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 4, 1)),
         64: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
         128: dict.fromkeys(("forward", "query", "key"), Tile(16, 16, 8, 1)),
         256: dict.fromkeys(("forward", "query", "key"), Tile(16, 16, 8, 1)),
     },
+}
+TILES[TF32] = TILES[TF32X3] = {
+    32: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 4, 1)),
+    64: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 8, 1)),
+    128: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
+    256: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
 }
 
 
@@ -91,7 +98,7 @@ def _add(top, total, s):
 def forward_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, radius_ptr, loss_ptr, lse_ptr, positive_lse_ptr,
     N, M, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -109,7 +116,7 @@ def forward_kernel(
     for start in range(0, M, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k = _rows(key_ptr, j, M, C, BLOCK_C)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = tl.where((j < M)[None, :], s, float("-inf"))
         top, total = _add(top, total, s)
         near = _near(query_coords_ptr, key_coords_ptr, radius * radius, i, j, N, M)
@@ -128,12 +135,13 @@ def forward_kernel(
 
 @triton.jit
 def _slopes(
-    q, k, weight_ptr, lse_ptr, positive_lse_ptr, query_coords_ptr, key_coords_ptr, limit, i, j, N, M, scale
+    q, k, weight_ptr, lse_ptr, positive_lse_ptr, query_coords_ptr, key_coords_ptr, limit, i, j, N, M, scale,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile's gradients by the cosines, (queries, keys)."""
     weight = tl.load(weight_ptr + i, mask=i < N, other=0.0)
     lse = tl.load(lse_ptr + i, mask=i < N, other=float("inf"))
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     share = tl.exp2(s - lse[:, None])
     near = _near(query_coords_ptr, key_coords_ptr, limit, i, j, N, M)
     if tl.sum(near.to(tl.int32)) > 0:
@@ -146,7 +154,7 @@ def _slopes(
 def query_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, radius_ptr, weight_ptr, lse_ptr, positive_lse_ptr, grad_ptr,
     N, M, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -161,9 +169,9 @@ def query_kernel(
         k = _rows(key_ptr + sample * M * C, j, M, C, BLOCK_C)
         slopes = _slopes(
             q, k, weight_ptr + sample * N, lse_ptr + sample * N, positive_lse_ptr + sample * N, query_coords_ptr,
-            key_coords_ptr, radius * radius, i, j, N, M, scale,
+            key_coords_ptr, radius * radius, i, j, N, M, scale, PRECISION,
         )  # fmt: skip
-        gradient = tl.dot(slopes.to(k.dtype), k, gradient, input_precision="ieee")
+        gradient = tl.dot(slopes.to(k.dtype), k, gradient, input_precision=PRECISION)
     channel = tl.arange(0, BLOCK_C)
     inside = (i < N)[:, None] & (channel < C)[None, :]
     tl.store(grad_ptr + (sample * N + i)[:, None] * C + channel[None, :], gradient, mask=inside)
@@ -173,7 +181,7 @@ def query_kernel(
 def key_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, radius_ptr, weight_ptr, lse_ptr, positive_lse_ptr, grad_ptr,
     N, M, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(M, BLOCK_N)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -188,9 +196,9 @@ def key_kernel(
         q = _rows(query_ptr + sample * N * C, i, N, C, BLOCK_C)
         slopes = _slopes(
             q, k, weight_ptr + sample * N, lse_ptr + sample * N, positive_lse_ptr + sample * N, query_coords_ptr,
-            key_coords_ptr, radius * radius, i, j, N, M, scale,
+            key_coords_ptr, radius * radius, i, j, N, M, scale, PRECISION,
         )  # fmt: skip
-        gradient = tl.dot(tl.trans(slopes.to(q.dtype)), q, gradient, input_precision="ieee")
+        gradient = tl.dot(tl.trans(slopes.to(q.dtype)), q, gradient, input_precision=PRECISION)
     channel = tl.arange(0, BLOCK_C)
     inside = (j < M)[:, None] & (channel < C)[None, :]
     tl.store(grad_ptr + (sample * M + j)[:, None] * C + channel[None, :], gradient, mask=inside)
@@ -213,7 +221,8 @@ class _Problem:
         (self.query, *self.query_length), (self.key, *self.key_length) = unit_rows(query), unit_rows(key)
         half = query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16)
         dtype = query.dtype if half else torch.float32
-        self.precision = "half" if half else "fp32"
+        self.precision = dot_precision(dtype)
+        self.arithmetic = "half" if half else self.precision
         pad = 3 - query_coords.shape[2]
         self.tensors = (
             self.query.to(dtype).contiguous(),
@@ -226,13 +235,13 @@ class _Problem:
         self.empty = 0 in (self.batch, self.queries, self.keys)
 
     def launch(self, kernel: Any, name: str, *others: Tensor) -> None:
-        tile = TILES[self.precision][padded_channels(self.channels)][name]
+        tile = TILES[self.arithmetic][padded_channels(self.channels)][name]
         blocks = triton.cdiv(self.keys, tile.block_n) if name == "key" else triton.cdiv(self.queries, tile.block_m)
         with torch.cuda.device_of(self.query):  # Triton launches on the current device
             kernel[(self.batch * blocks,)](
                 *self.tensors, *others, self.queries, self.keys, self.scale,
                 C=self.channels, BLOCK_C=padded_channels(self.channels), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                PRECISION=self.precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
 
 

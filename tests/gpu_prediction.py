@@ -24,11 +24,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tests.gpu_gates import GATES
+
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 MARKS = "<!-- prediction: made by tests/gpu_prediction.py -->\n", "<!-- /prediction -->"
 
-# Thread-instructions per score, bf16, D = 16: forward, query, key and bias pass; the gates of the compiled kernels.
-INSTRUCTIONS = {"shifted": (22, 22, 26, 36), "not shifted": (15, 15, 18, 29)}
+PASSES = ("forward_kernel", "query_kernel", "key_kernel", "bias_kernel")
+# Thread-instructions per score, bf16, D = 16, by pass: the gates of the compiled kernels.
+INSTRUCTIONS = {
+    name: tuple(
+        gate.instructions
+        for kernel in PASSES
+        for gate in GATES
+        if (gate.call, gate.kernel, gate.shifted) == ("swin_unetr 48 bfloat16", kernel, shifted)
+    )
+    for name, shifted in (("shifted", True), ("not shifted", False))
+}
 TILE = 64  # scores are computed in tiles of 64 × 64, those beyond a window's tokens too
 
 
@@ -169,7 +180,9 @@ def windows(features: int = 48, size: int = 96) -> list[tuple[int, int]]:
     return found
 
 
-def attention_ms(a: Assumptions, instructions: Mapping[str, tuple[int, ...]] = INSTRUCTIONS, size: int = 96) -> float:
+def attention_ms(
+    a: Assumptions, instructions: Mapping[str, tuple[float, ...]] = INSTRUCTIONS, size: int = 96
+) -> float:
     """Returns the time of all attention kernels, forward and backward, from instructions per score."""
     total = 0.0
     for count, tokens in windows(size=size):
@@ -181,7 +194,7 @@ def attention_ms(a: Assumptions, instructions: Mapping[str, tuple[int, ...]] = I
 
 
 def predict(
-    a: Assumptions | None = None, instructions: Mapping[str, tuple[int, ...]] = INSTRUCTIONS
+    a: Assumptions | None = None, instructions: Mapping[str, tuple[float, ...]] = INSTRUCTIONS
 ) -> dict[str, dict[str, float]]:
     """Returns the milliseconds of each part of a training step, for each contender."""
     a = a or Assumptions()

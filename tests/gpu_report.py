@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tests.cuda_emulation.sanitized import CSRC
 from tests.gpu_resources import compile_for_gpu
 
-THREADS = {"march": 256, "make_taps": 128, "architecture": 1}  # of a block; the other kernels have 256
+THREADS = {"march": 256, "make_taps": 128, "architecture": 1}  # a block's threads; other kernels have 256
 # An H100 SXM: its multiprocessors, each issuing four instructions a cycle; bytes a second of its memory.
 PROCESSORS, HERTZ, ISSUED, BYTES_PER_SECOND = 132, 1.755e9, 4, 3.35e12
 # Instructions of one thread for one plane (4 voxels) within the volume, by reach: `plane_instructions` of sm_90.

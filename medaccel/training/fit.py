@@ -44,7 +44,7 @@ class NetworkFit(lightning.LightningModule):
     def __init__(self, network: nn.Module, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.network, self.settings = network, settings
-        self._terms: dict[str, Tensor] = {}  # of the last batch, detached
+        self._terms: dict[str, Tensor] = {}  # the last batch's terms, detached
 
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
         """Returns the loss's terms by name, as means over the batch; "loss" is the one to minimise."""

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,57 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits():
     outputs = {order: run(program, order=order).output for order in ORDERS}
     assert "all held" in outputs["fwd"]
     assert len(set(outputs.values())) == 1  # the output holds a checksum of every result
+
+
+PLANTED = {
+    "a barrier is missing between x and y": (
+        "            __syncthreads();\n            const float* line =",
+        "            const float* line =",
+        THREAD,
+        "ThreadSanitizer",
+    ),
+    "the last thread fetches beyond the tile": (
+        "if ((n + 1) * kThreads > S::quads && i >= S::quads) continue;\n                Quad<float> q;",
+        "Quad<float> q;",
+        ADDRESS,
+        "AddressSanitizer",
+    ),
+    "columns beyond the volume are written": (
+        "if (c < p.out_rows) to[c * p.width]",
+        "to[c * p.width]",
+        ADDRESS,
+        "AddressSanitizer",
+    ),
+    "without taps along y, rows before the first are read": (
+        "if (Full || ry > 0 || c == j) filtered",
+        "filtered",
+        None,
+        "exit status 1",
+    ),
+    "a chunk's halo is one plane too short": (
+        "int source = source_of(p.z0 - rz);",
+        "int source = -1;",
+        None,
+        "exit status 1",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", PLANTED)
+def test_what_is_planted_in_the_march_is_found(bug: str, tmp_path: Path):
+    if compiler_is_missing():
+        pytest.skip("g++ is not here")
+    old, new, sanitizer, finding = PLANTED[bug]
+    for folder in ("gaussian", "common"):
+        shutil.copytree(CSRC / folder, tmp_path / folder)
+    source = tmp_path / "gaussian" / "cuda.cu"
+    text = source.read_text()
+    assert text.count(old) == 1
+    source.write_text(text.replace(old, new))
+    result = run(build((source, DRIVER[1]), sanitizer))
+    assert result.finding is not None, result.output
+    assert result.finding.startswith(finding), result.finding
 
 
 # --- compiled for the GPUs ----------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def _blended_windows(
     windows = dense_patch_slices(size, roi, steps)
     weight = compute_importance_map(roi, mode="gaussian", device=device, dtype=torch.float32)
     place, done = torch.device("cpu"), 0
-    count = weight_there = total = torch.empty(0)  # of planes from `done` on; the first logits tell the classes
+    count = weight_there = total = torch.empty(0)  # sums of planes from `done` on; the first logits tell the classes
     batch = settings["sw_batch_size"]
     training = network.training
     network.eval()

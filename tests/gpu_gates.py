@@ -62,13 +62,13 @@ class Gate:
 
 _BF16, _FP32, _CONTRAST = "swin_unetr 48 bfloat16", "swin_unetr 48 float32", "pixel_contrast 64 bfloat16"
 GATES = (
-    Gate(_BF16, "forward_kernel", True, 12, 4),
+    Gate(_BF16, "forward_kernel", True, 12.5, 4),
     Gate(_BF16, "query_kernel", True, 11, 4),
     Gate(_BF16, "key_kernel", True, 12, 2),
     Gate(_BF16, "bias_kernel", True, 13, 2),
-    Gate(_BF16, "forward_kernel", False, 11, 4),
+    Gate(_BF16, "forward_kernel", False, 11.5, 4),
     Gate(_BF16, "query_kernel", False, 10, 4),
-    Gate(_BF16, "key_kernel", False, 11, 2),
+    Gate(_BF16, "key_kernel", False, 11.5, 2),
     Gate(_BF16, "bias_kernel", False, 12, 2),
     Gate(_FP32, "forward_kernel", True, 75, 2),
     Gate(_FP32, "query_kernel", True, 82, 2),

@@ -164,7 +164,7 @@ def _code(compiled: Any, cache: Path) -> MachineCode:
     """Reads the kernel's machine code, kept beside it in Triton's cache."""
     import triton
 
-    kept = cache / f"{compiled.hash}.machine_code.2"
+    kept = cache / f"{compiled.hash}.machine_code"
     if kept.exists():
         return MachineCode(**json.loads(kept.read_text()))
     code = read(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)

@@ -54,11 +54,17 @@ TILES = {
         256: dict.fromkeys(("forward", "query", "key"), Tile(16, 16, 8, 1)),
     },
 }
-TILES[TF32] = TILES[TF32X3] = {
+TILES[TF32] = {
     32: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 4, 1)),
     64: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 8, 1)),
     128: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
-    256: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
+    256: {**dict.fromkeys(("forward", "key"), Tile(32, 32, 8, 1)), "query": Tile(16, 32, 8, 1)},
+}
+TILES[TF32X3] = {  # the parts of 256 channels don't fit in registers
+    32: TILES[TF32][32],
+    64: TILES[TF32][64],
+    128: dict.fromkeys(("forward", "query", "key"), Tile(16, 32, 8, 1)),
+    256: TILES[IEEE][256],
 }
 
 
@@ -222,6 +228,8 @@ class _Problem:
         half = query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16)
         dtype = query.dtype if half else torch.float32
         self.precision = dot_precision(dtype)
+        if self.precision == TF32X3 and self.channels > 128:
+            self.precision = IEEE
         self.arithmetic = "half" if half else self.precision
         pad = 3 - query_coords.shape[2]
         self.tensors = (

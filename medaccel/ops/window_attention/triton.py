@@ -54,12 +54,6 @@ _HALF = {
     32: dict.fromkeys(_PASSES, Tile(64, 64, 4, 2)),
     64: dict.fromkeys(_PASSES, Tile(64, 64, 4, 2)),
 }
-# sm_80's matrix units take both factors from registers.
-_HALF_80 = {
-    16: _HALF[16],
-    32: {**_HALF[32], "key": Tile(32, 64, 4, 2)},
-    64: {**_HALF[64], "query": Tile(64, 64, 8, 2), "key": Tile(32, 32, 4, 2), "bias": Tile(64, 64, 8, 2)},
-}
 _IEEE = {
     16: dict.fromkeys(_PASSES, Tile(32, 32, 4, 1)),
     32: {**dict.fromkeys(_PASSES, Tile(32, 32, 4, 1)), "key": Tile(32, 16, 4, 1)},
@@ -76,11 +70,28 @@ _TF32 = {
     64: {**dict.fromkeys(_PASSES, Tile(32, 32, 8, 1)), "forward": Tile(32, 32, 4, 1)},
 }
 _TF32X3 = {**_TF32, 64: {**_TF32[64], "key": Tile(32, 32, 4, 1)}}
-_TF32X3_80 = {**_TF32X3, 32: {**_TF32X3[32], "key": Tile(32, 32, 4, 1)}}
-TILES = {
-    arch: {"half": half, IEEE: _IEEE, TF32: _TF32, TF32X3: three}
-    for arch, half, three in ((80, _HALF_80, _TF32X3_80), (90, _HALF, _TF32X3), (100, _HALF, _TF32X3))
+TILES = {90: {"half": _HALF, IEEE: _IEEE, TF32: _TF32, TF32X3: _TF32X3}}
+# sm_80's matrix units take all factors from registers, sm_100's keep sums in a memory of their own.
+TILES[80] = {
+    **TILES[90],
+    "half": {
+        16: _HALF[16],
+        32: {**_HALF[32], "key": Tile(32, 64, 4, 2)},
+        64: {**_HALF[64], "query": Tile(64, 32, 8, 2), "key": Tile(32, 32, 4, 2), "bias": Tile(32, 64, 8, 2)},
+    },
+    IEEE: {**_IEEE, 32: {**_IEEE[32], "forward": Tile(32, 16, 4, 1)}},
+    TF32X3: {**_TF32X3, 32: {**_TF32X3[32], "key": Tile(16, 32, 4, 1)}},
 }
+TILES[100] = {
+    **TILES[90],
+    TF32X3: {
+        16: _TF32X3[16],
+        32: {**_TF32X3[32], "forward": Tile(64, 32, 8, 1), "key": Tile(16, 32, 4, 1)},
+        64: {**_TF32X3[64], "bias": Tile(16, 32, 4, 1)},
+    },
+}
+# The random words of dropout need registers of their own.
+_DROPOUT_64 = dict.fromkeys(_PASSES, Tile(32, 32, 4, 2))
 # So many programs in the bias's pass fill a large GPU; the number is constant, so that sums have the same order on
 # every one.
 _BIAS_PROGRAMS = 512
@@ -196,6 +207,8 @@ class _Problem:
             "PRECISION": precision,
         }
         self.tiles = TILES[arch or architecture(qkv.device)][arithmetic][block_d]
+        if dropout_p > 0 and block_d == 64 and arithmetic == "half":
+            self.tiles = _DROPOUT_64
 
     def parts(self, backward: bool) -> Iterator[_Part]:
         """Yields the heads in groups whose bias fits in memory, each with its layout computed."""

@@ -258,7 +258,7 @@ def test_every_tile_fits_every_architecture_without_spills(triton_cache: Path):
         assert bool(result.matrix_instructions) == (
             result.build.constants["PRECISION"] != "ieee" or (result.build.signature["unit_ptr"] != "*fp32")
         )
-        if result.build.constants["C"] == 64 == result.build.constants["D"]:  # PixPro's own are as narrow
+        if result.build.arch >= 90 and result.build.constants["C"] == 64:
             blocks = 65536 // (result.registers * 32 * result.build.num_warps)
             assert blocks >= 2, f"{result.build}: {result.registers} registers leave {blocks} block an SM"
 

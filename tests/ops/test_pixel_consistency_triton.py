@@ -264,7 +264,7 @@ def test_distances_are_not_contracted(triton_cache: Path, monkeypatch: pytest.Mo
 )
 def test_what_the_kernel_does_not_serve_is_said(dtype: torch.dtype, sentence: str, monkeypatch: pytest.MonkeyPatch):
     class OnGPU(torch.Tensor):
-        device = torch.device("cuda:6")  # type: ignore[assignment]
+        device = torch.device("cuda:6")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     query = torch.empty(1, 2, 300).as_subclass(OnGPU)

@@ -215,7 +215,12 @@ def build(
     if name == "sum":
         del signature["grad_ptr"]
     width = channels if name == "features" else values
-    constants = {"C": channels, "D": values, "WIDTH": width, "BLOCK": kernels.padded_channels(width)}
+    constants: dict[str, object] = {
+        "C": channels,
+        "D": values,
+        "WIDTH": width,
+        "BLOCK": kernels.padded_channels(width),
+    }
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "POWER": power}
     constants["PRECISION"] = "ieee" if precision == "half" else precision
     kernel = f"medaccel.ops.propagation.triton:{name}_kernel"
@@ -246,10 +251,10 @@ def test_every_tile_fits_every_architecture_without_spills(triton_cache: Path):
         builds += [build(name, 80, precision, n, n) for precision in ("half", "ieee") for n in (48, 144)]
         builds += [build(name, 80, "half", n, m) for n, m in ((16, 256), (256, 16))]
         ragged = build(name, 80, "half", 48, 48)  # rows of 37 channels, filled up
-        builds.append(replace(ragged, constants=ragged.constants | {"WIDTH": 37}))
+        builds.append(replace(ragged, constants={**ragged.constants, "WIDTH": 37}))
         sound = build(name, 90, "half", 64, 64)
         one = {key: kind for key, kind in sound.signature.items() if key != "N"}
-        builds.append(replace(sound, signature=one, constants=sound.constants | {"N": 1}))
+        builds.append(replace(sound, signature=one, constants={**sound.constants, "N": 1}))
     results = compile_all(builds, triton_cache)
     # sm_86 and consumer GPUs run the same tiles in 99 KiB.
     assert_resources(results, shared=dict.fromkeys(ARCHS, 99 * 1024))
@@ -258,7 +263,7 @@ def test_every_tile_fits_every_architecture_without_spills(triton_cache: Path):
         assert bool(result.matrix_instructions) == (
             result.build.constants["PRECISION"] != "ieee" or (result.build.signature["unit_ptr"] != "*fp32")
         )
-        if result.build.constants["C"] == 64 == result.build.constants["D"]:  # PixPro's own are as narrow
+        if result.build.arch >= 90 and result.build.constants["C"] == 64:
             blocks = 65536 // (result.registers * 32 * result.build.num_warps)
             assert blocks >= 2, f"{result.build}: {result.registers} registers leave {blocks} block an SM"
 
@@ -276,7 +281,7 @@ def test_what_the_kernel_does_not_serve_is_said(
     dtype: torch.dtype, channels: int, values: int, sentence: str, monkeypatch: pytest.MonkeyPatch
 ):
     class OnGPU(torch.Tensor):
-        device = torch.device("cuda:5")  # type: ignore[assignment]
+        device = torch.device("cuda:5")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     x = torch.empty(1, 2, channels).as_subclass(OnGPU)

@@ -106,8 +106,7 @@ def forward_kernel(
 @triton.jit
 def gradient_kernel(
     other_ptr, weight_ptr, coords_ptr, other_coords_ptr, boxes_ptr, other_boxes_ptr, radius_ptr, grad_ptr, N, M,
-    OWN_WEIGHT: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    OWN_WEIGHT: tl.constexpr, C: tl.constexpr, AXES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Stores Σ_j weight · other_j over the near j, for each own pixel and a chunk of channels.
 
@@ -141,8 +140,8 @@ def gradient_kernel(
                 poison += tl.sum(tl.where(near, tl.sum(x * 0.0, 1)[None, :], 0.0), 1)
                 x = tl.where(x == x, x, 0.0)
                 total = tl.dot(tl.where(near, weight, 0.0), x, total, input_precision="ieee")
-    inside = (i < N)[:, None] & (channel < WIDTH)[None, :]
-    place = grad_ptr + (sample * N + i)[:, None] * WIDTH + channel[None, :]
+    inside = (i < N)[:, None] & (channel < C)[None, :]
+    place = grad_ptr + (sample * N + i)[:, None] * C + channel[None, :]
     tl.store(place, total + poison[:, None], mask=inside)
 
 
@@ -187,16 +186,16 @@ def forward(
 def _gradient(own: _View, other: _View, weight: Tensor, radius: Tensor, own_weight: bool) -> Tensor:
     """Returns the gradient by one view's features, in fp32. weight: the sums' gradient; own_weight: whether its rows
     are this view's."""
-    by_unit = torch.empty_like(own.unit)
+    by_unit = torch.empty_like(own.rows)
     if own.batch * own.pixels * other.pixels == 0:
-        return by_unit.zero_()
+        return torch.zeros_like(own.unit)
     tensors = (other.rows, weight, own.coords, other.coords, own.boxes, other.boxes, radius, by_unit)
     launch(
-        gradient_kernel, (own.batch * own.blocks, triton.cdiv(own.channels, BLOCK_C)),
+        gradient_kernel, (own.batch * own.blocks, triton.cdiv(own.rows.shape[2], BLOCK_C)),
         (*tensors, own.pixels, other.pixels),
-        OWN_WEIGHT=own_weight, C=other.rows.shape[2], WIDTH=own.channels, AXES=own.axes, BLOCK_C=BLOCK_C,
+        OWN_WEIGHT=own_weight, C=own.rows.shape[2], AXES=own.axes, BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    return through_norm(by_unit, own.unit, *own.length)
+    return through_norm(by_unit[..., : own.channels], own.unit, *own.length)
 
 
 def backward(

@@ -116,7 +116,7 @@ def test_blocks_that_are_far_apart_are_passed_over(interpreter: Interpreter, mon
         type(builder), "create_dot", lambda self, *args: products.append(self.grid_idx) or plain(self, *args)
     )
     kernels.forward(*tensors)
-    blocks = 24  # of half a plane each: a pixel's near ones lie in its own plane and those beside it
+    blocks = 24  # half a plane each: a pixel's near ones lie in its own plane and those beside it
     assert blocks <= len(products) <= 6 * blocks < blocks**2 / 4 + 1
 
 
@@ -233,7 +233,7 @@ def test_the_kernels_fit_every_architecture_without_spills(triton_cache: Path):
 
 
 def test_distances_are_not_contracted(triton_cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """With contraction, the pairs at the radius itself would be others than the reference's."""
+    """Contracted distances would choose other pairs at the radius itself than the reference does."""
     launches = []
 
     class Recorder:

@@ -62,7 +62,7 @@ TILES[TF32] = {
 }
 TILES[TF32X3] = {  # the parts of 256 channels don't fit in registers
     32: TILES[TF32][32],
-    64: TILES[TF32][64],
+    64: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
     128: dict.fromkeys(("forward", "query", "key"), Tile(16, 32, 8, 1)),
     256: TILES[IEEE][256],
 }

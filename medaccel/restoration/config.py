@@ -54,8 +54,8 @@ class RestorationConfig:
         input_seconds: exposure to restore from, s.
         also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
-        methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (if that package is installed),
-            unet, swin_unetr, diffusion_sdedit, diffusion_conditional.
+        methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d and bm4d_noise (if the package
+            bm4d is installed), unet, swin_unetr, diffusion_sdedit, diffusion_conditional.
         settings: settings of single methods, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
         trainer: settings of all methods that have them, unless a method's own say otherwise. For several devices,
             start the command with `torchrun`.

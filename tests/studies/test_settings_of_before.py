@@ -12,7 +12,7 @@ from medaccel.cli import parse
 from medaccel.pretraining.config import PretrainingConfig
 from medaccel.pretraining.tasks import TASKS
 from medaccel.restoration.config import DEMO_RUN, RestorationConfig, RunConfig
-from medaccel.restoration.methods import METHODS, method_class
+from medaccel.restoration.methods import method_class
 from medaccel.restoration.methods.base import RestorationTask
 from medaccel.segmentation.config import SegmentationConfig
 from medaccel.segmentation.model.presets import PRESETS, make_settings
@@ -65,7 +65,7 @@ def test_the_demo_is_the_same_run():
     assert RunConfig is RestorationConfig
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BEFORE["methods"])
 def test_a_methods_settings_are_those_of_its_checkpoints(name: str):
     before = BEFORE["methods"][name]
     now = method_class(name)(RestorationTask()).settings

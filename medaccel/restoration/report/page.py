@@ -129,6 +129,7 @@ def _scores(
         within_patient=analyses.within_patient[one.seconds],
         config=options if first else "",
         notes=notes,
+        costs=one.costs(),
     )
     return build_page(results)
 

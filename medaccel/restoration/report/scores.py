@@ -55,6 +55,7 @@ class RestorationResults:
         config: the run's configuration, as YAML text.
         labels: names of further methods for readers; this package's methods have names already.
         notes: further sentences that the reader must know, such as how the truth was made.
+        costs: seconds and memory (GiB) of a volume, by method; see `Scored.costs`.
     """
 
     input_seconds: int
@@ -70,6 +71,7 @@ class RestorationResults:
     config: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    costs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         metrics.check_seconds(self.input_seconds, self.target_seconds)
@@ -142,6 +144,8 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         Column("PSNR", "dB", best="max"),
         Column("Liver variation", "%"),
     ]
+    if results.costs:
+        columns += [Column("Time", "s a volume"), Column("Memory", "GiB a volume", digits=2)]
     body = []
     for row in rows:
         m = row.metrics
@@ -158,6 +162,8 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
             m["psnr"].mean,
             100 * m["liver_cov"].mean,
         ]
+        if results.costs:
+            cells += results.costs.get(row.method, (math.nan, math.nan))
         body.append(_row(row.method, cells, results))
     caption = (
         f"Against the {total} s image: 100·(1 − Δ(restored, target)/Δ(input, target)); 0 is no help, negative is "
@@ -168,6 +174,8 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         Note(report_text.limit_note(t, total)),
         Note(report_text.BLIND_SPOT),
     ]
+    if results.costs:
+        blocks.append(Note(report_text.COSTS))
     ceiling = rows[0].metrics["ceiling_score_ssim"].mean
     if math.isfinite(ceiling):
         weight = rows[0].metrics["ceiling_weight"].mean

@@ -25,6 +25,9 @@ from medaccel.studies.run_folder import REPORT
 from medaccel.studies.tables import write_csv, write_json
 
 
+_NO_COST = {"seconds_per_volume": math.nan, "memory_gib": math.nan}
+
+
 def write_report(
     folder: Path,
     config: RestorationConfig,
@@ -72,12 +75,18 @@ def write_report(
         for study, row in zip(one.studies, rows, strict=True)
     ]
     flat = [{"seconds": seconds, **row.flat()} for seconds, table in tables.items() for row in table]
+    costs = [
+        {"seconds": one.seconds, "method": name, "seconds_per_volume": seconds, "memory_gib": memory}
+        for one in scored
+        for name, (seconds, memory) in one.costs().items()
+    ]
+    cost_of = {(row["seconds"], row["method"]): row for row in costs}
     content = {
         "config_digest": config.digest(),
         "best": best,
         "target_seconds": config.target_seconds,
         "mse_limit": {one.seconds: metrics.mse_limit(one.seconds, one.target_seconds) for one in scored},
-        "methods": flat,
+        "methods": [row | cost_of.get((row["seconds"], row["method"]), _NO_COST) for row in flat],
         "per_study": per_study,
         "within_patient": {
             t: {m: {d: asdict(s) for d, s in row.items()} for m, row in found.items()}
@@ -97,6 +106,8 @@ def write_report(
     write_json(folder / "metrics.json", content)
     write_csv(folder / "metrics.csv", flat)
     write_csv(folder / "metrics_per_study.csv", per_study)
+    # The figures of metrics.csv are the same wherever a scoring is repeated; times are not.
+    write_csv(folder / "costs.csv", costs)
     rows = [
         {"seconds": t, "method": m, **r.flat()}
         for t, f in analyses.coverage.items()
@@ -120,13 +131,14 @@ def printed(table: Sequence[SummaryRow], one: Scored) -> str:
         ("of the ceiling %", 18, "share_of_ceiling", 100),
         ("truth MSE %", 13, "truth_score_mse", 1),
     )
-    lines = [f"{f'{one.seconds} s -> {one.target_seconds} s':<22}" + "".join(f"{t:>{w}}" for t, w, _, _ in columns)]
+    costs = one.costs()
+    head = f"{f'{one.seconds} s -> {one.target_seconds} s':<22}" + "".join(f"{t:>{w}}" for t, w, _, _ in columns)
+    lines = [head + f"{'s/volume':>10}{'GiB/volume':>12}"]
     for row in table:
-        values = (factor * row.metrics[key].mean for _, _, key, factor in columns)
-        cells = (
-            f"{v:>{w}.1f}" if math.isfinite(v) else f"{'-':>{w}}"
-            for v, (_, w, _, _) in zip(values, columns, strict=True)
-        )
+        values = [(factor * row.metrics[key].mean, width, 1) for _, width, key, factor in columns]
+        seconds, memory = costs.get(row.method, (math.nan, math.nan))
+        values += [(seconds, 10, 1), (memory, 12, 2)]
+        cells = (f"{v:>{w}.{digits}f}" if math.isfinite(v) else f"{'-':>{w}}" for v, w, digits in values)
         lines.append(f"{row.method:<22}" + "".join(cells))
     return "\n".join(lines)
 

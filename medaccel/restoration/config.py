@@ -164,8 +164,8 @@ class ScoreConfig:
             exposure are scored: the share of the limit as a curve. Classical methods take their nearest fitted
             strength.
         curve_studies: number of studies, from the first on, of that curve; by default all.
-        observer_phantoms: number of test phantoms with lesions near the threshold, which a model observer looks for
-            in noise realisations with and without them; 0 for none.
+        observer_phantoms: number of test phantoms with faint lesions, which model observers look for in noise
+            realisations with and without them; 0 for none.
         observer_realisations: noise realisations of each of those phantoms with its lesions, and as many without.
         name: name of the results' folder in the run's `scored`; by default it says what the studies are. It is a
             plain name, and not one of the run's own files.
@@ -211,8 +211,8 @@ class ScoreConfig:
             )
         if self.observer_phantoms and (self.dicom is not None or self.test_studies is not None):
             raise ValueError(
-                "observer_phantoms is given with dicom or test_studies; expected phantoms alone, whose lesions can be "
-                "left out"
+                "observer_phantoms is given with dicom or test_studies; expected it with simulated phantoms alone, "
+                "whose lesions can be left out"
             )
         if not _NAME.fullmatch(self.label):
             source = f"name is {self.label!r}" if self.name is not None else f"test_studies is {self.test_studies}"

@@ -35,6 +35,7 @@ from medaccel.restoration.sources import (
     describe,
     given_to_score,
     known_studies,
+    studies_of_curve,
     studies_to_score,
     training_studies,
 )
@@ -161,6 +162,11 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
             raise ValueError(
                 f"methods names {sorted(missing)}; expected some of the run's, {', '.join(config.methods)}"
             )
+        late = [t for t in chosen.curve_seconds if t >= config.target_seconds]
+        if late:
+            raise ValueError(
+                f"curve_seconds holds {late}; expected exposures below {config.target_seconds} s, the target's"
+            )
         given = given_to_score(config, chosen)
     methods = {name: load_method(folder.checkpoint(name), name) for name in names}
     calibrations = {
@@ -227,6 +233,8 @@ def _score(
         config,
         scorer,
         scored,
+        curve=_curve(chosen, config, methods, output, say),
+        frozen=frozen["digest"],
         data=describe(chosen),
         calibrations={name: found for name, found in calibrations.items() if found},
         best=frozen["best"],
@@ -236,6 +244,28 @@ def _score(
     )
     say(f"report: {report.resolve()}")
     return report
+
+
+def _curve(
+    chosen: ScoreConfig, config: RestorationConfig, methods: Mapping[str, Method], output: Path, say: Say
+) -> list[Scored]:
+    """Scores the methods that can restore every exposure of the curve on each of them."""
+    if not chosen.curve_seconds:
+        return []
+    able = {name: [method.at(t) for t in chosen.curve_seconds] for name, method in methods.items()}
+    able = {name: found for name, found in able.items() if None not in found}
+    if not able:
+        say("curve_seconds: none of the methods can restore all of these exposures; there is no curve")
+        return []
+    paths = studies_of_curve(config, chosen, say)
+    scored = []
+    for number, seconds in enumerate(chosen.curve_seconds):
+        at = {name: method for name, found in able.items() if (method := found[number]) is not None}
+        scorer = Scorer(
+            at, output / "curve", samples=chosen.samples, sampled_studies=chosen.sampled_studies, examples=0
+        )
+        scored.append(scorer.score(paths, seconds, config.target_seconds))
+    return sorted(scored, key=lambda one: one.seconds)
 
 
 def task_of(config: RestorationConfig) -> RestorationTask:

@@ -85,6 +85,7 @@ class Scorer:
         sampled_studies: number of studies, from the first on, that they are applied to; None: all.
         one_patient: all studies are realisations of one patient; errors are kept by axial block.
         progress: show bars.
+        examples: number of studies, from the first on, whose restored images are kept.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class Scorer:
         sampled_studies: int | None = None,
         one_patient: bool = False,
         progress: bool = True,
+        examples: int = EXAMPLES,
     ) -> None:
+        self.examples = examples
         self.methods, self.folder, self.samples = dict(methods), folder, samples
         self.sampled_studies, self.one_patient, self.progress = sampled_studies, one_patient, progress
         (folder / "rows").mkdir(parents=True, exist_ok=True)
@@ -230,7 +233,7 @@ class Scorer:
         study: PETStudy,
         mask: metrics.Mask,
     ) -> None:
-        if position < EXAMPLES:
+        if position < self.examples:
             with atomic_path(self._volume(path, seconds, name), force=True) as temporary:
                 torch.save(torch.from_numpy(np.ascontiguousarray(found.volume, dtype=np.float32)), temporary)
         if found.std is not None and found.activity is not None and study.noise_free is not None:

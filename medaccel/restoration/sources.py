@@ -194,7 +194,9 @@ def given_to_score(config: RestorationConfig, chosen: ScoreConfig) -> list[Path]
     for path in paths[: chosen.curve_studies]:
         for seconds in chosen.curve_seconds:
             if not (path / f"PET_{seconds}.nii.gz").is_file():
-                raise FileNotFoundError(f"{path / f'PET_{seconds}.nii.gz'}: missing exposure, which curve_seconds names")
+                raise FileNotFoundError(
+                    f"{path / f'PET_{seconds}.nii.gz'}: missing exposure, which curve_seconds names"
+                )
     return [file for path in paths for file in _files(path, config, chosen.curve_seconds)]
 
 
@@ -300,7 +302,8 @@ def _real_patient(
             made = read_parameters(path).get("denoise")
             if made != chosen.truth:
                 raise ValueError(
-                    f"{path}: its truth was made by {made!r}, not {chosen.truth!r}; remove it, or choose another --name"
+                    f"{path}: its truth was made by {made!r}, not {chosen.truth!r}; expected another --name, or the "
+                    "folder removed"
                 )
             continue
         if image is None:

@@ -10,6 +10,7 @@ first work of its kind also pays for the packages that it imports.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -52,10 +53,8 @@ def measured(work: Callable[[], T]) -> tuple[T, Cost]:
 def _start() -> int | None:
     """Sets the peak back and returns the resident size, in bytes; None if the system can't or won't."""
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than GNU's
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # another C library than GNU's
-        pass
     try:
         _RESET.write_text(_PEAK_RESIDENT)
         return _status("VmRSS")

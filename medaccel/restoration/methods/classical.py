@@ -33,7 +33,14 @@ import numpy as np
 from tqdm import tqdm
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, RestorationTask, check_volume
+from medaccel.restoration.methods.base import (
+    Fitted,
+    Method,
+    Restoration,
+    RestorationRequest,
+    RestorationTask,
+    check_volume,
+)
 from medaccel.restoration.settings import ClassicalSettings, NonLocalMeansSettings, TotalVariationSettings
 from medaccel.restoration.study import load_study
 

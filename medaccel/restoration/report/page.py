@@ -54,6 +54,7 @@ def build_report(
     best: str,
     options: Mapping[str, Any],
     notes: Sequence[str] = (),
+    further: Sequence[Section] = (),
 ) -> Page:
     """Builds the whole page.
 
@@ -65,6 +66,7 @@ def build_report(
         best: the method chosen on validation.
         options: options of the run and of the scoring, plain values.
         notes: further sentences that the reader must know.
+        further: sections of what was scored beside the methods' exposures.
     """
     shown = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
     pages = [
@@ -78,6 +80,7 @@ def build_report(
     for one in scored:
         start = "" if one is scored[0] else f"From {one.seconds} s: "
         extra += _evaluation(one, analyses, calibrations, start)
+    extra += further
     if analyses.noise_changes:
         changes = noise_change_blocks(analyses.noise_changes, target_seconds=scored[0].target_seconds)
         extra.append(Section("Noise before and after", changes))

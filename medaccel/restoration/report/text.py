@@ -24,9 +24,10 @@ CASCADE = (
     "it can keep fine detail and smooth at the same time."
 )
 COSTS = (
-    "Time: mean of the studies, on this machine, one method after the other. Memory: the most that one restoration had "
-    "beyond what the process had before it, by the growth of its resident size to the peak, which is set back before "
-    "each restoration; what a GPU's allocator gained comes on top. It holds the volumes that are made, not the program."
+    "Time: mean of the studies, on this machine, one method after the other. Memory: the most that one restoration "
+    "had beyond what the process had before it, by the growth of its resident size to the peak, which is set back "
+    "before each restoration; what a GPU's allocator gained comes on top. It is the volumes' and the network's "
+    "features', not the program's."
 )
 CONVENTIONS = (
     "SSIM is scikit-image's, Gaussian window of σ 1.5 voxels and 11 taps, averaged over the body. Primary: 3-D "

@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 
 from medaccel.data.files import write_bytes
-from medaccel.report.html import Figure, Page, versions, write_html
+from medaccel.report.html import Figure, Page, Section, versions, write_html
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
 from medaccel.restoration.report.analyses import analyse
 from medaccel.restoration.report.page import build_report
+from medaccel.restoration.report.robustness import (
+    curve_blocks,
+    curve_rows,
+    other_truths,
+    rank_agreements,
+    truth_blocks,
+)
 from medaccel.restoration.scoring import Scored, Scorer
 from medaccel.restoration.sources import notes_on
 from medaccel.studies.run_folder import REPORT
 from medaccel.studies.tables import write_csv, write_json
-
 
 _NO_COST = {"seconds_per_volume": math.nan, "memory_gib": math.nan}
 
@@ -39,6 +45,8 @@ def write_report(
     best: str,
     chosen: ScoreConfig | None = None,
     choices: Mapping[str, Any] | None = None,
+    curve: Sequence[Scored] = (),
+    frozen: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
     """Writes all results of a scoring, and returns the report's path.
@@ -51,6 +59,8 @@ def write_report(
         calibrations: factors of the intervals, by method and seconds.
         best: the method chosen on validation.
         choices: the frozen choices.
+        curve: a scoring of each exposure of the curve.
+        frozen: digest of the run's choices.
         say: a function that is called with the main table.
     """
     tables = {one.seconds: summarize(one.rows) for one in scored}
@@ -58,6 +68,14 @@ def write_report(
         say(printed(tables[one.seconds], one))
     analyses = analyse(scorer, scored, calibrations, best)
     options = config.plain() | ({} if chosen is None else {"score": chosen.plain(), "frozen": dict(choices or {})})
+    others = [] if chosen is None or chosen.dicom is None else other_truths(folder, chosen, frozen)
+    further = []
+    if any(one.times for one in curve):
+        left_out = [name for name in scorer.methods if name not in curve[0].rows]
+        blocks = curve_blocks(curve, left_out, config.exposures)
+        further.append(Section("Share of the limit over exposures", blocks))
+    if chosen is not None and (blocks := truth_blocks(scored[0], chosen, others)):
+        further.append(Section("The ranking under other truths", blocks))
     page = build_report(
         scorer,
         scored,
@@ -67,6 +85,7 @@ def write_report(
         best=best,
         options=options,
         notes=[] if chosen is None else notes_on(chosen),
+        further=further,
     )
     per_study = [
         {"seconds": one.seconds, "study": study, "method": method, **row}
@@ -100,6 +119,14 @@ def write_report(
         "resolution": {m: [asdict(r) for r in found] for m, found in analyses.responses.items()},
         "noise": [change.flat() for change in analyses.noise_changes],
         "seconds_per_volume": {one.seconds: {m: float(np.mean(v)) for m, v in one.times.items()} for one in scored},
+        "curve": curve_rows(curve),
+        "truth": None if chosen is None or chosen.dicom is None else chosen.truth,
+        "rankings": [
+            {"seconds": one.seconds, **found.flat()}
+            for one in scored
+            if chosen is not None
+            for found in rank_agreements(one, chosen, others)
+        ],
         "fits": {name: asdict(method.fitted) for name, method in scorer.methods.items()},
         "versions": versions(),
     }
@@ -116,6 +143,8 @@ def write_report(
     ]
     if rows:
         write_csv(folder / "coverage.csv", rows)
+    if curve:
+        write_csv(folder / "curve.csv", curve_rows(curve))
     _write_figures(folder / "figures", page)
     report = folder / REPORT
     write_html(report, page, force=True)

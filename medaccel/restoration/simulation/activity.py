@@ -14,8 +14,8 @@ _BODY_SMOOTHING = 5.0  # mm, σ
 _GAUSSIAN_SIGMA = 6.0 / 2.3548  # mm
 _NOISE_HIGH_PASS = 12.0  # mm, σ of the subtracted slow part
 
-# The weight of total variation, in standard deviations of the noise, that leaves as much of a noise-free phantom's
-# liver and lesions as non-local means does.
+# The weight of total variation, in standard deviations of the noise, that comes nearest to the noise-free image from
+# a phantom's 90 s: an MSE of 0.0084 SUV², at half of it 0.0095, at 1.5 times it 0.0099 (non-local means: 0.0092).
 _TV_WEIGHT = 1.0
 
 DENOISE_METHODS = ("nlm", "gaussian", "tv", "none")

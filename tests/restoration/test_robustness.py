@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scoring's further tables: costs, the share over exposures, and the methods' order under other truths."""
+"""A scoring has further tables: costs, the share over exposures, and the methods' order under other truths."""
 
 import csv
 import dataclasses

@@ -79,7 +79,7 @@ class ClassicalByNoise(Classical):
                 study = load_study(path, [seconds])
                 examples.append((seconds, self._example(path, seconds)))
                 noise.append(root_noise(study.exposures[seconds], study.spacing))
-        scores: dict[bool, dict[float, list[float]]] = {False: {}, True: {}}  # of each example, by strength
+        scores: dict[bool, dict[float, list[float]]] = {False: {}, True: {}}  # a list over the examples, by strength
 
         def attempt(strengths: Sequence[float]) -> None:
             bar.total = len(scores[True]) + len(strengths)

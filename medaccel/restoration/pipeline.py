@@ -22,6 +22,7 @@ import numpy as np
 
 from medaccel.restoration import memory
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
+from medaccel.restoration.detection import Detection, detect
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
@@ -31,10 +32,12 @@ from medaccel.restoration.report.write import write_report
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
 from medaccel.restoration.sources import (
+    TEST_SEED,
     check_sources,
     describe,
     given_to_score,
     known_studies,
+    simulator_of,
     studies_of_curve,
     studies_to_score,
     training_studies,
@@ -234,6 +237,7 @@ def _score(
         scorer,
         scored,
         curve=_curve(chosen, config, methods, output, say),
+        detection=_detection(chosen, config, methods, output, say),
         frozen=frozen["digest"],
         data=describe(chosen),
         calibrations={name: found for name, found in calibrations.items() if found},
@@ -244,6 +248,24 @@ def _score(
     )
     say(f"report: {report.resolve()}")
     return report
+
+
+def _detection(
+    chosen: ScoreConfig, config: RestorationConfig, methods: Mapping[str, Method], output: Path, say: Say
+) -> Detection | None:
+    """Lets model observers look for faint lesions in the first test phantoms."""
+    if not chosen.observer_phantoms:
+        return None
+    say(f"observers: {chosen.observer_phantoms} phantoms, {chosen.observer_realisations} realisations of each")
+    return detect(
+        methods,
+        output / "observers",
+        seeds=range(config.seed + TEST_SEED, config.seed + TEST_SEED + chosen.observer_phantoms),
+        realisations=chosen.observer_realisations,
+        seconds=config.input_seconds,
+        target_seconds=config.target_seconds,
+        simulator=simulator_of(config),
+    )
 
 
 def _curve(

@@ -149,8 +149,9 @@ def test_the_report_says_what_made_the_truth(truth: Any, words: str, tmp_path: P
     assert notes_on(ScoreConfig(run=tmp_path)) == []
 
 
-@pytest.mark.parametrize("method", ["nlm", "tv"])
-def test_a_truth_without_noise_keeps_the_hot_ball_and_loses_the_noise(method: str):
+# Total variation takes contrast from a ball, the more the smaller it is.
+@pytest.mark.parametrize(("method", "kept"), [("nlm", 0.1), ("tv", 0.2)])
+def test_a_truth_without_noise_keeps_the_hot_ball_and_loses_the_noise(method: str, kept: float):
     radius = np.sqrt(sum((n - 20) ** 2 for n in np.indices((40, 40, 40))))
     truth = np.where(radius < 5, 8.0, np.where(radius < 17, 1.0, 0.0)).astype(np.float32)
     noisy = np.random.default_rng(0).poisson(truth * 40) / 40
@@ -158,7 +159,7 @@ def test_a_truth_without_noise_keeps_the_hot_ball_and_loses_the_noise(method: st
     inside, flat = radius < 3, (radius > 8) & (radius < 14)
     assert denoised.dtype == np.float32
     assert denoised.min() >= 0
-    assert denoised[inside].mean() == pytest.approx(8, rel=0.1)
+    assert denoised[inside].mean() == pytest.approx(8, rel=kept)
     assert denoised[flat].std() < 0.6 * noisy[flat].std()
 
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computes how well model observers tell images with a lesion from images without it, the lesion being known.
 
-A task-based figure of merit (Barrett et al., PNAS 1993): scores of error reward smoothness, whereas a lesion has to be
-found. Each observer takes an image's neighbourhood of the lesion, weighs it with a template, and calls the sum high or
-low. Two observers stand for readers:
+A task-based figure of merit (Barrett et al., PNAS 1993): scores of error reward smoothness, whereas a lesion has to
+be found. Each observer takes an image's neighbourhood of the lesion, weighs it with a template, and calls the sum
+high or low. Two observers stand for readers:
 
 - **NPWE**, non-prewhitening with an eye filter (Burgess, Journal of the Optical Society of America A 1994): the
-  template is the expected lesion, and both pass a filter like the eye's contrast sensitivity. It can't undo noise that
-  correlates.
-- **CHO**, channelized Hotelling (Barrett et al. 1993; Abbey and Barrett, Journal of the Optical Society of America A
-  2001): the neighbourhood is reduced to a few Laguerre-Gauss channels, and the template is K⁻¹Δ, the channels'
+  template is the expected lesion, and both pass a filter like the eye's contrast sensitivity. It can't undo noise
+  that correlates.
+- **CHO**, channelized Hotelling (Barrett et al. 1993; Abbey and Barrett, Journal of the Optical Society of America
+  A 2001): the neighbourhood is reduced to a few Laguerre-Gauss channels, and the template is K⁻¹Δ, the channels'
   inverse covariance times the expected lesion. It is the best that can be done with these channels.
 
-The signal-to-noise ratio is that of the sums: mean difference / √(mean of both variances), and the AUC is the share of
-pairs (with, without) in which the sum with the lesion is the higher one, ties counting half: the percentage correct of
-a reader who is shown both. For normal sums AUC = Φ(SNR/√2).
+The signal-to-noise ratio is that of the sums: mean difference / √(mean of both variances), and the AUC is the share
+of pairs (with, without) in which the sum with the lesion is the higher one, ties counting half: the percentage
+correct of a reader who is shown both. For normal sums AUC = Φ(SNR/√2).
 """
 
 from __future__ import annotations
@@ -47,11 +47,14 @@ class Observed:
 
     @property
     def snr(self) -> float:
-        """Returns the signal-to-noise ratio of the sums; NaN below two realisations or without any noise."""
+        """Returns the signal-to-noise ratio of the sums; NaN below two realisations, 0 if all sums are the same."""
         if min(len(self.present), len(self.absent)) < 2:
             return math.nan
         variance = (self.present.var(ddof=1) + self.absent.var(ddof=1)) / 2
-        return float((self.present.mean() - self.absent.mean()) / math.sqrt(variance)) if variance > 0 else math.nan
+        difference = float(self.present.mean() - self.absent.mean())
+        if not variance > 0:  # images without any noise: nothing is seen, or the ratio has no limit
+            return math.copysign(math.inf, difference) if difference else 0.0
+        return difference / math.sqrt(float(variance))
 
     @property
     def auc(self) -> float:

@@ -14,10 +14,12 @@ import numpy as np
 from medaccel.data.files import write_bytes
 from medaccel.report.html import Figure, Page, Section, versions, write_html
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
+from medaccel.restoration.detection import Detection
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
 from medaccel.restoration.report.analyses import analyse
+from medaccel.restoration.report.detectability import detection_blocks
 from medaccel.restoration.report.page import build_report
 from medaccel.restoration.report.robustness import (
     curve_blocks,
@@ -46,6 +48,7 @@ def write_report(
     chosen: ScoreConfig | None = None,
     choices: Mapping[str, Any] | None = None,
     curve: Sequence[Scored] = (),
+    detection: Detection | None = None,
     frozen: str = "",
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -60,6 +63,7 @@ def write_report(
         best: the method chosen on validation.
         choices: the frozen choices.
         curve: a scoring of each exposure of the curve.
+        detection: what model observers found.
         frozen: digest of the run's choices.
         say: a function that is called with the main table.
     """
@@ -76,6 +80,8 @@ def write_report(
         further.append(Section("Share of the limit over exposures", blocks))
     if chosen is not None and (blocks := truth_blocks(scored[0], chosen, others)):
         further.append(Section("The ranking under other truths", blocks))
+    if detection is not None:
+        further.append(Section("Detectability of faint lesions", detection_blocks(detection)))
     page = build_report(
         scorer,
         scored,
@@ -120,6 +126,7 @@ def write_report(
         "noise": [change.flat() for change in analyses.noise_changes],
         "seconds_per_volume": {one.seconds: {m: float(np.mean(v)) for m, v in one.times.items()} for one in scored},
         "curve": curve_rows(curve),
+        "detectability": [] if detection is None else detection.rows(),
         "truth": None if chosen is None or chosen.dicom is None else chosen.truth,
         "rankings": [
             {"seconds": one.seconds, **found.flat()}
@@ -145,6 +152,8 @@ def write_report(
         write_csv(folder / "coverage.csv", rows)
     if curve:
         write_csv(folder / "curve.csv", curve_rows(curve))
+    if detection is not None:
+        write_csv(folder / "detectability.csv", detection.rows())
     _write_figures(folder / "figures", page)
     report = folder / REPORT
     write_html(report, page, force=True)

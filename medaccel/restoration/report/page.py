@@ -20,6 +20,7 @@ from medaccel.restoration.report.analyses import Analyses
 from medaccel.restoration.report.evaluation import (
     calibration_blocks,
     comparison_blocks,
+    hot_lesion_table,
     noise_change_blocks,
     noise_share_blocks,
     resolution_blocks,
@@ -85,7 +86,10 @@ def build_report(
         changes = noise_change_blocks(analyses.noise_changes, target_seconds=scored[0].target_seconds)
         extra.append(Section("Noise before and after", changes))
     if analyses.responses:
-        extra.append(Section("Resolution", resolution_blocks(analyses.responses)))
+        blocks = resolution_blocks(analyses.responses)
+        if analyses.hot_lesions:
+            blocks.append(hot_lesion_table(analyses.hot_lesions))
+        extra.append(Section("Resolution", blocks))
     extra.append(Section("How the methods were fitted and chosen", fit_blocks(scorer.methods, best)))
     # Tables come first, then their explanations, then the run's own record.
     sections = pages[0].sections

@@ -17,7 +17,7 @@ from medaccel.restoration.config import RestorationConfig, ScoreConfig
 from medaccel.restoration.detection import Detection
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration
-from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
+from medaccel.restoration.evaluation.study_scores import SummaryRow, lesion_checks, summarize
 from medaccel.restoration.report.analyses import analyse
 from medaccel.restoration.report.detectability import detection_blocks
 from medaccel.restoration.report.page import build_report
@@ -125,6 +125,13 @@ def write_report(
         "resolution": {m: [asdict(r) for r in found] for m, found in analyses.responses.items()},
         "noise": [change.flat() for change in analyses.noise_changes],
         "seconds_per_volume": {one.seconds: {m: float(np.mean(v)) for m, v in one.times.items()} for one in scored},
+        "lesion_checks": [
+            {"seconds": seconds, "method": row.method, "group": group, **lesion_checks(row, table[0], group)}
+            for seconds, table in tables.items()
+            for row in table
+            for group in ("large", "small")
+        ],
+        "hot_lesion_kept": {m: list(found) for m, found in analyses.hot_lesions.items()},
         "curve": curve_rows(curve),
         "detectability": [] if detection is None else detection.rows(),
         "truth": None if chosen is None or chosen.dicom is None else chosen.truth,

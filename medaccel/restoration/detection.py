@@ -157,7 +157,7 @@ def detect(
         methods: fitted methods by name; those that draw samples are left out, as they would take hours.
         folder: holds the sums; made if missing.
         seeds: seeds of phantoms of the shifted generator.
-        realisations: of each phantom with its lesions, and as many without.
+        realisations: number of images of each phantom with its lesions, and of as many without.
         seconds, target_seconds: exposures of input and target.
         simulator: the scanner.
         shape, spacing: grid of the phantoms; spacing in mm.

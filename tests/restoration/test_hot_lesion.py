@@ -32,8 +32,8 @@ def test_a_clipped_peak_and_a_flattened_one_are_told():
         return np.minimum(x, 5.0)
 
     kept = hot_lesion_kept(clip, FLAT, MASK, SPACING)
-    # A sphere of radius R, blurred by σ, keeps erf(x) − (2/√π)·x·exp(−x²) of its contrast at the centre, x = R/(σ·√2);
-    # the voxels blur a little too.
+    # A sphere of radius R, blurred by σ, keeps erf(x) − (2/√π)·x·exp(−x²) of its contrast at the centre, where
+    # x = R/(σ·√2); the voxels blur a little too.
     x = 5 / math.sqrt(2 * ((8 / 2.3548) ** 2 + 4**2 / 12))
     recovery = math.erf(x) - 2 / math.sqrt(math.pi) * x * math.exp(-(x**2))
     assert peaks[1] - 1 == pytest.approx(29 * recovery, rel=0.08)

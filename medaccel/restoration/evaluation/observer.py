@@ -144,7 +144,7 @@ def hotelling_templates(
 
     Args:
         signals: (lesions, channels), the expected lesions in their channels.
-        residuals: for each lesion (realisations, channels), channel outputs minus their mean over the realisations
+        residuals: an array (realisations, channels) for each lesion: outputs minus their mean over the realisations
             of one kind (with the lesion, without).
 
     Raises:

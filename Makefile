@@ -16,8 +16,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test check pytest
 
 check: $(VENV)/.test
-	$(BIN)/ruff check medaccel tests benchmarks setup.py
-	$(BIN)/ruff format --check medaccel tests benchmarks setup.py
+	$(BIN)/ruff check medaccel tests benchmarks tools/gpu_checks tools/gpu_check tools/build_in_place setup.py
+	$(BIN)/ruff format --check medaccel tests benchmarks tools/gpu_checks tools/gpu_check tools/build_in_place setup.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
@@ -47,7 +47,7 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	@echo "== building and installing medaccel with what its tests need"
-	$(PIP) install --progress-bar on -e ".[test]"
+	MEDACCEL_WERROR=1 $(PIP) install --progress-bar on -e ".[test]"
 	@tools/install_test_tools
 	@touch $@
 

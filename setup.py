@@ -3,7 +3,8 @@
 
 Environment: MEDACCEL_CUDA=auto|0|1 (build the CUDA kernels where nvcc is found, never, or fail without it; it is
 looked for in CUDACXX, PATH, /usr/local/cuda and NVIDIA's PyPI packages),
-MEDACCEL_CUDA_ARCHS (default "80;90;100").
+MEDACCEL_CUDA_ARCHS (default "80;90;100"), MEDACCEL_WERROR=0|1 (make nvcc's warnings errors, as `make test` does;
+default 0).
 """
 
 import os
@@ -53,7 +54,9 @@ def build_environment(nvcc: str | None) -> dict[str, str]:
     return environment
 
 
-def configure_command(build: Path, install: Path, *, cuda: str, archs: str, nvcc: str | None) -> list[str]:
+def configure_command(
+    build: Path, install: Path, *, cuda: str, archs: str, nvcc: str | None, werror: str = "0"
+) -> list[str]:
     """CMake's first step, for the folder to build in and the one to install to."""
     import pybind11
 
@@ -66,6 +69,7 @@ def configure_command(build: Path, install: Path, *, cuda: str, archs: str, nvcc
         f"-DMEDACCEL_CUDA={cuda}",
         *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
         f"-DMEDACCEL_CUDA_ARCHS={re.sub('[ ,]', ';', archs)}",
+        f"-DMEDACCEL_WERROR={werror}",
     ]  # fmt: skip
 
 
@@ -80,6 +84,7 @@ class CMakeBuild(build_ext):
             )
         cuda = setting("MEDACCEL_CUDA", "auto", "auto|0|1", "auto, 0 or 1")
         archs = setting("MEDACCEL_CUDA_ARCHS", "80;90;100", r"\d+[af]?([; ,]\d+[af]?)*", "numbers such as 80;90;100")
+        werror = setting("MEDACCEL_WERROR", "0", "0|1", "0 or 1")
         nvcc = find_nvcc() if cuda != "0" else None
         if cuda == "1" and nvcc is None:
             sys.exit(
@@ -89,7 +94,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         install = ROOT if self.inplace else Path(self.build_lib).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        configure = configure_command(build, install, cuda=cuda, archs=archs, nvcc=nvcc)
+        configure = configure_command(build, install, cuda=cuda, archs=archs, nvcc=nvcc, werror=werror)
         for command in (configure, ["cmake", "--build", str(build)], ["cmake", "--install", str(build)]):
             if subprocess.run(command, env=build_environment(nvcc)).returncode != 0:
                 sys.exit(f"medaccel: `{' '.join(command[:4])} …` failed; the reason is in the lines above.")

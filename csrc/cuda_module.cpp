@@ -9,6 +9,7 @@
 #define EACH_FOLDER(X) \
     X(diffusion_step)  \
     X(gaussian)        \
+    X(instance_norm)   \
     X(probe)
 
 namespace medaccel {

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -65,6 +65,12 @@ _REGISTRY = (
         "monai.networks.nets.swin_unetr:BasicLayer",
         "medaccel.layers.swin:BasicLayer",
         "medaccel.layers.swin:layer_unsupported",
+        None,
+    ),
+    _Entry(
+        "monai.networks.nets.swin_unetr:SwinTransformer",
+        "medaccel.layers.swin_transformer:SwinTransformer",
+        "medaccel.layers.swin_transformer:transformer_unsupported",
         None,
     ),
     _Entry(
@@ -177,7 +183,9 @@ def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Entry, type[nn.M
                 yield name or "(model)", module, entry, monai_class
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
+def accelerate(
+    model: nn.Module, *, strict: bool = False, channels_last: bool | Literal["auto"] | None = None
+) -> AccelerationReport:
     """Makes the MONAI layers of `model` run on medaccel's kernels, in place; weights stay, numbers to rounding.
 
     Only this instance is touched. It may be wrapped (DataParallel, DDP), on any device, in training or not; calling
@@ -197,6 +205,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     Args:
         model: any module that contains MONAI layers: a network, a loss, a LightningModule.
         strict: raise instead of leaving a known MONAI layer as it is.
+        channels_last: memory layout of the maps in convolution blocks. "auto" (at first) brings a map to channels
+            last where its convolution is expected to be faster so: bf16 and fp16 on a GPU, with channels in multiples
+            of eight; large fp32 maps on a CPU. True does so everywhere, False nowhere. None leaves an earlier choice.
+            Weights, state_dict and values stay; outputs may have channels-last strides.
 
     Returns:
         The report of what changed and what was kept, with reasons, and of what serves each layer on the CPU and on
@@ -208,6 +220,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is a {type(model).__name__}; expected a torch.nn.Module")
+    if channels_last is not None and not (isinstance(channels_last, bool) or channels_last == "auto"):
+        error = ValueError if isinstance(channels_last, str) else TypeError
+        raise error(f"accelerate: channels_last is {channels_last!r}; expected 'auto', True or False")
     report = AccelerationReport()
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module, entry, monai_class in _known(model):
@@ -235,6 +250,10 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> AccelerationReport:
         raise RuntimeError(f"accelerate: strict, and some layers can't be served\n{report}")
     for module, ours in swaps:
         module.__class__ = ours
+    if channels_last is not None:
+        for _, module, entry, _ in _known(model):
+            if type(module) is (ours := _resolve(entry.ours)) and hasattr(ours, "channels_last"):
+                module.channels_last = channels_last  # type: ignore[assignment]
     monai = sys.modules.get("monai")
     if swaps and monai is not None and not monai.__version__.startswith(SUPPORTED_MONAI):
         warnings.warn(
@@ -258,6 +277,7 @@ def revert(model: nn.Module) -> AccelerationReport:
     for name, module, entry, monai_class in _known(model):
         if type(module) is _resolve(entry.ours):
             module.__class__ = monai_class
+            module.__dict__.pop("channels_last", None)
             report.changed.append((name, f"{monai_class.__module__}.{monai_class.__qualname__}"))
         elif isinstance(module, _resolve(entry.ours)):
             made = type(module).__qualname__

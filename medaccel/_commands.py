@@ -12,22 +12,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from medaccel._examples import (
-    APPLY_EXAMPLES,
-    DEMO_EXAMPLES,
-    DOCTOR_EXAMPLES,
-    FINETUNE_EXAMPLES,
-    PRETRAINING_EXAMPLES,
-    RUN_EXAMPLES,
-    SCORE_EXAMPLES,
-    SEGMENT_EXAMPLES,
-    SEGMENTATION_EXAMPLES,
-    SMOOTH_EXAMPLES,
-    VALIDATE_EXAMPLES,
-    VERIFY_EXAMPLES,
-    WEIGHTS_EXAMPLES,
-)
-from medaccel._parser import Formatter, Parser, add_options
+from medaccel import _parsers
+from medaccel._parser import Parser
 from medaccel.studies.settings import before_work, hints_of
 
 # Each command imports these beyond the kernels' own needs; the value is the package that brings the import.
@@ -48,163 +34,6 @@ _REPORTING = (*_APPLYING, "skimage", "matplotlib", "jinja2")
 _TRAINING = (*_REPORTING, "tensorboard", "joblib")
 
 
-def _parser(description: str, examples: str) -> Parser:
-    parser = Parser(description=description, epilog=examples, formatter_class=Formatter)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
-    return parser
-
-
-def _add_run_options(parser: Parser) -> None:
-    parser.add_argument("--force", action="store_true", help="start clean if the output holds another run")
-    parser.add_argument(
-        "--resume", action="store_true", help="resume the run in the output; an error if there is none"
-    )
-
-
-def _add_apply_options(parser: Parser, function: Callable[..., Any]) -> None:
-    parser.add_function_arguments(function, as_positional=True, skip={"checkpoint", "force", "progress"})
-    parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-
-
-def _doctor() -> Parser:
-    return _parser(
-        "Says what is installed, what is built, and which kernel serves each op on each device.", DOCTOR_EXAMPLES
-    )
-
-
-def _verify() -> Parser:
-    parser = _parser("Checks every kernel against its reference on this machine, and times it.", VERIFY_EXAMPLES)
-    parser.add_argument(
-        "--devices", type=list[str], help="such as cpu or cuda:0 cuda:1; default: all that torch sees"
-    )
-    parser.add_argument("--json", type=Path, help="write the outcome to this file, for a bug report")
-    parser.add_argument("--speed", type=bool, default=True, help="time the kernels too")
-    return parser
-
-
-def _smooth() -> Parser:
-    from medaccel.smooth import smooth
-
-    parser = _parser("Smooths a NIfTI file or a DICOM series with a Gaussian.", SMOOTH_EXAMPLES)
-    _add_apply_options(parser, smooth)
-    return parser
-
-
-def _restoration_run() -> Parser:
-    from medaccel.restoration.config import RestorationConfig
-
-    parser = _parser("Fits the methods, chooses on validation studies and writes a report.", RUN_EXAMPLES)
-    add_options(parser, RestorationConfig)
-    _add_run_options(parser)
-    return parser
-
-
-def _restoration_score() -> Parser:
-    from medaccel.restoration.config import ScoreConfig
-
-    parser = _parser("Scores a finished run on test studies, which no choice has seen.", SCORE_EXAMPLES)
-    add_options(parser, ScoreConfig)
-    return parser
-
-
-def _restoration_apply() -> Parser:
-    from medaccel.restoration.apply import apply
-
-    parser = _parser(
-        "Restores a PET, NIfTI or DICOM: with the package's own weights, or a fitted method. For research only.",
-        APPLY_EXAMPLES,
-    )
-    parser.add_argument("--checkpoint", type=Path, help="a fitted method, such as checkpoints/<method>.pt of a run")
-    parser.add_argument(
-        "--model", help="instead of --checkpoint: a name that `medaccel weights list` has, or the path of a file"
-    )
-    _add_apply_options(parser, apply)
-    return parser
-
-
-def _restoration_validate() -> Parser:
-    from medaccel.restoration.validate import validate
-
-    parser = _parser("Measures a model on one's own exposures, and says whether to fine-tune it.", VALIDATE_EXAMPLES)
-    parser.add_function_arguments(validate, as_positional=True, skip={"progress"})
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    return parser
-
-
-def _restoration_finetune() -> Parser:
-    from medaccel.restoration.finetune import finetune
-
-    parser = _parser("Trains a model's weights further on studies of one's own scanner.", FINETUNE_EXAMPLES)
-    _add_apply_options(parser, finetune)
-    return parser
-
-
-def _weights_list() -> Parser:
-    return _parser("Lists trained weights: their names, their purposes, and whether they are here.", WEIGHTS_EXAMPLES)
-
-
-def _weights_get() -> Parser:
-    parser = _parser("Fetches weights that the package doesn't hold, and verifies them.", WEIGHTS_EXAMPLES)
-    parser.add_argument("name", type=str, help="a name of `medaccel weights list`")
-    parser.add_argument(
-        "--from_file", "--from-file", type=Path, help="take this copy of the file; no internet is used"
-    )
-    parser.add_argument("--mirror", type=str, help="fetch from this address of a folder: https, http or file")
-    parser.add_argument("--force", action="store_true", help="fetch weights again that are here already")
-    return parser
-
-
-def _weights_path() -> Parser:
-    parser = _parser("Prints the path of weights, after verifying them.", WEIGHTS_EXAMPLES)
-    parser.add_argument("name", type=str, help="a name of `medaccel weights list`")
-    return parser
-
-
-def _pretraining_run() -> Parser:
-    from medaccel.pretraining.config import PretrainingConfig
-
-    parser = _parser("Trains the encoder of a Swin UNETR on CT without labels, and reports.", PRETRAINING_EXAMPLES)
-    add_options(parser, PretrainingConfig)
-    _add_run_options(parser)
-    return parser
-
-
-def _segmentation_run() -> Parser:
-    from medaccel.segmentation.config import SegmentationConfig
-
-    parser = _parser(
-        "Compares initializations: pretrains, trains a grid of cells, tests them and reports.", SEGMENTATION_EXAMPLES
-    )
-    add_options(parser, SegmentationConfig)
-    _add_run_options(parser)
-    parser.add_argument(
-        "--cell", type=int, help="run only this one of the selected cells, counted from 0, and write no report"
-    )
-    return parser
-
-
-def _segmentation_apply() -> Parser:
-    from medaccel.segmentation.apply import apply
-
-    parser = _parser("Segments a CT with a trained network. For research only.", SEGMENT_EXAMPLES)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="a trained network, such as cells/<cell>/best.pt of a study"
-    )
-    _add_apply_options(parser, apply)
-    return parser
-
-
-def _demo() -> Parser:
-    parser = _parser(
-        "A small restoration study, a small pretraining and a few small segmentations, all on simulated phantoms.",
-        DEMO_EXAMPLES,
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
-    parser.add_argument("--force", action="store_true", help="start clean if the output holds a run")
-    return parser
-
-
 def _options(namespace: Namespace, *skip: str) -> dict[str, Any]:
     values = namespace.as_dict() if isinstance(namespace, Namespace) else dict(namespace)
     return {k: v for k, v in values.items() if k not in ("config", *skip)}
@@ -214,6 +43,14 @@ def _call_doctor(_: Namespace) -> None:
     from medaccel import doctor
 
     print(doctor())
+
+
+def _call_info(arguments: Namespace) -> int:
+    from medaccel.info import info
+
+    found = info(**_options(arguments))
+    print(found)
+    return 0 if found.refusal is None else 1
 
 
 def _call_verify(arguments: Namespace) -> int:
@@ -320,9 +157,11 @@ def _call_segmentation_run(arguments: Namespace) -> None:
 
 
 def _call_segmentation_apply(arguments: Namespace) -> None:
-    from medaccel.segmentation.apply import apply
+    from medaccel.data.files import read_json
+    from medaccel.segmentation.apply import apply, spoken
 
-    _apply(arguments, apply)
+    *_, report = _apply(arguments, apply)
+    print("\n".join(spoken(read_json(report))))
 
 
 def _call_demo(arguments: Namespace) -> None:
@@ -342,10 +181,12 @@ def _run(
     run(chosen, **others)
 
 
-def _apply(arguments: Namespace, apply: Callable[..., Any]) -> None:
+def _apply(arguments: Namespace, apply: Callable[..., Any]) -> tuple[Path, ...]:
     options = _options(arguments, "quiet")
-    for path in apply(**options, progress=not arguments.quiet):
+    written = tuple(apply(**options, progress=not arguments.quiet))
+    for path in written:
         print(f"written: {path}")
+    return written
 
 
 @dataclass(frozen=True)
@@ -378,71 +219,72 @@ class Command:
 
 
 COMMANDS = {
-    "doctor": Command("what is installed and which kernels serve", _doctor, _call_doctor),
+    "doctor": Command("what is installed and which kernels serve", _parsers.doctor, _call_doctor),
+    "info": Command("what a file or folder is, and how it is read", _parsers.info, _call_info, "medaccel.info:info"),
     "verify": Command(
         "check and time every kernel on this machine",
-        _verify,
+        _parsers.verify,
         _call_verify,
         hints=(("devices", list[str] | None), ("json", Path | None), ("speed", bool)),
     ),
     "smooth": Command(
-        "Gaussian smoothing of a NIfTI file or DICOM series", _smooth, _call_smooth, "medaccel.smooth:smooth"
+        "Gaussian smoothing of a NIfTI file or DICOM series", _parsers.smooth, _call_smooth, "medaccel.smooth:smooth"
     ),
     "restoration run": Command(
         "fit, choose on validation studies, and report",
-        _restoration_run,
+        _parsers.restoration_run,
         _call_restoration_run,
         "medaccel.restoration.config:RestorationConfig",
         _TRAINING,
     ),
     "restoration score": Command(
         "score a finished run on test studies",
-        _restoration_score,
+        _parsers.restoration_score,
         _call_restoration_score,
         "medaccel.restoration.config:ScoreConfig",
         _REPORTING,
     ),
     "restoration apply": Command(
         "restore a PET with a fitted method",
-        _restoration_apply,
+        _parsers.restoration_apply,
         _call_restoration_apply,
         "medaccel.restoration.apply:apply",
         _APPLYING,
     ),
     "restoration validate": Command(
         "measure a model on one's own exposures",
-        _restoration_validate,
+        _parsers.restoration_validate,
         _call_restoration_validate,
         "medaccel.restoration.validate:validate",
         _REPORTING,
     ),
     "restoration finetune": Command(
         "adapt a model to one's own scanner",
-        _restoration_finetune,
+        _parsers.restoration_finetune,
         _call_restoration_finetune,
         "medaccel.restoration.finetune:finetune",
         (*_APPLYING, "tensorboard"),
     ),
-    "weights list": Command("the trained weights, and where they are", _weights_list, _call_weights_list),
+    "weights list": Command("the trained weights, and where they are", _parsers.weights_list, _call_weights_list),
     "weights get": Command(
         "fetch weights that the package doesn't hold",
-        _weights_get,
+        _parsers.weights_get,
         _call_weights_get,
         hints=(("name", str), ("from_file", Path | None), ("mirror", str | None)),
     ),
     "weights path": Command(
-        "the path of a file of weights", _weights_path, _call_weights_path, hints=(("name", str),)
+        "the path of a file of weights", _parsers.weights_path, _call_weights_path, hints=(("name", str),)
     ),
     "pretraining run": Command(
         "train on CT without labels, and report",
-        _pretraining_run,
+        _parsers.pretraining_run,
         _call_pretraining_run,
         "medaccel.pretraining.config:PretrainingConfig",
         _TRAINING,
     ),
     "segmentation run": Command(
         "compare initializations in a grid of runs, and report",
-        _segmentation_run,
+        _parsers.segmentation_run,
         _call_segmentation_run,
         "medaccel.segmentation.config:SegmentationConfig",
         _TRAINING,
@@ -450,13 +292,17 @@ COMMANDS = {
     ),
     "segmentation apply": Command(
         "segment a CT with a trained network",
-        _segmentation_apply,
+        _parsers.segmentation_apply,
         _call_segmentation_apply,
         "medaccel.segmentation.apply:apply",
         _APPLYING,
     ),
     "demo": Command(
-        "small studies, from phantoms to reports", _demo, _call_demo, packages=_TRAINING, hints=(("output", Path),)
+        "small studies, from phantoms to reports",
+        _parsers.demo,
+        _call_demo,
+        packages=_TRAINING,
+        hints=(("output", Path),),
     ),
 }
 GROUPS = {

@@ -11,6 +11,11 @@ DOCTOR_EXAMPLES = """examples:
   medaccel doctor
 """
 
+INFO_EXAMPLES = """examples:
+  medaccel info pet_series/
+  medaccel info ct.nii.gz
+"""
+
 VERIFY_EXAMPLES = """examples:
   medaccel verify
   medaccel verify --devices cuda:0 --json verify.json
@@ -37,6 +42,7 @@ APPLY_EXAMPLES = """examples:
   medaccel restoration apply dicom_folder/ derived_dicom/ --seconds 30
   medaccel restoration apply --checkpoint gaussian_mix.pt pet_60s.nii.gz restored.nii.gz
   medaccel restoration apply --checkpoint swin_unetr.pt dicom_folder/ derived_dicom/ --ct ct_dicom/
+  medaccel restoration apply dicom_folder/ derived_dicom/ --deidentify true
   medaccel restoration apply --checkpoint diffusion_conditional.pt study/ restored.nii.gz --seconds 30 --samples 8
 """
 
@@ -58,6 +64,7 @@ SEGMENTATION_EXAMPLES = """examples:
 SEGMENT_EXAMPLES = """examples:
   medaccel segmentation apply --checkpoint cells/spleen-random-020-seed0/best.pt ct.nii.gz spleen.nii.gz
   medaccel segmentation apply --checkpoint best.pt ct_dicom/ spleen.nii.gz --keep_largest 1 --report volume.json
+  medaccel segmentation apply --checkpoint lungs.pt ct_dicom/ seg.dcm --output_type dicom_seg --ratio lesion/lung
 """
 
 DEMO_EXAMPLES = """examples:

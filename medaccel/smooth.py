@@ -27,6 +27,7 @@ from medaccel.data import (
     write_text,
 )
 from medaccel.data.files import beside
+from medaccel.data.nifti import is_nifti_input
 from medaccel.data.suv import Kind
 from medaccel.ops import gaussian_filter
 
@@ -157,7 +158,7 @@ def _read(
 ) -> tuple[Nifti1Image, SuvRule | None]:
     """Returns the image, and the rule of its SUV if it is a PET series that was converted."""
     if not path.is_dir():
-        if path.exists() and not is_nifti_name(path):
+        if path.exists() and not is_nifti_input(path):
             raise ValueError(f"{path}: expected a .nii or .nii.gz file, or the folder of a DICOM series")
         if frame is not None or wanted not in (True, False):
             option = "frame" if frame is not None else "unit bqml" if wanted == "bqml" else f"suv {wanted}"

@@ -3,6 +3,7 @@
 
 CI has no GPU, so this command checks the user's: numbers on the hardware, then speed against plain PyTorch (and
 MONAI, if it is installed) and the share of the machine's ceiling: a copy's bandwidth, or a matrix product's rate.
+On a GPU a kernel's bits are held to more: repeats, dirty memory, another stream, a CUDA graph, no waiting.
 It needs torch, numpy and the built modules, nothing else: ``python -m medaccel.verify`` runs in a bare container
 (tools/build_in_place builds there). Its JSON belongs into a bug report. The checks of each op are in the
 ``verify.py`` of its folder.
@@ -20,6 +21,7 @@ import torch
 
 from medaccel._doctor import doctor
 from medaccel.ops._checks import Check, Speed, Verifier
+from medaccel.ops._isolated import isolated
 from medaccel.ops._registry import OPS
 
 
@@ -62,7 +64,11 @@ class Verification:
             failed = sum(not c.passed for c in checks)
             worst = max(c.share for c in checks)
             lines.append(f"{op:<26}{device:<8}{dtype:<10}{len(checks):>6}{failed:>8}{worst:>23.2f}  {kernel}")
-        lines += [f"FAILED {c.op} {c.device} {c.dtype} {c.case}: {c.share:.3g}" for c in self.checks if not c.passed]
+        lines += [
+            f"FAILED {c.op} {c.device} {c.dtype} {c.case}: {c.fault or f'{c.share:.3g}'}"
+            for c in self.checks
+            if not c.passed
+        ]
         lines += [
             "",
             f"{'op':<26}{'device':<8}{'case':<36}{'kernel':>11}{'PyTorch':>11}{'ratio':>8}{'MONAI':>11}{'ratio':>8}"
@@ -98,17 +104,27 @@ def check_devices(names: Sequence[str]) -> None:
 def verify(*, devices: list[str] | None = None, speed: bool = True) -> Verification:
     """Runs everything on the devices given, by default the CPU and each GPU that torch sees.
 
+    On a GPU each op has a process of its own: a check that crashes or hangs fails, and takes no other with it.
+
     Raises:
         ValueError: `check_devices` refuses the devices.
     """
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if devices is None else devices
     check_devices(names)
     outcome = Verification(doctor().facts)
-    verifiers: list[Verifier] = [op.load("verifier") for op in OPS.values()]
+    verifiers: dict[str, Verifier] = {name: op.load("verifier") for name, op in OPS.items()}
     for device in map(torch.device, names):
-        for verifier in verifiers:
+        if device.type == "cuda":
+            for name in verifiers:
+                for result in isolated(name, device, speed):
+                    if isinstance(result, Speed):
+                        outcome.speeds.append(result)
+                    else:
+                        outcome.checks.append(result)
+            continue
+        for verifier in verifiers.values():
             outcome.checks += verifier.checks(device)
-        for verifier in verifiers if speed else ():
+        for verifier in verifiers.values() if speed else ():
             outcome.speeds += verifier.speeds(device)
     return outcome
 

@@ -24,6 +24,7 @@ def image(path: Path) -> Path:
     "command",
     [
         ["smooth"],
+        ["info"],
         ["restoration", "run"],
         ["restoration", "score"],
         ["restoration", "apply"],
@@ -55,7 +56,7 @@ def test_verify_checks_the_kernels_and_writes_its_outcome(tmp_path: Path, capsys
     assert outcome["passed"] is True
     counts = collections.Counter((check["op"], check["dtype"]) for check in outcome["checks"])
     assert set(counts) == {(op, dtype) for op in OPS for dtype in ("float64", "float32", "bfloat16", "float16")}
-    assert counts["gaussian_filter", "float32"] == 9 * 5  # cases, borders
+    assert counts["gaussian_filter", "float32"] == 9 * 5 + 3  # cases, borders; scalars as numbers
     assert min(counts.values()) >= 3
     assert "all held" in capsys.readouterr().out
 

@@ -148,6 +148,8 @@ def test_a_methods_setting_of_another_type_is_refused(method: str, key: str):
         default = method_class(method).defaults[key]
         if isinstance(default, bool) and value is True:
             continue
+        if key == "varied_folder" and value == "abc":  # a name of a folder
+            continue
         with pytest.raises(ValueError, match=rf"{method}.*{key}|{key} is"):
             check_restoration(RestorationConfig(methods=(method,), settings={method: {key: value}}))
 

@@ -17,7 +17,8 @@ void gaussian_filter(std::uintptr_t in, std::uintptr_t out, int storage, const P
                      const Pair& in_stride, const Pair& out_stride, std::uintptr_t sigma,
                      const std::array<double, 3>& host_sigma, double truncated, int approx, int border,
                      bool normalize, bool adjoint, int derivative_axis, std::uintptr_t workspace, int max_radius,
-                     const std::array<std::uintptr_t, 2>& temporary, int device, std::uintptr_t stream) {
+                     const std::array<std::uintptr_t, 2>& temporary, int device, std::uintptr_t stream,
+                     int64_t chunks) {
     filter_gpu({address<void>(in),
                 address<void>(out),
                 outer[0],
@@ -38,7 +39,8 @@ void gaussian_filter(std::uintptr_t in, std::uintptr_t out, int storage, const P
                 max_radius,
                 {address<void>(temporary[0]), address<void>(temporary[1])},
                 device,
-                address<void>(stream)});
+                address<void>(stream),
+                chunks});
 }
 
 void dot(std::uintptr_t a, std::uintptr_t b, int64_t n, int storage, std::uintptr_t partial, std::uintptr_t result,
@@ -54,7 +56,12 @@ void bind_gaussian_cuda(py::module_& m) {
     m.attr("max_device_radius") = gaussian::kMaxDeviceRadius;
     m.attr("fused_radius") = gaussian::kFusedReach;
     m.attr("dot_blocks") = gaussian::kDotBlocks;
+    m.attr("march_tile") = gaussian::kMarchTile;
     m.def("gaussian_radius", &gaussian::radius_of);
+    m.def("gaussian_plan", [](int64_t volumes, const gaussian::Triple& size, int reach, int processors) {
+        const auto plan = gaussian::plan_march(volumes, size.data(), reach, processors);
+        return std::pair<int64_t, int64_t>{plan.chunks, plan.blocks};
+    });
     m.def("gaussian_workspace_bytes", &gaussian::workspace_bytes);
     m.def("gaussian_filter", &gaussian::gaussian_filter);
     m.def("dot", &gaussian::dot);

@@ -6,10 +6,11 @@
 //   one_axis    one axis a pass, any radius; also the adjoint of folding borders
 //   dot.h       the inner product that the gradient to σ ends in
 //
-// Bytes: three plain passes request 3 reads and 3 writes of the volume. `march` reads a tile of 64 × 32 columns with
+// Bytes: three plain passes request 3 reads and 3 writes of the volume. `march` reads a tile of 32 × 32 columns with
 // its halo, once a plane, and writes the output once: at radius 8 and chunks of 64 planes it requests
-// (80·48)/(64·32) · (64 + 16)/64 + 1 = 3.34 volumes; halos that a neighbouring block has just read come from the
-// second-level cache, so that the DRAM sees little more than 2.
+// (48·48)/(32·32) · (64 + 16)/64 + 1 = 3.81 volumes; halos that a neighbouring block has just read come from the
+// second-level cache, so that the DRAM sees little more than 2. What takes the time is the instructions
+// (docs/gpu.md).
 #include <type_traits>
 
 #include "../common/cuda_portable.h"
@@ -20,9 +21,7 @@
 namespace medaccel::gaussian {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kTileX = 64, kTileY = 32, kChunk = 64;
-constexpr int kColumns = kTileX * kTileY / kThreads;  // that a thread carries along z
+constexpr int kThreads = 256, kTileX = kMarchTile;
 
 // What the kernels know of the volume.
 struct Volume {
@@ -99,128 +98,222 @@ __global__ void __launch_bounds__(128, 1)
 }
 
 // --- the fused march ---------------------------------------------------------------------------------------------
-// A block owns 64 × 32 columns of up to kChunk planes. Each plane, with its halo, goes through shared memory for x
+// A block owns a tile of columns and a chunk of planes. Each plane, with its halo, goes through shared memory for x
 // and y; along z a thread carries the partial sums of its columns' next 2R + 1 outputs in registers and shifts them
-// by one a plane (the transposed form of the filter), so no plane is kept.
-// Runs where smallest < reach <= R, else returns at once: the host may not know the radius.
+// by one a plane (the transposed form of the filter), so no plane is kept. An output is summed up in the order of its
+// taps, so its bits depend neither on tile and chunk nor on R.
+template <int R>
+struct Tile {
+    static constexpr int columns = 4;  // of a thread: their sums along z are most of its registers
+    static constexpr int height = kThreads / kTileX * columns;
+    static_assert(height == kMarchTile, "plan_march counts these tiles");
+    static constexpr int rows = height + 2 * R, pitch = kTileX + 2 * R;  // with the halo
+    static constexpr int quads = rows * pitch / 4, of_thread = (quads + kThreads - 1) / kThreads;
+    static constexpr int taps = 2 * R + 1, tap_quads = taps / 4 + 1;
+};
+
+// Where a block's tile lies. What the border does to rows and columns is worked out once, not once a plane.
 template <class T, int R>
-__global__ void __launch_bounds__(kThreads)
-    march(const T* __restrict__ in, T* __restrict__ out, Volume v, Taps<float> taps, Border border, int smallest) {
-    constexpr int kRows = kTileY + 2 * R, kPitch = kTileX + 2 * R, kTaps = 2 * R + 1;
-    SHARED(Quad<float>, tile, [kRows * kPitch / 4]);
-    SHARED(Quad<float>, lines, [kRows * kTileX / 4]);
-    SHARED(float, t, [3][kTaps]);
-    const int reach = taps.reach();
-    if (reach <= smallest || reach > R) return;
-    const int rz = taps.radius[0], ry = taps.radius[1], rx = taps.radius[2];
-    for (int i = threadIdx.x; i < 3 * kTaps; i += kThreads) {
-        const int axis = i / kTaps, k = i % kTaps - R, r = taps.radius[axis];
-        if (k >= -r && k <= r) t[axis][k + R] = taps.of(axis)[k + r];
+struct Place {
+    const T* in;
+    T* out;  // this thread's first column in the chunk's first plane
+    int64_t plane;
+    int depth, z0, z1;
+    int width, x0;          // of the volume; of the tile
+    int out_rows;           // of the thread's columns lie in the volume
+    bool aligned;           // rows begin at multiples of four elements
+    const int64_t* row_at;  // [rows] offset in a plane, or −1: zeros, or never read
+    const int* column_at;   // [pitch] or −1
+};
+
+template <class T, int R>
+__device__ inline void fetch(const Place<T, R>& p, int source, Quad<T> (&fetched)[Tile<R>::of_thread]) {
+    const T* from = p.in + source * p.plane;
+#pragma unroll
+    for (int n = 0; n < Tile<R>::of_thread; ++n) {
+        const int i = threadIdx.x + n * kThreads;
+        if ((n + 1) * kThreads > Tile<R>::quads && i >= Tile<R>::quads) continue;
+        const int row = i / (Tile<R>::pitch / 4), quad = i % (Tile<R>::pitch / 4), x = p.x0 - R + 4 * quad;
+        const int64_t at = p.row_at[row];
+        fetched[n] = {};
+        if (at < 0) continue;
+        if (p.aligned && x >= 0 && x + 4 <= p.width) {
+            fetched[n] = *reinterpret_cast<const Quad<T>*>(from + at + x);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (p.column_at[4 * quad + j] >= 0) fetched[n].v[j] = from[at + p.column_at[4 * quad + j]];
+        }
     }
-    __syncthreads();
+}
 
-    const int64_t tiles_x = (v.size[2] + kTileX - 1) / kTileX, tiles_y = (v.size[1] + kTileY - 1) / kTileY;
-    const int64_t chunks = (v.size[0] + kChunk - 1) / kChunk;
-    int64_t block = blockIdx.x;
-    const int64_t x0 = block % tiles_x * kTileX;
-    block /= tiles_x;
-    const int64_t y0 = block % tiles_y * kTileY;
-    block /= tiles_y;
-    const int64_t z0 = block % chunks * kChunk, z1 = min(z0 + kChunk, v.size[0]);
-    const int64_t batch = block / chunks / v.channels, channel = block / chunks % v.channels;
-    in += batch * v.in_stride[0] + channel * v.in_stride[1];
-    out += batch * v.out_stride[0] + channel * v.out_stride[1];
-    const bool aligned = (reinterpret_cast<std::uintptr_t>(in) % sizeof(Quad<T>) == 0) && v.size[2] % 4 == 0;
+// The same number, but the compiler can't know it, and so keeps nothing that follows from it across a loop.
+__device__ inline int opaque(int value) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
 
-    const int column = threadIdx.x % kTileX, first_row = threadIdx.x / kTileX * kColumns;
-    float sums[kColumns][kTaps];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-        for (int s = 0; s < kTaps; ++s) sums[c][s] = 0.f;
-
-    for (int64_t plane = z0 - R; plane < z1 + R; ++plane) {
-        const bool needed = plane >= z0 - rz && plane < z1 + rz;
-        const int64_t source = needed ? border_source(plane, v.size[0], border) : -1;
-        float filtered[kColumns] = {};
+// Full: all three radii are R, as the compiler then knows. Taps beyond a smaller radius are skipped, not zeros that
+// are multiplied: 0 · NaN is NaN.
+//   taps: z from the last to the first, y from the first, x with its centre at R
+template <class T, int R, bool Full>
+__device__ inline void march_planes(const Place<T, R>& p, const int* radius, Border border, Quad<float>* tile,
+                                    Quad<float>* lines, const Quad<float> (*taps)[Tile<R>::tap_quads]) {
+    using S = Tile<R>;
+    const int rz = Full ? R : radius[0];
+    const auto source_of = [&](int plane) {
+        return plane < p.z1 + rz ? static_cast<int>(border_source(plane, p.depth, border)) : -1;
+    };
+    const int column = threadIdx.x % kTileX, first_row = threadIdx.x / kTileX * S::columns;
+    float sums[S::columns][S::taps] = {};
+    Quad<T> fetched[S::of_thread] = {};
+    T* to = p.out;
+    int source = source_of(p.z0 - rz);
+    if (source >= 0) fetch<T, R>(p, source, fetched);
+    for (int plane = p.z0 - rz; plane < p.z1 + rz; ++plane) {
+        const int next = source_of(plane + 1);
+        const int ry = Full ? R : opaque(radius[1]), last_z = Full ? 2 * R : 2 * opaque(rz);
+        float filtered[S::columns] = {};
         if (source >= 0) {  // the same for the whole block
-            const T* from = in + source * v.size[1] * v.size[2];
-            for (int i = threadIdx.x; i < kRows * kPitch / 4; i += kThreads) {
-                const int row = i / (kPitch / 4), quad = i % (kPitch / 4);
-                if (row < R - ry || row >= kTileY + R + ry) continue;  // never read
-                const int64_t y = border_source(y0 - R + row, v.size[1], border), x = x0 - R + 4 * quad;
-                Quad<float> q = {};
-                if (y >= 0) {
-                    if (aligned && x >= 0 && x + 4 <= v.size[2]) {
-                        const Quad<T> raw = *reinterpret_cast<const Quad<T>*>(from + y * v.size[2] + x);
 #pragma unroll
-                        for (int j = 0; j < 4; ++j) q.v[j] = to_compute(raw.v[j]);
-                    } else {
+            for (int n = 0; n < S::of_thread; ++n) {
+                const int i = threadIdx.x + n * kThreads;
+                if ((n + 1) * kThreads > S::quads && i >= S::quads) continue;
+                Quad<float> q;
 #pragma unroll
-                        for (int j = 0; j < 4; ++j) {
-                            const int64_t sx = border_source(x + j, v.size[2], border);
-                            if (sx >= 0) q.v[j] = to_compute(from[y * v.size[2] + sx]);
-                        }
-                    }
-                }
+                for (int j = 0; j < 4; ++j) q.v[j] = to_compute(fetched[n].v[j]);
                 tile[i] = q;
             }
             __syncthreads();
-            for (int i = threadIdx.x; i < kRows * kTileX / 4; i += kThreads) {
-                const int row = i / (kTileX / 4), quad = i % (kTileX / 4);
-                if (row < R - ry || row >= kTileY + R + ry) continue;
+        }
+        if (next >= 0) fetch<T, R>(p, next, fetched);  // arrives while this plane is computed
+        if (source >= 0) {
+            for (int i = threadIdx.x; i < S::rows * kTileX / 4; i += kThreads) {
+                const int row = i / (kTileX / 4), quad = i % (kTileX / 4), rx = Full ? R : opaque(radius[2]);
+                if (!Full && (row < R - ry || row >= S::height + R + ry)) continue;  // never read
                 float window[4 + 2 * R];
 #pragma unroll
                 for (int j = 0; j < 1 + R / 2; ++j) {
-                    const Quad<float> q = tile[row * (kPitch / 4) + quad + j];
+                    const Quad<float> q = tile[row * (S::pitch / 4) + quad + j];
 #pragma unroll
                     for (int l = 0; l < 4; ++l) window[4 * j + l] = q.v[l];
                 }
+                const Quad<float>* of_x = taps[2] + opaque(0);
                 Quad<float> sum = {};
 #pragma unroll
-                for (int k = 0; k < kTaps; ++k) {
-                    if (k < R - rx || k > R + rx) continue;  // skipped, not multiplied by 0: 0 · NaN is NaN
-                    const float tap = t[2][k];
+                for (int k = 0; k < S::taps; ++k) {
+                    if (!Full && (k < R - rx || k > R + rx)) continue;
+                    const float tap = of_x[k / 4].v[k % 4];
 #pragma unroll
                     for (int l = 0; l < 4; ++l) sum.v[l] = fmaf(tap, window[l + k], sum.v[l]);
                 }
                 lines[i] = sum;
             }
             __syncthreads();
-            const float* line = &lines[0].v[0];
+            const float* line = &lines[0].v[0] + (first_row + R - ry) * kTileX + column;
 #pragma unroll
-            for (int j = 0; j < kColumns + 2 * R; ++j) {
-                if (j < R - ry || j > kColumns - 1 + R + ry) continue;
-                const float value = line[(first_row + j) * kTileX + column];
+            for (int j = 0; j < S::taps; ++j) {  // rows that the first column reads,
+                if (!Full && j > 2 * ry) break;
+                const float value = line[j * kTileX];
 #pragma unroll
-                for (int c = 0; c < kColumns; ++c) {
-                    const int k = j - c;
-                    if (k >= 0 && k < kTaps && k >= R - ry && k <= R + ry)
-                        filtered[c] = fmaf(t[1][k], value, filtered[c]);
-                }
+                for (int c = 0; c < S::columns && c <= j; ++c)
+                    filtered[c] = fmaf(taps[1][(j - c) / 4].v[(j - c) % 4], value, filtered[c]);
+            }
+            const float* of_y = &taps[1][0].v[0] + 2 * ry;
+            line += 2 * ry * kTileX;
+#pragma unroll
+            for (int j = 1; j < S::columns; ++j) {  // and those beyond, that only later ones read
+                const float value = line[j * kTileX];
+#pragma unroll
+                for (int c = j; c < S::columns; ++c)
+                    if (Full || ry > 0 || c == j) filtered[c] = fmaf(of_y[j - c], value, filtered[c]);
             }
         }
-        // sums[s] belongs to output plane − R + s, which reads this plane with tap R − s.
+        // sums[s] belongs to output plane − rz + s, which reads this plane with tap rz − s; those from 2 · rz + 1 on
+        // stay 0.
 #pragma unroll
-        for (int s = 0; s < kTaps; ++s) {
-            const bool reads = source >= 0 && 2 * R - s >= R - rz && 2 * R - s <= R + rz;
-            const float tap = reads ? t[0][2 * R - s] : 0.f;
+        for (int s = 0; s < S::taps; ++s) {
+            if (!Full && s > last_z) break;
+            const float tap = taps[0][s / 4].v[s % 4];
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-                const float before = s + 1 < kTaps ? sums[c][s + 1] : 0.f;
-                sums[c][s] = reads ? fmaf(tap, filtered[c], before) : before;
+            for (int c = 0; c < S::columns; ++c) {
+                const float before = s + 1 < S::taps ? sums[c][s + 1] : 0.f;
+                sums[c][s] = fmaf(tap, filtered[c], before);
             }
         }
-        const int64_t done = plane - R;
-        if (done >= z0 && done < z1) {
+        if (plane - rz >= p.z0) {
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-                const int64_t y = y0 + first_row + c, x = x0 + column;
-                if (y < v.size[1] && x < v.size[2])
-                    out[(done * v.size[1] + y) * v.size[2] + x] = to_storage<T>(sums[c][0]);
-            }
+            for (int c = 0; c < S::columns; ++c)
+                if (c < p.out_rows) to[c * p.width] = to_storage<T>(sums[c][0]);
+            to += p.plane;
         }
+        source = next;
     }
+}
+
+// Runs where smallest < reach <= R, else returns at once: the host may not know the radius.
+template <class T, int R>
+__global__ void __launch_bounds__(kThreads, 2) march(const T* __restrict__ in, T* __restrict__ out, Volume v,
+                                                     Taps<float> taps, Border border, int chunks, int smallest) {
+    using S = Tile<R>;
+    SHARED(Quad<float>, tile, [S::quads]);
+    SHARED(Quad<float>, lines, [S::rows * kTileX / 4]);
+    SHARED(Quad<float>, t, [3][S::tap_quads]);
+    SHARED(int64_t, row_at, [S::rows]);
+    SHARED(int, column_at, [S::pitch]);
+    SHARED(int, radius, [3]);
+    const int reach = taps.reach();
+    if (reach <= smallest || reach > R) return;
+    const int rz = taps.radius[0], ry = taps.radius[1], rx = taps.radius[2];
+
+    const int64_t tiles_x = (v.size[2] + kTileX - 1) / kTileX, tiles_y = (v.size[1] + S::height - 1) / S::height;
+    int64_t block = blockIdx.x;
+    const int64_t x0 = block % tiles_x * kTileX;
+    block /= tiles_x;
+    const int64_t y0 = block % tiles_y * S::height;
+    block /= tiles_y;
+    // Chunks differ by one plane at most.
+    const int64_t part = block % chunks, z0 = part * v.size[0] / chunks, z1 = (part + 1) * v.size[0] / chunks;
+    const int64_t batch = block / chunks / v.channels, channel = block / chunks % v.channels;
+    in += batch * v.in_stride[0] + channel * v.in_stride[1];
+    out += batch * v.out_stride[0] + channel * v.out_stride[1];
+
+    for (int i = threadIdx.x; i < 3 * S::taps; i += kThreads) {
+        const int axis = i / S::taps, k = i % S::taps - R, r = taps.radius[axis];
+        if (k < -r || k > r) continue;
+        const int to = axis == 0 ? r - k : axis == 1 ? r + k : R + k;
+        t[axis][to / 4].v[to % 4] = taps.of(axis)[k + r];
+    }
+    if (threadIdx.x < 3) radius[threadIdx.x] = taps.radius[threadIdx.x];
+    for (int i = threadIdx.x; i < S::rows; i += kThreads) {
+        const bool needed = i >= R - ry && i < S::height + R + ry;
+        const int64_t y = needed ? border_source(y0 - R + i, v.size[1], border) : -1;
+        row_at[i] = y < 0 ? -1 : y * v.size[2];
+    }
+    for (int i = threadIdx.x; i < S::pitch; i += kThreads)
+        column_at[i] = static_cast<int>(border_source(x0 - R + i, v.size[2], border));
+    __syncthreads();
+
+    const int64_t x = x0 + threadIdx.x % kTileX, y = y0 + threadIdx.x / kTileX * S::columns;
+    const int64_t out_rows = x < v.size[2] ? v.size[1] - y : 0;
+    const Place<T, R> p{in,
+                        out + (z0 * v.size[1] + y) * v.size[2] + x,
+                        v.size[1] * v.size[2],
+                        static_cast<int>(v.size[0]),
+                        static_cast<int>(z0),
+                        static_cast<int>(z1),
+                        static_cast<int>(v.size[2]),
+                        static_cast<int>(x0),
+                        static_cast<int>(min(out_rows, int64_t{S::columns})),
+                        reinterpret_cast<std::uintptr_t>(in) % sizeof(Quad<T>) == 0 && v.size[2] % 4 == 0,
+                        row_at,
+                        column_at};
+    if (rz == R && ry == R && rx == R)
+        march_planes<T, R, true>(p, radius, border, tile, lines, t);
+    else
+        march_planes<T, R, false>(p, radius, border, tile, lines, t);
 }
 
 // --- one axis a pass ---------------------------------------------------------------------------------------------
@@ -275,10 +368,13 @@ bool folds(const GpuCall& c) { return c.adjoint && c.border != Border::constant;
 
 template <class T, int R>
 void launch_march(const GpuCall& c, const Volume& v, const Taps<float>& taps, int smallest) {
-    const int64_t blocks = c.batch * c.channels * ceil_div(c.size[0], kChunk) * ceil_div(c.size[1], kTileY) *
-                           ceil_div(c.size[2], kTileX);
-    LAUNCH((march<T, R>), static_cast<unsigned>(blocks), kThreads, 0, c.stream, static_cast<const T*>(c.in),
-           static_cast<T*>(c.out), v, taps, c.border, smallest);
+    int processors = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, c.device));
+    const int reach = c.device_sigma ? R : radius_of(c.host_sigma[0], c.truncated);
+    MarchPlan plan = plan_march(c.batch * c.channels, c.size, reach, processors);
+    if (c.chunks > 0) plan = {c.chunks, plan.blocks / plan.chunks * c.chunks};
+    LAUNCH((march<T, R>), static_cast<unsigned>(plan.blocks), kThreads, 0, c.stream, static_cast<const T*>(c.in),
+           static_cast<T*>(c.out), v, taps, c.border, static_cast<int>(plan.chunks), smallest);
 }
 
 template <class In, class Out, class C>

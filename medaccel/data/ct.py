@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from nibabel.nifti1 import Nifti1Image
 
 from medaccel.data.dicom import load_series, open_clipped, open_series
 from medaccel.data.files import is_full_disk, read_json
-from medaccel.data.hounsfield import check_hu, check_modality
+from medaccel.data.hounsfield import ImageWarning, check_hu, check_modality
 from medaccel.data.metaimage import SUFFIXES as META_IMAGE
 from medaccel.data.metaimage import read_metaimage
 from medaccel.data.nifti import is_nifti_name, make_nifti, read_nifti
@@ -186,7 +187,9 @@ def sift(
     skipped: list[Skipped] = []
     for scan in tqdm(scans, desc="scans", disable=not progress):
         try:
-            use(scan)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ImageWarning)  # hundreds of scans are padded alike
+                use(scan)
         except (ValueError, OSError) as error:
             if is_full_disk(error):
                 raise

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from medaccel.data._fields import integer, label, numbers, optional, require, source
+from medaccel.data._fields import integer, label, optional, require, source
+from medaccel.data._plausible import (
+    Padding,
+    check_identity,
+    check_length,
+    check_pixels,
+    check_values,
+    pixel_bytes,
+    rescale,
+)
 from medaccel.data.decoding import check_decoder
 from medaccel.data.geometry import stack
 from medaccel.data.multiframe import choose_frame, frame_headers
@@ -98,8 +107,14 @@ def open_series(
         if samples != 1:
             raise ValueError(f"{source(header)}: {label('SamplesPerPixel')} is {samples}, expected 1 (no colours)")
         check_decoder(header)
-    series = choose_frame([header for file in series for header in frame_headers(file)], frame)
+    frames = [header for file in series for header in frame_headers(file)]
+    for header in series:
+        if integer(header, "NumberOfFrames", 1) > 1:  # a frame's own header doesn't know the file's length
+            check_length(header)
+    series = choose_frame(frames, frame)
+    check_identity(series)
     order, affine = stack(series)
+    check_pixels(series)
     _check_count(series)
     return DicomSeries([series[k] for k in order], affine)
 
@@ -137,8 +152,8 @@ def load_series(
 
     Raises:
         ValueError: pixels are truncated, or compressed in a way that pydicom can't decode here; RescaleSlope
-            or RescaleIntercept is missing (MR may lack both); with `suv`, the series is no PET, or
-            `medaccel.data.suv_rule` refuses it.
+            or RescaleIntercept is missing (MR may lack both), or gives values that aren't finite; with `suv`, the
+            series is no PET, or `medaccel.data.suv_rule` refuses it.
     """
     first = series.headers[0]
     factors, quantity = np.ones(len(series.headers)), ""
@@ -146,10 +161,10 @@ def load_series(
         rule = suv if isinstance(suv, SuvRule) else series_rule(series, "bw" if suv is True else suv)
         factors, quantity = rule.factors, rule.quantity
     read = (Path(), np.empty((0, 0, 0)))  # the last file, as frames of one file follow each other
-    values = np.empty((0, 0, 0), np.float32)
+    values, padding = np.empty((0, 0, 0), np.float32), Padding(series.headers)
     for k, header in enumerate(_with_progress(series.headers, progress, "slices")):
         # Each slice has its own slope: PET spreads 16 bits over the slice's range.
-        slope, intercept = _rescale(header)
+        slope, intercept = rescale(header)
         if Path(source(header)) != read[0]:
             read = Path(source(header)), _pixels(Path(source(header)))
         index = getattr(header, "frame_index", None)
@@ -157,7 +172,11 @@ def load_series(
         pixels = (read[1] if index is None or read[1].ndim == 2 else read[1][index]).astype(np.float64)
         if k == 0:  # only now is it known that a slice holds what its header says
             values = np.empty((first.Columns, first.Rows, len(series.headers)), np.float32, order="F")
-        values[:, :, k] = (pixels.T * slope + intercept) * factors[k]
+        rescaled = pixels * slope + intercept
+        padding.replace(pixels, rescaled, header)
+        values[:, :, k] = (rescaled * factors[k]).T
+    padding.tell()
+    check_values(values, series.headers)
     image = make_nifti(values, series.affine)
     image.header["descrip"] = quantity.encode()[:79]
     return image
@@ -215,7 +234,10 @@ def _read(path: Path, *, pixels: bool) -> Dataset:
 
     try:
         with open_clipped(path) as file:
-            return pydicom.dcmread(file, stop_before_pixels=not pixels)
+            dataset = pydicom.dcmread(file, stop_before_pixels=not pixels)
+            if not pixels:
+                dataset.pixel_bytes = pixel_bytes(file, dataset)
+            return dataset
     except InvalidDicomError:
         size = path.stat().st_size
         state = "is empty (truncated?)" if size == 0 else "is not a DICOM file (no DICM at byte 128)"
@@ -253,13 +275,6 @@ def _check_count(headers: list[Dataset]) -> None:
             f"{len(headers)} slices of the series: those at an end of the body may be missing",
             stacklevel=3,
         )
-
-
-def _rescale(header: Dataset) -> tuple[float, float]:
-    absent = optional(header, "RescaleSlope") is None and optional(header, "RescaleIntercept") is None
-    if absent and optional(header, "Modality") == "MR":
-        return 1.0, 0.0
-    return numbers(header, "RescaleSlope", 1)[0], numbers(header, "RescaleIntercept", 1)[0]
 
 
 def _pixels(path: Path) -> np.ndarray:

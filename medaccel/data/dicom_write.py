@@ -3,13 +3,17 @@
 
 Each slice has its source's header, in which the fields that are no longer true are replaced or left out:
 
-- new: the UIDs of series and instances, series number and description, image type (DERIVED\\SECONDARY: made after
-  the examination, PS3.3 C.7.6.1.1.2), derivation description and code, the source image that is referred to, content
+- new: the UIDs of series and instances, series number and description, image type (DERIVED\\PRIMARY, as
+  PS3.3 C.8.9.4 asks), derivation description and code, the source image that is referred to, content
   and creation times, pixels and their slope;
 - kept: patient, study, frame of reference, geometry, units, tracer, dose and burned-in annotation. The times of
   series and acquisition are the source's too, since SUV is reckoned from them (`medaccel.data.suv`);
 - left out: extremes of pixel values, padding, overlays, thumbnails, digital signatures, look-up tables, and private
   fields, of whose meaning for other pixels nobody can say; but not those that SUV depends on.
+
+So patient data are kept: name, ID, birth date, comments. `deidentify` removes them by the standard's basic profile,
+and writes SUV (unit GML), since weight, dose and times are among what is removed. Nobody but the owner may read the
+files.
 """
 
 from __future__ import annotations
@@ -24,16 +28,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medaccel.data._fields import integer, label, optional, require, source
+from medaccel.data.deidentify import check_deidentify
+from medaccel.data.deidentify import deidentify as remove_identity
 from medaccel.data.dicom import DicomSeries
 from medaccel.data.files import atomic_folder, check_output_folder
+from medaccel.data.pet_module import IMAGE_TYPE, complete
 from medaccel.data.suv import suv_factors, vendors
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
 
 RESEARCH_ONLY = "research only"
 _MAX_LO = 64  # characters of a DICOM long string, such as the description of a series
 _MAX_ST = 1024  # characters of a DICOM short text
+_WORDS = {"OW": 2, "OL": 4, "OF": 4, "OD": 8, "OV": 8}  # bytes of a word in fields of these kinds
 _SMOOTHING = ("113087", "Smoothing")  # the standard's derivation (CID 7203) that comes nearest to removing noise
 _SOURCE_IMAGE = ("121322", "Source image for image processing operation")
 _PROCESSING = ("109102", "Processing Equipment")
@@ -55,6 +63,7 @@ def write_derived_pet(
     description: str,
     derivation: str = "",
     series_number: int | None = None,
+    deidentify: bool = False,
     force: bool = False,
 ) -> None:
     """Writes a PET volume as a DICOM series derived from another, one file per slice; the folder appears at once.
@@ -70,17 +79,21 @@ def write_derived_pet(
         template: the series that it was made from.
         description: the processing in words, ASCII; "research only" is put before it in SeriesDescription.
         derivation: further words for DerivationDescription.
+        deidentify: remove what identifies the patient by the standard's basic profile (the pixels stay as they are),
+            and write SUV; needs the package dicom-anonymizer.
         series_number: the series' number; by default the template's plus 1000.
         force: replace a folder that holds DICOM files and nothing else.
 
     Raises:
-        ValueError: the volume has another shape than the template or values that are not finite; a template that is
-            no PET or has no SUV; a description that is empty, too long or not ASCII; `folder` holds the template
-            itself; with `force`, it holds anything but DICOM files.
+        ValueError: `deidentify` lacks its package; the volume has another shape than the template or values that are
+            not finite; a template that is no PET or has no SUV; a description that is empty, too long or not ASCII;
+            `folder` holds the template itself; with `force`, it holds anything but DICOM files.
         FileExistsError: the folder is not empty and `force` is False.
         OSError: the folder can't be written; its earlier content stays.
     """
     target = check_series_folder(folder, force=force)
+    if deidentify:
+        check_deidentify()
     if any(Path(os.path.realpath(source(h))).parent == target for h in template.headers):
         raise ValueError(f"{folder} holds the series that the new one is derived from; expected another folder")
     _check_text(description, derivation)
@@ -101,19 +114,28 @@ def write_derived_pet(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the caller was warned when SUV was computed
-        factors = suv_factors(headers)
+        factors = np.ones(len(headers)) if deidentify else suv_factors(headers)
     signed = integer(first, "PixelRepresentation", 1) == 1 or bool(volume.min() < 0)
     number = integer(first, "SeriesNumber", 0) + 1000 if series_number is None else series_number
     series = _series_fields(description, number, len(headers))
-    with atomic_folder(folder, force=force) as temporary:
+    shared = _shared_uids()
+    with atomic_folder(folder, force=force, private=True) as temporary:
         for k, header in enumerate(headers):
             values = volume[:, :, k].T.astype(np.float64) / factors[k]  # (rows, columns), the source's unit
             slope, pixels = _quantised(values, signed)
             derived = _without_stale_fields(header)
-            derived.update(series)
+            derived.update(copy.deepcopy(series))
             _describe(derived, header, description, derivation, slope)
+            complete(derived, k + 1, shared)
+            if deidentify:
+                derived.Units, derived.SUVType = "GML", "BW"
+                remove_identity(derived)
+                derived.update(copy.deepcopy(series))
+                _describe(derived, None, description, derivation, slope)
             _set_pixels(derived, pixels, slope)
-            derived.save_as(temporary / f"IM{k + 1:05d}.dcm", enforce_file_format=True)
+            path = temporary / f"IM{k + 1:05d}.dcm"
+            derived.save_as(path, implicit_vr=False, little_endian=True, enforce_file_format=True)
+            path.chmod(0o600)
 
 
 def check_series_folder(folder: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -156,7 +178,7 @@ def _series_fields(description: str, number: int, slices: int) -> Dataset:
     fields.SeriesInstanceUID = generate_uid()
     fields.SeriesNumber = number
     fields.SeriesDescription = f"{RESEARCH_ONLY}: {description}"
-    fields.ImageType = ["DERIVED", "SECONDARY"]
+    fields.ImageType = list(IMAGE_TYPE)
     fields.NumberOfSlices = slices
     fields.ContentDate = fields.InstanceCreationDate = f"{now:%Y%m%d}"
     fields.ContentTime = fields.InstanceCreationTime = f"{now:%H%M%S}"
@@ -188,7 +210,7 @@ def _code(value: str, meaning: str) -> Dataset:
 
 def _without_stale_fields(header: Dataset) -> Dataset:
     """Copies a source slice's header without the fields that aren't true of other pixels."""
-    from pydicom import DataElement
+    from pydicom import Dataset
 
     kept = vendors.tags(header)
 
@@ -203,23 +225,44 @@ def _without_stale_fields(header: Dataset) -> Dataset:
         derived.walk(leave_out)
     except Exception as error:  # pydicom reads a value when it is asked for, and can stumble in any way
         raise ValueError(f"{source(header)}: a field can't be read ({error})") from error
-    return derived
+    if header.original_encoding[1] is False:  # big-endian, which is retired: words are turned round
+        derived.walk(_swap_bytes)
+    # pydicom converts no dataset that remembers how its file was encoded.
+    plain = Dataset()
+    plain.update(derived)
+    return plain
 
 
-def _describe(derived: Dataset, header: Dataset, description: str, derivation: str, slope: float) -> None:
+def _swap_bytes(_: Dataset, element: DataElement) -> None:
+    size = _WORDS.get(element.VR)
+    if size is not None and isinstance(element.value, bytes) and len(element.value) % size == 0:
+        element.value = np.frombuffer(element.value, f"u{size}").byteswap().tobytes()
+
+
+def _shared_uids() -> Dataset:
     from pydicom import Dataset
     from pydicom.uid import generate_uid
 
-    image = Dataset()
-    image.ReferencedSOPClassUID = require(header, "SOPClassUID")
-    image.ReferencedSOPInstanceUID = require(header, "SOPInstanceUID")
-    image.PurposeOfReferenceCodeSequence = [_code(*_SOURCE_IMAGE)]
-    derived.SourceImageSequence = [image]
+    shared = Dataset()
+    shared.StudyInstanceUID, shared.FrameOfReferenceUID = generate_uid(), generate_uid()
+    return shared
+
+
+def _describe(derived: Dataset, header: Dataset | None, description: str, derivation: str, slope: float) -> None:
+    from pydicom import Dataset
+    from pydicom.uid import generate_uid
+
+    if header is not None:
+        image = Dataset()
+        image.ReferencedSOPClassUID = require(header, "SOPClassUID")
+        image.ReferencedSOPInstanceUID = require(header, "SOPInstanceUID")
+        image.PurposeOfReferenceCodeSequence = [_code(*_SOURCE_IMAGE)]
+        derived.SourceImageSequence = [image]
     earlier = optional(derived, "ContributingEquipmentSequence") or ()
     derived.ContributingEquipmentSequence = [*earlier, _equipment()]
     derived.SOPInstanceUID = generate_uid()
     text = f"For research only, not for diagnosis. {description}. {derivation}".strip()
-    rounding = f" Stored in 16 bits: values are off by at most {slope / 2:.3g} {optional(header, 'Units')}."
+    rounding = f" Stored in 16 bits: values are off by at most {slope / 2:.3g} {optional(derived, 'Units')}."
     derived.DerivationDescription = text[: _MAX_ST - len(rounding)] + rounding
 
 

@@ -163,11 +163,11 @@ def check_output_folder(path: str | os.PathLike[str], *, force: bool = False) ->
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], *, force: bool = False, private: bool = False) -> Iterator[Path]:
     """Yields a temporary empty folder beside `path`; when the block ends well, it becomes `path`.
 
     On any failure in the block it is removed and `path` stays as it was. A folder that is replaced is moved
-    aside first and removed last: it is never mixed with the new one.
+    aside first and removed last: it is never mixed with the new one. A `private` folder is the owner's alone.
 
     Raises:
         FileExistsError: the folder is not empty and `force` is False.
@@ -177,7 +177,7 @@ def atomic_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     temporary = target.with_name(f".tmp-{secrets.token_hex(6)}")
     old = target.with_name(f".old-{secrets.token_hex(6)}")
     try:
-        temporary.mkdir()
+        temporary.mkdir(mode=0o700 if private else 0o777)
         yield temporary
         for written in temporary.iterdir():
             _sync(written)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 # Positions are often rounded to 0.1 mm: 5 % of the usual 2-5 mm spacing.
 _UNIFORM = 0.05
 _SAME_POSITION_MM = 1e-3
+_LISTED = 4  # positions that a message lists besides the first
+# Pixels of scanners measure 0.05 to 20 mm, and no scanner is 10 m long.
+_PIXELS_MM = (1e-3, 1e3)
+_FARTHEST_MM = 1e5
 
 
 def stack(headers: Sequence[Dataset]) -> tuple[list[int], np.ndarray]:
@@ -39,6 +43,12 @@ def stack(headers: Sequence[Dataset]) -> tuple[list[int], np.ndarray]:
     rows, columns, pixel_spacing = _in_plane(headers)
     normal = np.cross(rows, columns)
     positions = np.array([numbers(h, "ImagePositionPatient", 3) for h in headers])  # (n, 3), LPS mm
+    for header, position in zip(headers, positions, strict=True):
+        if np.abs(position).max() > _FARTHEST_MM:
+            raise ValueError(
+                f"{source(header)}: {label('ImagePositionPatient')} is {_position(header)} mm, expected at most "
+                f"{_FARTHEST_MM:g} mm"
+            )
     along = positions @ normal
     order = [int(k) for k in np.argsort(along, kind="stable")]
     ordered = [headers[k] for k in order]
@@ -75,9 +85,10 @@ def _in_plane(headers: Sequence[Dataset]) -> tuple[np.ndarray, np.ndarray, list[
             numbers(header, "ImageOrientationPatient", 6),
             1e-3,
         )
-    if min(spacing) <= 0:
+    if not (_PIXELS_MM[0] <= min(spacing) and max(spacing) <= _PIXELS_MM[1]):
         raise ValueError(
-            f"{source(first)}: {label('PixelSpacing')} is {spacing}, expected two positive numbers of mm"
+            f"{source(first)}: {label('PixelSpacing')} is {spacing}, expected two positive numbers of mm, "
+            f"{_PIXELS_MM[0]:g} to {_PIXELS_MM[1]:g}"
         )
     rows, columns = np.array(orientation[:3]), np.array(orientation[3:])
     if not np.allclose([rows @ rows, columns @ columns, rows @ columns], [1, 1, 0], atol=1e-3):
@@ -100,40 +111,67 @@ def _same_numbers(
 
 def _check_spacing(ordered: Sequence[Dataset], along: np.ndarray) -> None:
     gaps = np.diff(along)
-    k = int(np.argmin(gaps))
-    if gaps[k] < _SAME_POSITION_MM:
-        a, b = ordered[k], ordered[k + 1]
+    doubled = np.flatnonzero(gaps < _SAME_POSITION_MM)
+    if doubled.size:
+        a, b = ordered[doubled[0]], ordered[doubled[0] + 1]
         times = {str(optional(h, "FrameReferenceTime") or optional(h, "AcquisitionTime")) for h in (a, b)}
         hint = "; their times differ: frames of a dynamic series are not supported" if len(times) > 1 else ""
         raise ValueError(
-            f"{source(a)} and {source(b)} have the same position, {label('ImagePositionPatient')}, expected "
-            f"one slice a position{hint}"
+            f"{source(a)} and {source(b)} have the same position, {label('ImagePositionPatient')} {_position(a)}, "
+            f"expected one slice a position{_more(ordered, doubled)}{hint}"
         )
     # The lower median makes the smaller of two gaps count as the spacing.
     spacing = float(np.sort(gaps)[(len(gaps) - 1) // 2])
-    k = int(np.argmax(gaps))
-    if gaps[k] > 1.5 * spacing:
+    wide = np.flatnonzero(gaps > 1.5 * spacing)
+    if wide.size:
+        k = int(wide[0])
+        a, b = ordered[k], ordered[k + 1]
         raise ValueError(
-            f"{source(ordered[k])} and {source(ordered[k + 1])} are {gaps[k]:.4g} mm apart, where the "
-            "spacing "
-            f"is {spacing:.4g} mm: {max(round(gaps[k] / spacing) - 1, 1)} slice(s) missing between them"
+            f"{source(a)} and {source(b)} are {gaps[k]:.4g} mm apart, where the spacing is {spacing:.4g} mm: "
+            f"{max(round(gaps[k] / spacing) - 1, 1)} slice(s) missing between them, between the positions "
+            f"{_position(a)} and {_position(b)}, {label('ImagePositionPatient')}{_more(ordered, wide)}"
         )
     even = np.linspace(along[0], along[-1], len(along))
     k = int(np.argmax(np.abs(along - even)))
     if abs(along[k] - even[k]) > _UNIFORM * spacing:
         raise ValueError(
-            f"{source(ordered[k])}: {label('ImagePositionPatient')} is {abs(along[k] - even[k]):.4g} mm off "
-            f"an even spacing of {spacing:.4g} mm; expected at most {_UNIFORM:.0%} of it"
+            f"{source(ordered[k])}: {label('ImagePositionPatient')} {_position(ordered[k])} is "
+            f"{abs(along[k] - even[k]):.4g} mm off an even spacing of {spacing:.4g} mm; expected at most "
+            f"{_UNIFORM:.0%} of it"
         )
+
+
+def _position(header: Dataset) -> str:
+    return f"({', '.join(f'{value:g}' for value in numbers(header, 'ImagePositionPatient', 3))})"
+
+
+def _more(ordered: Sequence[Dataset], found: np.ndarray) -> str:
+    """Lists the positions after the first one where something is wrong."""
+    if len(found) < 2:
+        return ""
+    listed = ", ".join(_position(ordered[k]) for k in found[1 : _LISTED + 1])
+    return f"; {len(found) - 1} more such places after {listed}{', …' if len(found) > _LISTED + 1 else ''}"
 
 
 def _check_straight(ordered: Sequence[Dataset], positions: np.ndarray, normal: np.ndarray, pixel: float) -> None:
     """Checks that all slices lie above one another; half a pixel is tolerated, because directions are rounded."""
     offsets = positions - positions[0]
-    aside = np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1)
-    k = int(np.argmax(aside))
-    if aside[k] > 0.5 * pixel:
+    aside = offsets - np.outer(offsets @ normal, normal)
+    far = np.linalg.norm(aside, axis=1)
+    k = int(np.argmax(far))
+    if far[k] <= 0.5 * pixel:
+        return
+    # A stack that leans everywhere alike is a tilted one; else a slice lies elsewhere.
+    leaning = np.linspace(0, 1, len(offsets))[:, None] * aside[-1]
+    if np.linalg.norm(aside - leaning, axis=1).max() > 0.5 * pixel:
         raise ValueError(
-            f"{source(ordered[k])}: {label('ImagePositionPatient')} is {aside[k]:.4g} mm aside of the first "
-            "slice's normal (a tilted gantry?); expected slices straight above one another"
+            f"{source(ordered[k])}: {label('ImagePositionPatient')} {_position(ordered[k])} is {far[k]:.4g} mm aside "
+            "of the first slice's normal, and not in one line with the others; expected slices straight above one "
+            "another"
         )
+    angle = np.degrees(np.arctan2(far[-1], abs(offsets[-1] @ normal)))
+    raise ValueError(
+        f"{source(ordered[k])}: {label('ImagePositionPatient')} is {far[k]:.4g} mm aside of the first normal: "
+        f"the stack leans by {angle:.3g}° (a tilted gantry, or a sheared volume), expected slices straight above one "
+        "another; dcm2niix, for instance, resamples such a series"
+    )

@@ -20,6 +20,8 @@ import numpy as np
 
 #: This threshold in HU lies between air and every tissue of a person.
 BODY_HU = -500.0
+#: HU of 12 bits with the usual offset go from air to this; padding lies below, metal and extended scales above.
+AIR_HU, HIGHEST_HU = -1024.0, 3071.0
 _SAMPLE = 250_000  # voxels that are judged
 _ENOUGH = 1000  # voxels; the distribution of fewer says nothing
 _CROP = 20_000  # voxels; fewer may lie within one organ
@@ -67,6 +69,33 @@ def check_hu(values: np.ndarray, path: Path, *, stacklevel: int = 2) -> None:
         raise ValueError(f"{path}: {found.refusal}; expected a CT in HU ({OVERRIDE})")
     if found.doubt is not None:
         warnings.warn(f"{path}: {found.doubt} (is it a CT in HU?)", stacklevel=stacklevel + 1)
+
+
+class ImageWarning(UserWarning):
+    """Tells a property of an image that most scans of some scanner have, such as padding."""
+
+
+def hu_remarks(values: np.ndarray) -> list[str]:
+    """Returns what a user should know of a CT's range, a sentence each: values that no 12-bit CT has, and an offset.
+
+    Args:
+        values: (i, j, k), finite.
+    """
+    sentences = []
+    below, above = float((values < AIR_HU).mean()), float((values > HIGHEST_HU).mean())
+    if below:
+        sentences.append(
+            f"{below:.2%} of the voxels are below {AIR_HU:g} HU, down to {values.min():g} (padding beyond the "
+            "field of view?)"
+        )
+    if above:
+        sentences.append(
+            f"{above:.2%} of the voxels are above {HIGHEST_HU:g} HU, up to {values.max():g} (metal, an extended "
+            "scale, or padding?)"
+        )
+    if (found := judge(values).refusal) is not None:
+        sentences.append(f"{found} (is it a CT in HU?)")
+    return sentences
 
 
 def check_modality(content: Mapping[str, Any], path: Path) -> None:

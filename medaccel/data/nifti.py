@@ -11,18 +11,22 @@ import io
 import math
 import os
 import struct
+import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medaccel.data.files import atomic_path, check_input
+from medaccel.data.nifti_remarks import geometry_remarks, scale_remarks
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Header, Nifti1Image
 
 _SUFFIXES = (".nii", ".nii.gz")
+_PAIR = (".hdr", ".img")  # one file has the header, the other one the voxels
 # The keys are the lowest three bits of xyzt_units: metre and micron; 2 is mm, and a header without a unit means mm.
 _MM_PER_UNIT = {1: 1000.0, 3: 0.001}
 _HEADERS = {348: 352, 540: 544}  # header size of NIfTI-1 and NIfTI-2: first byte that voxels may have
@@ -38,8 +42,13 @@ def is_nifti_name(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith(_SUFFIXES)
 
 
+def is_nifti_input(path: str | os.PathLike[str]) -> bool:
+    """Tells whether the name is one that `read_nifti` takes: .nii, .nii.gz, or .hdr or .img of a pair."""
+    return os.fspath(path).lower().endswith((*_SUFFIXES, *_PAIR))
+
+
 def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3) -> Nifti1Image:
-    """Reads a NIfTI-1 or NIfTI-2 file, .nii or .nii.gz, into memory.
+    """Reads a NIfTI-1 or NIfTI-2 file, .nii or .nii.gz, or a pair .hdr and .img, into memory.
 
     The whole file is read and, where compressed, its checksum is verified, so that a damaged file fails here
     and not in the middle of a run. No more is unpacked than the header promises, and nothing if that is more than the
@@ -49,35 +58,43 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
     - stored with one: float32, and float64 where the stored type is wider than 16 bits of integer or 32 of
       float.
 
-    Without sform and qform the affine is made of the voxel sizes, nibabel's way (centred, first axis to the
-    left).
+    The affine is the sform's, else the qform's. Without both it is made of the voxel sizes, nibabel's way (centred,
+    first axis to the left).
 
     Args:
-        path: the file.
+        path: the file; of a pair either one.
         ndim: accepted numbers of dimensions, 1 to 7. With 3, a trailing axis of size 1 is dropped.
 
     Raises:
         FileNotFoundError, PermissionError: the file does not exist, or may not be read.
         ValueError: the path is no NIfTI file, has a broken header, truncated or corrupt content, an unusable affine,
             complex or colour voxels, other dimensions than `ndim`, or more voxels than memory can hold, or is a
-            folder, pipe or device; the message names the file.
+            folder, pipe or device; the scale is infinite; a pair is of Analyze, which doesn't tell left from right;
+            the message names the file.
+
+    Warns:
+        UserWarning: qform and sform, or the voxel sizes, disagree; the scale is NaN; bytes lie behind the voxels.
     """
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
 
     path = Path(path)
-    if not is_nifti_name(path):
-        raise ValueError(f"{path}: expected a file ending in .nii or .nii.gz")
+    if not is_nifti_input(path):
+        raise ValueError(f"{path}: expected a file ending in .nii or .nii.gz (or .hdr and .img)")
     check_input(path)
     try:
-        content, image_class, dtype = _read_checked(path)
-        image = image_class.from_bytes(content)
-        values = _values(image, dtype)
+        read = _read_pair if path.suffix.lower() in _PAIR else _read_checked
+        found = read(path)
+        image = found.image_class.from_bytes(found.content)
+        values = _values(image, found.dtype)
+        remarks = (*_trailing(found.behind), *scale_remarks(found.header), *geometry_remarks(image, found.header))
     except (ImageFileError, HeaderDataError, WrapStructError) as error:
         raise ValueError(f"{path}: broken NIfTI header: {error}") from error
     except MemoryError as error:
         raise ValueError(f"{path}: there is not enough memory for its voxels") from error
+    except (FileNotFoundError, PermissionError):  # the other file of a pair
+        raise
     except (ValueError, OSError, OverflowError, struct.error) as error:
         raise ValueError(f"{path}: {error}") from error
     accepted = (ndim,) if isinstance(ndim, int) else ndim
@@ -90,6 +107,8 @@ def read_nifti(path: str | os.PathLike[str], *, ndim: int | tuple[int, ...] = 3)
             raise ValueError(f"{path}: the image has shape {values.shape}, expected a {expected} image")
         values = values.reshape(squeezed, order="F")
     check_affine(image.affine, path)
+    for sentence in remarks:
+        warnings.warn(f"{path}: {sentence}", stacklevel=2)
     return _image(values, image.affine, image.header)
 
 
@@ -166,9 +185,55 @@ def voxel_spacing(image: Nifti1Image) -> tuple[float, float, float]:
     return float(steps[0]), float(steps[1]), float(steps[2])
 
 
-def _read_checked(path: Path) -> tuple[bytes, type[Nifti1Image], np.dtype]:
-    """Returns the file's content (unpacked, and no longer than its header says), its image class and its stored
-    type."""
+@dataclass(frozen=True)
+class _Read:
+    """Holds a file's content as far as its header promises it, the header as it is stored, and how many bytes lie
+    behind the voxels."""
+
+    content: bytes
+    image_class: type[Nifti1Image]
+    dtype: np.dtype
+    header: Nifti1Header
+    behind: int
+
+
+def _read_pair(path: Path) -> _Read:
+    """Reads a pair, and makes of it the content that a single file would have."""
+    import nibabel as nib
+
+    found = [path.with_suffix(s) for s in (path.suffix, *_PAIR, *(s.upper() for s in _PAIR))]
+    header_file, voxel_file = (
+        check_input(next((f for f in found if f.suffix.lower() == suffix and f.exists()), path.with_suffix(suffix)))
+        for suffix in _PAIR
+    )
+    with header_file.open("rb") as file:
+        start = file.read(max(_HEADERS))
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")} & set(_HEADERS)
+    size = sizes.pop() if sizes else 0
+    magic = start[344:348] if size == min(_HEADERS) else start[4:8]
+    if not size or len(start) < size:
+        raise ValueError(f"not a NIfTI header: {header_file.name}")
+    if magic[:3] not in (b"ni1", b"ni2"):
+        raise ValueError(
+            "expected a NIfTI pair, but its header has no magic ni1 or ni2: Analyze 7.5 does not tell left from right"
+        )
+    image_class = nib.Nifti1Image if size == min(_HEADERS) else nib.Nifti2Image
+    header = image_class.header_class.from_fileobj(io.BytesIO(start[:size]), check=False)
+    have = voxel_file.stat().st_size
+    dtype, promised = _checked_header(header, 0, have)
+    offset = int(header["vox_offset"])
+    with voxel_file.open("rb") as file:
+        file.seek(offset)
+        voxels = file.read(promised - offset)
+    if len(voxels) < promised - offset:
+        raise ValueError(_too_short(header, promised, have))
+    single = header.copy()
+    single["magic"], single["vox_offset"] = b"n+" + magic[2:3] + header["magic"].item()[3:], _HEADERS[size]
+    return _Read(single.binaryblock + bytes(4) + voxels, image_class, dtype, header, have - promised)
+
+
+def _read_checked(path: Path) -> _Read:
+    """Reads a single file, and unpacks no more of it than its header says."""
     import nibabel as nib
 
     compressed = path.name.lower().endswith(".gz")
@@ -190,12 +255,24 @@ def _read_checked(path: Path) -> tuple[bytes, type[Nifti1Image], np.dtype]:
         most = len(packed) * DEFLATE_RATIO if compressed else path.stat().st_size
         dtype, promised = _checked_header(header, _HEADERS[size], most)
         if not compressed:
-            return start + file.read(max(promised - len(start), 0)), image_class, dtype
+            content = (start + file.read(max(promised - len(start), 0)))[:promised]
+            return _Read(content, image_class, dtype, header, most - promised)
     # Unpacking goes on to the end of the stream, where the checksum is: nibabel stops at the last voxel.
     content = _gunzip(packed, promised + _TRAILING)
     if len(content) < promised:
         raise ValueError(_too_short(header, promised, len(content)))
-    return content, image_class, dtype
+    return _Read(content[:promised], image_class, dtype, header, len(content) - promised)
+
+
+def _trailing(count: int) -> list[str]:
+    """Returns what to say of bytes behind the last voxel; raises ValueError for more than writers leave."""
+    if count > _TRAILING:
+        raise ValueError(
+            f"{count} bytes lie behind the last voxel: its header (dim, datatype) doesn't fit its content"
+        )
+    if count <= 0:
+        return []
+    return [f"{count} bytes lie behind the last voxel and are left out (are dim and datatype in its header right?)"]
 
 
 def _gunzip(packed: bytes, limit: int, *, whole: bool = True) -> bytes:
@@ -289,7 +366,11 @@ def _values(image: Nifti1Image, stored: np.dtype) -> np.ndarray:
             return values.astype(np.float64)
         return values.astype(stored.newbyteorder("="), copy=False)
     narrow = stored.itemsize <= 2 or (stored.kind == "f" and stored.itemsize <= 4)
-    return np.asanyarray(image.dataobj).astype(np.float32 if narrow else np.float64, copy=False)
+    with np.errstate(over="ignore"):
+        values = np.asanyarray(image.dataobj).astype(np.float32 if narrow else np.float64, copy=False)
+    if stored.kind in "iu" and not np.isfinite(values).all():
+        raise ValueError(f"scl_slope {slope:g} and scl_inter {inter:g} make values that no number can hold")
+    return values
 
 
 def check_affine(affine: np.ndarray, path: Path, kind: str = "NIfTI") -> None:

@@ -4,11 +4,13 @@ and backward."""
 
 from medaccel.layers.gaussian import GaussianFilter
 from medaccel.layers.swin import BasicLayer, SwinTransformerBlock, WindowAttention
+from medaccel.layers.swin_transformer import SwinTransformer
 from medaccel.layers.unet_blocks import UnetBasicBlock, UnetResBlock
 
 __all__ = [
     "BasicLayer",
     "GaussianFilter",
+    "SwinTransformer",
     "SwinTransformerBlock",
     "UnetBasicBlock",
     "UnetResBlock",

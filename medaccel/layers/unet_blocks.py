@@ -9,9 +9,9 @@ from monai.networks.blocks.dynunet_block import UnetResBlock as MonaiUnetResBloc
 from torch import Tensor, nn
 
 from medaccel.layers._bypass import Child, number, problem, warn_once
+from medaccel.layers._memory_format import ChannelsLast, for_convolution
 from medaccel.ops import instance_norm
 from medaccel.ops._dispatch import exporting, refuse_scripting
-from medaccel.ops._transforms import in_transform
 from medaccel.ops.instance_norm import instance_norm_act
 
 _RANKS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
@@ -65,37 +65,6 @@ def _unserved(block: Any, ours: Any, monais: type[nn.Module]) -> str | None:
     return None if len(kinds) == 1 else "its norms are of different ranks"
 
 
-class _ChannelsLast(torch.autograd.Function):
-    """Copies a map to channels last, and its gradient back to contiguous memory.
-
-    The gradient goes back because torch's instance norm further up, at batch 1, computes wrong gradients from a
-    channels-last one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last_3d)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
-
-
-def _for_convolution(x: Tensor) -> Tensor:
-    """Returns the map in the memory layout in which its convolution is fastest; the norm after it keeps that layout.
-
-    oneDNN's 3-D convolutions in fp32 take up to twice as long on contiguous maps. torch leaves small ones (the
-    second condition is its own) to another routine, and for thin ones the copy costs what it saves.
-    """
-    handed_over = x.dim() == 5 and (x.shape[0] > 1 or x[0, :, :, :, 0].numel() > 20480)
-    if not handed_over or x.dtype != torch.float32 or x.shape[1] < 12:
-        return x
-    if in_transform() or x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x  # the transforms of torch.func have no rule for a layout
-    y: Tensor = _ChannelsLast.apply(x)
-    return y
-
-
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """Computes the convolution, in fp32 where torch's own in bf16 is wrong.
 
@@ -113,9 +82,12 @@ class UnetResBlock(MonaiUnetResBlock):
     state_dict.
 
     Each normalisation takes the residual and the activation along, in the memory layout that the convolution gave its
-    result. Large fp32 maps are brought to channels last, where convolutions are faster. Where a bypassed child is not
-    torch's own, it runs MONAI's forward and warns once.
+    result. Where convolutions are faster channels last (large fp32 maps on a CPU, bf16 and fp16 on a GPU), maps are
+    brought to it; `channels_last` overrides the rule, as `accelerate` says. Where a bypassed child is not torch's
+    own, it runs MONAI's forward and warns once.
     """
+
+    channels_last: ChannelsLast = "auto"
 
     BYPASSED: ClassVar = (
         Child("norm1", *_NORM),
@@ -135,9 +107,9 @@ class UnetResBlock(MonaiUnetResBlock):
         if not _served(self, inp):
             return super().forward(inp)
         slope = _slope(self.lrelu)
-        inp = _for_convolution(inp)
+        inp = for_convolution(inp, self.norm1.num_features, self.channels_last)
         y = _normalise(self.norm1, _convolve(self.conv1, inp), slope=slope)
-        y = _convolve(self.conv2, _for_convolution(y))
+        y = _convolve(self.conv2, for_convolution(y, self.norm2.num_features, self.channels_last))
         residual = self.conv3(inp) if hasattr(self, "conv3") else inp
         if hasattr(self, "norm3"):
             residual = _normalise(self.norm3, residual)
@@ -148,9 +120,11 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
     """This class is a drop-in for `monai.networks.blocks.dynunet_block.UnetBasicBlock`, same constructor and
     state_dict.
 
-    Where a bypassed child is not torch's own, it runs MONAI's forward and warns once.
+    `channels_last` is that of `UnetResBlock`. Where a bypassed child is not torch's own, it runs MONAI's forward and
+    warns once.
     """
 
+    channels_last: ChannelsLast = "auto"
     BYPASSED: ClassVar = (Child("norm1", *_NORM), Child("norm2", *_NORM), Child("lrelu", *_ACTIVATION))
     _MONAI_FORWARD: ClassVar = MonaiUnetBasicBlock.forward
 
@@ -165,8 +139,10 @@ class UnetBasicBlock(MonaiUnetBasicBlock):
         if not _served(self, inp):
             return super().forward(inp)
         slope = _slope(self.lrelu)
-        y = _normalise(self.norm1, _convolve(self.conv1, _for_convolution(inp)), slope=slope)
-        return _normalise(self.norm2, _convolve(self.conv2, _for_convolution(y)), slope=slope)
+        inp = for_convolution(inp, self.norm1.num_features, self.channels_last)
+        y = _normalise(self.norm1, _convolve(self.conv1, inp), slope=slope)
+        y = for_convolution(y, self.norm2.num_features, self.channels_last)
+        return _normalise(self.norm2, _convolve(self.conv2, y), slope=slope)
 
 
 def residual_block_unsupported(module: Any) -> str | None:

@@ -198,7 +198,7 @@ def _top1(net: PretrainingNet, task: Instance, pairs: Sequence[Mapping[str, Tens
     views = (torch.stack([item["view1"], item["view2"]]).to(device) for item in pairs)
     maps = [net.features(two, task.view_levels) for two in views]
     every = {level: torch.cat([m[level] for m in maps]) for level in task.view_levels}
-    both = F.normalize(task.embed(net, every), dim=1).cpu().unflatten(0, (-1, 2))  # (pairs, 2, C)
+    both = F.normalize(task.embed(net, every).float(), dim=1).cpu().unflatten(0, (-1, 2))  # (pairs, 2, C)
     cosines = both[:, 0] @ both[:, 1].T
     own = torch.arange(len(both))
     right = torch.stack([cosines.argmax(dim=1) == own, cosines.argmax(dim=0) == own]).float()
@@ -222,7 +222,7 @@ def pixel_retrieval(
     found: dict[str, list[Tensor]] = {"all": [], "body": [], "chance": []}
     for item in drawn:
         views = torch.stack([item["view1"], item["view2"]]).to(device)
-        projected = task.project(net, net.features(views, {task.level})).cpu()
+        projected = task.project(net, net.features(views, {task.level})).float().cpu()
         affines = task.affines({key: item[key][None] for key in ("affine1", "affine2")}, projected)
         radius = float(default_radius(*affines)) if task.radius is None else task.radius
         size = (projected.shape[2], projected.shape[3], projected.shape[4])

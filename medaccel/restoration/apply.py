@@ -9,7 +9,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,9 +31,11 @@ from medaccel.data import (
     write_text,
 )
 from medaccel.data._fields import optional
+from medaccel.data.deidentify import check_deidentify
 from medaccel.data.dicom_write import RESEARCH_ONLY, check_series_folder
 from medaccel.data.files import beside, check_input
 from medaccel.data.hounsfield import check_hu
+from medaccel.data.nifti import is_nifti_input
 from medaccel.data.suv import Kind
 from medaccel.restoration.evaluation.metrics import body_mask
 from medaccel.restoration.evaluation.training_range import SECONDS_MARGIN, TrainingRange
@@ -41,7 +43,7 @@ from medaccel.restoration.memory import expected_of_restoring, on_gpu
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Method, RestorationRequest, check_volume
 from medaccel.restoration.study import AIR_HU
-from medaccel.restoration.uptake import check_suv
+from medaccel.restoration.uptake import check_suv, suv_per_bqml
 from medaccel.studies.digest import file_sha256
 from medaccel.training.memory import expect
 from medaccel.weights import RESTORATION, find
@@ -76,7 +78,11 @@ def apply(
     series_uid: str | None = None,
     frame: int | None = None,
     suv: Kind = "bw",
+    unit: Literal["suv", "bqml"] = "suv",
+    weight: float | None = None,
+    dose: float | None = None,
     check_units: bool = True,
+    deidentify: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> tuple[Path, ...]:
@@ -91,7 +97,8 @@ def apply(
         input: a .nii or .nii.gz file in SUV; a folder with a PET DICOM series; or a study folder with
             PET_<seconds>.nii.gz, of which the file of the exposure is taken.
         output: a .nii or .nii.gz file; or, for DICOM input, a folder for a derived DICOM series in the unit of the
-            source. Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
+            source, which keeps the patient's data (name, ID, birth date, comments) and is readable by its owner
+            alone. Methods that draw samples also write their standard deviation, `<output>_std.nii.gz`, in SUV.
         seconds: the input's exposure, one that the method was fitted on; by default its primary one.
         ct: a .nii or .nii.gz file in HU, or the folder of a CT DICOM series, in the same space; by default the study
             folder's CT.nii.gz, if it exists. Methods that use no CT ignore it.
@@ -102,8 +109,13 @@ def apply(
         suv: what the output's SUV are normalised by, for DICOM input and NIfTI output: body weight (bw), lean body
             mass (lbm by Janmahasatian's formula, lbm_james by James's), body surface area (bsa) or ideal body weight
             (ibw). For DICOM input, the rule by which SUV were computed is written to <output>.suv.json.
+        unit: the unit of a NIfTI input; bqml is converted to SUV with weight and dose.
+        weight: the patient's weight, kg, for bqml.
+        dose: the dose in Bq, decayed to the time that the image is decay-corrected to, for bqml.
         check_units: refuse an input that can't be in SUV, by the body's median, and a CT that doesn't look like HU.
-        force: overwrite an existing output.
+        deidentify: remove the patient's data from a derived DICOM series by the standard's basic profile (PS3.15 E;
+            the pixels stay as they are), and write it in SUV.
+        force: overwrite an existing output, and restore an input that can't be in SUV all the same, with a warning.
         progress: show progress on stderr.
 
     Returns:
@@ -124,6 +136,10 @@ def apply(
     """
     input, output = Path(input), Path(output)
     _check_output(input, output, force)  # the output is checked before anything is read
+    if deidentify:
+        if is_nifti_name(output):
+            raise ValueError(f"{output}: deidentify is for DICOM output; NIfTI holds no patient data")
+        check_deidentify()
     checkpoint = find(RESTORATION if checkpoint is None else checkpoint)
     method = load_method(checkpoint)
     exposure = method.seconds(seconds)
@@ -133,9 +149,12 @@ def apply(
     if samples is not None and (samples < 1 or not method.samples):
         expected = "1 or more" if method.samples else f"none, as {method.name} draws no samples"
         raise ValueError(f"samples is {samples}; expected {expected}")
+    per_unit = _factor(unit, weight, dose)
     read = _read(input, exposure, series_uid, frame, progress)
     factor, rule = _asked_for(read, suv, output)
     record = beside(output, ".suv.json")
+    if deidentify:
+        rule = None  # its times and dose are the patient's
     if rule is not None:
         check_output(record, force=force)
         if progress:
@@ -144,9 +163,13 @@ def apply(
         exposure = _known_exposure(method, read, exposure)
     spacing = voxel_spacing(read.image)
     volume = np.asanyarray(read.image.dataobj).astype(np.float32, copy=False)
+    if per_unit is not None:
+        if read.series is not None:
+            raise ValueError(f"{read.path}: unit is bqml, but a DICOM series says its unit itself; expected suv")
+        volume = volume * np.float32(per_unit)
     check_volume(str(read.path), volume, spacing)
     if check_units:
-        check_suv(volume, spacing, read.path)
+        check_suv(volume, spacing, read.path, refuse=not force)
     for sentence in _unlike(method, read, volume, spacing, exposure):
         warnings.warn(f"{read.path}: {sentence}", stacklevel=2)
     ct = read.ct if ct is None else Path(ct)
@@ -164,6 +187,8 @@ def apply(
             volume, spacing, seconds=exposure, ct=hounsfield, samples=samples, seed=seed, progress=progress
         )
     )
+    if progress and (placed := getattr(method, "placed", "")):  # a method with a network
+        print(f"medaccel: {placed}", file=sys.stderr)
     del volume, hounsfield
     bad = int(np.count_nonzero(~np.isfinite(restored.volume)))
     if bad:
@@ -182,7 +207,15 @@ def apply(
         save_nifti(output, _image(restored.volume * factor, read, what), force=force)
     else:
         derivation = f"Checkpoint with SHA-256 {file_sha256(checkpoint)}, seed {seed}."
-        write_derived_pet(output, restored.volume, read.series, description=what, derivation=derivation, force=force)
+        write_derived_pet(
+            output,
+            restored.volume,
+            read.series,
+            description=what,
+            derivation=derivation,
+            deidentify=deidentify,
+            force=force,
+        )
     if rule is not None:
         write_text(record, json.dumps(rule.plain(), indent=2) + "\n", force=force)
     return (*written, output)
@@ -200,6 +233,20 @@ def _asked_for(read: _Input, suv: Kind, output: Path) -> tuple[np.float32, SuvRu
         raise ValueError(f"{output}: suv is {suv}, but a derived DICOM series has its source's unit; expected bw")
     rule = series_rule(read.series, suv)
     return np.float32(rule.factors[0] / read.rule.factors[0]), rule
+
+
+def _factor(unit: str, weight: float | None, dose: float | None) -> float | None:
+    """Returns the factor to SUV; None if the input is in SUV."""
+    if unit not in ("suv", "bqml"):
+        raise ValueError(f"unit is {unit!r}; expected suv or bqml")
+    if unit == "suv":
+        if weight is not None or dose is not None:
+            raise ValueError("weight and dose are for unit bqml; expected none of them, as unit is suv")
+        return None
+    if weight is None or dose is None:
+        missing = " and ".join(name for name, value in (("weight", weight), ("dose", dose)) if value is None)
+        raise ValueError(f"unit is bqml, and {missing} is missing; expected kg and Bq")
+    return suv_per_bqml(weight, dose)
 
 
 def _is_study(folder: Path) -> bool:
@@ -244,7 +291,7 @@ def _read(path: Path, seconds: int, series_uid: str | None, frame: int | None, p
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file or folder")
     check_input(path)
-    if not is_nifti_name(path):
+    if not is_nifti_input(path):
         raise ValueError(
             f"{path}: expected a .nii or .nii.gz file, the folder of a PET DICOM series, or a study folder"
         )

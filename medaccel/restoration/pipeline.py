@@ -100,7 +100,10 @@ def check(config: RestorationConfig) -> None:
             if name in config.methods and "accelerator" in settings:
                 check_accelerator(f"{name}: accelerator", settings["accelerator"])
             if name in config.methods and settings.get("weights"):
-                load_method(find(settings["weights"]), name)
+                try:
+                    load_method(find(settings["weights"]), name)
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"{name}: weights is {settings['weights']!r}: {error}") from error
     for name in config.methods:
         reason = getattr(method_class(name), "unavailable", lambda: None)()
         if reason is not None:

@@ -271,6 +271,7 @@ class TrainerSettings(
     NonLocalMeansSettings,
     TotalVariationSettings,
     BM4DSettings,
+    UNetSettings,
 ):
     """Holds settings for every method that has them, unless the method's own settings differ."""
 

@@ -19,7 +19,8 @@ from medaccel.restoration.evaluation.metrics import Array, check_spacing
 
 # Body medians, SUV: values in the first range give no warning, values outside the second are impossible.
 _USUAL = (0.15, 2.2)
-_POSSIBLE = (0.03, 25.0)
+_POSSIBLE = (0.03, 20.0)
+_MOST = 1e4  # no organ has as much; a hot bladder has some hundreds
 _BLOCK_MM = 8.0  # averages over this length have little noise
 _BODY_SHARE = 0.15  # share of the typical uptake: fat and lungs have more, air less
 _ACTIVITY = (0.5, 0.7, 0.8, 0.9, 0.95)  # shares of the activity that lie above the typical uptake
@@ -63,13 +64,32 @@ def body_median(volume: Array, spacing: Sequence[float]) -> float:
     return medians[0]
 
 
-def check_suv(volume: Array, spacing: Sequence[float], path: Path, *, stacklevel: int = 2) -> None:
+def suv_per_bqml(weight: float, dose: float) -> float:
+    """Returns the factor from Bq/mL to SUV (body weight).
+
+    Args:
+        weight: kg.
+        dose: Bq, decayed to the time that the image is decay-corrected to.
+
+    Raises:
+        ValueError: one of them is no plausible number of its unit.
+    """
+    for name, value, low, high, unit in (("weight", weight, 1, 300, "kg"), ("dose", dose, 1e4, 1e11, "Bq")):
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value:g}; expected {low:g} to {high:g} {unit}")
+    return 1000 * weight / dose
+
+
+def check_suv(
+    volume: Array, spacing: Sequence[float], path: Path, *, refuse: bool = True, stacklevel: int = 2
+) -> None:
     """Refuses a PET that can't be in SUV.
 
     Args:
         volume: (i, j, k), finite, not negative.
         spacing: mm.
         path: the file that it was read from.
+        refuse: if False, a PET that can't be in SUV is warned about instead.
         stacklevel: the warning's, as `warnings.warn` counts.
 
     Raises:
@@ -86,13 +106,24 @@ def check_suv(volume: Array, spacing: Sequence[float], path: Path, *, stacklevel
     said = f"the body's median is {median:.3g}, where SUV have {_USUAL[0]:g} to {_USUAL[1]:g} as a rule"
     guess = "Bq/mL, kBq/mL, counts or a multiple" if median > 1 else "a fraction, or scaled to 0 … 1"
     if not _POSSIBLE[0] <= median <= _POSSIBLE[1]:
-        raise ValueError(f"{path}: {said}; expected SUV, and these look like {guess} ({_OVERRIDE})")
+        _refuse(f"{path}: {said}; expected SUV, and these look like {guess}", refuse, stacklevel + 2)
+        return
+    if volume.max() > _MOST:
+        said = f"its maximum is {volume.max():.4g}, where SUV have {_MOST:g} at most"
+        _refuse(f"{path}: {said}; expected SUV, and these look like Bq/mL or counts", refuse, stacklevel + 2)
+        return
     if not _USUAL[0] <= median <= _USUAL[1]:
         brain = "a brain's is 3 to 8; else is it " if median > 1 else "is it "
         warnings.warn(f"{path}: {said} ({brain}{guess}?)", stacklevel=stacklevel + 1)
     elif bool((volume == np.round(volume)).all()):
         sentence = f"{path}: all values are whole numbers (is it in SUV, or counts or labels?)"
         warnings.warn(sentence, stacklevel=stacklevel + 1)
+
+
+def _refuse(sentence: str, refuse: bool, stacklevel: int) -> None:
+    if refuse:
+        raise ValueError(f"{sentence} ({_OVERRIDE})")
+    warnings.warn(sentence, stacklevel=stacklevel)
 
 
 def _block_means(volume: Array, spacing: Sequence[float]) -> Array:

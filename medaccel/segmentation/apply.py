@@ -8,16 +8,19 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Image
 
 from medaccel.data import check_output, is_nifti_name, save_nifti, voxel_spacing
 from medaccel.data.ct import Scan, find_scans, read_scan
+from medaccel.data.dicom import open_series
+from medaccel.data.dicom_seg import check_segmentation, write_segmentation
 from medaccel.data.dicom_write import RESEARCH_ONLY
 from medaccel.data.files import check_input
 from medaccel.data.hounsfield import BODY_HU
+from medaccel.data.nifti import is_nifti_input
 from medaccel.studies.digest import file_sha256
 from medaccel.studies.tables import write_json
 
@@ -33,7 +36,9 @@ def apply(
     input: Path,
     output: Path,
     *,
+    output_type: Literal["nifti", "dicom_seg"] = "nifti",
     keep_largest: int | None = None,
+    ratio: tuple[str, ...] = (),
     report: Path | None = None,
     series_uid: str | None = None,
     check_units: bool = True,
@@ -45,10 +50,14 @@ def apply(
     Args:
         checkpoint: best.pt of a cell.
         input: a .nii, .nii.gz, .mhd or .mha file in HU, or a folder with a CT DICOM series.
-        output: a .nii or .nii.gz file: the label map, on the input's grid.
+        output: a .nii or .nii.gz file: the label map, on the input's grid; or a .dcm file for dicom_seg.
+        output_type: nifti; or dicom_seg for a DICOM segmentation of the series that is the input, which keeps the
+            patient's data (name, ID, birth date) and is readable by its owner alone.
         keep_largest: number of components to keep of each structure, 0 keeps all; by default the training's setting.
-        report: a JSON file with the volume of each structure, mL, and its components; by default beside the output,
-            with its name.
+        ratio: shares to report, such as lesion/lung: the volume of lesions in that of lungs and lesions together,
+            since a voxel has one label and a lesion's is no longer lung; + joins, as in lesion/lung_left+lung_right.
+        report: a JSON file with the volume of each structure, mL, its components and the shares; by default beside
+            the output, with its name.
         series_uid: SeriesInstanceUID, if the folder has several series.
         check_units: refuse an input that doesn't look like a CT in HU, but like a label map, MR or another unit.
         force: overwrite existing files.
@@ -58,17 +67,17 @@ def apply(
         The paths that were written: the label map and the report.
 
     Raises:
-        ValueError: the checkpoint is damaged or has another kind or format; the output has another format; the input
-            is damaged or no CT in HU; the folder holds several series; `keep_largest` is below 0; the work needs more
-            memory than is free.
+        ValueError: the checkpoint is damaged or has another kind or format; the output has another format; a ratio
+            names no structure of the network; dicom_seg lacks its package or a DICOM series; the input is damaged or
+            no CT in HU; the folder holds several series; `keep_largest` is below 0; the work needs more memory than
+            is free.
         OSError: input or checkpoint is missing; an output exists or can't be written, and an old one stays as it was.
 
     Warns:
         UserWarning: the scan's voxels or CT numbers differ from the training's.
     """
     checkpoint, input, output = Path(checkpoint), Path(input), Path(output)
-    if not is_nifti_name(output):
-        raise ValueError(f"{output}: the output's name must end in .nii or .nii.gz")
+    _check_output_type(input, output, output_type)
     report = _beside(output) if report is None else Path(report)
     for path in (output, report):  # outputs are checked before anything is read
         check_output(path, force=force)
@@ -82,7 +91,13 @@ def apply(
     from medaccel.training.memory import expect
 
     trained = load(checkpoint)
-    scan = read_scan(_scan(input, series_uid, check_units), check_units=check_units)
+    pairs = [_ratio(text, trained.labels) for text in ratio]
+    source = _scan(input, series_uid, check_units)
+    series = None
+    if output_type == "dicom_seg":
+        series = open_series(source.path, series_uid=source.uid)
+        check_segmentation(series)
+    scan = read_scan(source, check_units=check_units)
     for sentence in _unlike(scan, trained.seen):
         warnings.warn(f"{input}: {sentence}", stacklevel=2)
     expected = expect(
@@ -101,9 +116,15 @@ def apply(
         "checkpoint_sha256": file_sha256(checkpoint),
         "shape": list(scan.shape),
         "spacing_mm": list(voxel_spacing(scan)),
-        "structures": volumes(labels, trained.labels),
+        "structures": (rows := volumes(labels, trained.labels)),
+        "ratios": [_share(part, whole, rows) for part, whole in pairs],
     }
-    save_nifti(output, labels, force=force)
+    if series is None:
+        save_nifti(output, labels, force=force)
+    else:
+        values = np.asarray(labels.dataobj)
+        what = f"labels of a network, SHA-256 {content['checkpoint_sha256'][:12]}"
+        write_segmentation(output, values, trained.labels, series, description=what, force=force)
     write_json(report, content, force=force)
     return output, report
 
@@ -125,9 +146,55 @@ def volumes(image: Nifti1Image, names: Mapping[int, str]) -> list[dict[str, Any]
     return rows
 
 
+def spoken(report: Mapping[str, Any]) -> list[str]:
+    """Returns the lines on volumes and shares that a user wants to read at once."""
+    lines = [f"{row['name']}: {row['volume_ml']:.1f} mL" for row in report["structures"]]
+    for row in report["ratios"]:
+        share = "not defined, as both are empty" if row["share"] is None else f"{row['share']:.1%}"
+        lines.append(f"{row['part']} in {row['whole']}: {share} ({row['part_ml']:.1f} of {row['whole_ml']:.1f} mL)")
+    return lines
+
+
+def _check_output_type(input: Path, output: Path, output_type: str) -> None:
+    if output_type == "nifti":
+        if not is_nifti_name(output):
+            raise ValueError(f"{output}: the output's name must end in .nii or .nii.gz")
+        return
+    if output_type != "dicom_seg":
+        raise ValueError(f"output_type is {output_type!r}; expected nifti or dicom_seg")
+    if output.suffix.lower() != ".dcm":
+        raise ValueError(f"{output}: the output's name must end in .dcm for dicom_seg")
+    if input.exists() and not input.is_dir():
+        raise ValueError(f"{input}: dicom_seg refers to a DICOM series; expected its folder")
+    check_segmentation()
+
+
+def _ratio(text: str, names: Mapping[int, str]) -> tuple[str, str]:
+    """Returns the two sides of a ratio; each names a structure, or several with + between them."""
+    known = [name for value, name in sorted(names.items()) if value]
+    part, slash, whole = (word.strip() for word in text.partition("/"))
+    unknown = [name for side in (part, whole) for name in side.split("+") if name.strip() not in known]
+    if not slash or unknown:
+        raise ValueError(
+            f"ratio is {text!r}; expected part/whole of {', '.join(known)}, such as {known[0]}/{known[-1]}"
+        )
+    if {name.strip() for name in part.split("+")} & {name.strip() for name in whole.split("+")}:
+        raise ValueError(f"ratio is {text!r}; expected different structures on both sides")
+    return part, whole
+
+
+def _share(part: str, whole: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the volumes of a part and of the whole with that part in it, mL, and the part's share."""
+    millilitres = {row["name"]: row["volume_ml"] for row in rows}
+    inner, outer = (sum(millilitres[n] for n in {n.strip() for n in side.split("+")}) for side in (part, whole))
+    share = inner / (inner + outer) if inner + outer else None
+    return {"part": part, "whole": whole, "part_ml": inner, "whole_ml": inner + outer, "share": share}
+
+
 def _beside(output: Path) -> Path:
-    """Returns the path `a.json` for `a.nii.gz`."""
-    return output.with_name(output.name[: output.name.lower().rindex(".nii")] + ".json")
+    """Returns the path `a.json` for `a.nii.gz` or `a.dcm`."""
+    end = output.name.lower().rindex(".nii" if is_nifti_name(output) else ".dcm")
+    return output.with_name(output.name[:end] + ".json")
 
 
 def _scan(path: Path, series_uid: str | None, check_units: bool) -> Scan:
@@ -135,7 +202,7 @@ def _scan(path: Path, series_uid: str | None, check_units: bool) -> Scan:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if not path.is_dir():
         check_input(path)
-        if is_nifti_name(path):
+        if is_nifti_input(path):
             return Scan(path, "nifti")
         if path.suffix.lower() in _META_IMAGE:
             return Scan(path, "metaimage")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import math
 import signal
 import time
@@ -25,9 +24,13 @@ from medaccel.data.tensors import load_tensors
 from medaccel.studies.digest import digest
 from medaccel.studies.settings import TRAINING
 from medaccel.training import ranks
+from medaccel.training.hints import quieten_lightning
 from medaccel.training.sampler import Numbered
 
 __all__ = ["TRAINING", "NetworkFit", "train"]
+
+# A gradient scaler begins at 2^16 and halves; what still overflows at this scale is a NaN or infinity of its own.
+_LEAST_SCALE = 2.0**-24
 
 
 class NetworkFit(lightning.LightningModule):
@@ -41,6 +44,7 @@ class NetworkFit(lightning.LightningModule):
     def __init__(self, network: nn.Module, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.network, self.settings = network, settings
+        self._terms: dict[str, Tensor] = {}  # the last batch's terms, detached
 
     def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
         """Returns the loss's terms by name, as means over the batch; "loss" is the one to minimise."""
@@ -49,26 +53,54 @@ class NetworkFit(lightning.LightningModule):
     def training_step(self, batch: Mapping[str, Any], index: int) -> Tensor:
         terms = self.losses(batch, index)
         loss = terms["loss"]
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(
-                f"step {self.global_step}: the loss is {float(loss.detach())} "
-                f"({', '.join(f'{k} {float(v.detach()):.3g}' for k, v in terms.items())}); training stops "
-                "here, and its last checkpoint is from before"
-            )
-        values = {f"train/{key}": value.detach() for key, value in terms.items()}
+        self._terms = {key: value.detach() for key, value in terms.items()}
+        values = {f"train/{key}": value for key, value in self._terms.items()}
         self.log_dict(values, batch_size=_size(batch), on_step=False, on_epoch=True, sync_dist=True)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=_size(batch))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises if a gradient isn't finite, since it would make such weights and the next checkpoint would hold
-        them."""
-        for name, parameter in self.network.named_parameters():
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                raise ValueError(
-                    f"step {self.global_step}: the gradient of {name} is not finite; training stops here, and its "
-                    "last checkpoint is from before"
-                )
+        """Raises if the loss or a gradient isn't finite, since it would make such weights and the next checkpoint
+        would hold them.
+
+        The host waits for the device once, after the backward pass. Under a gradient scaler (16-mixed) only the loss
+        is looked at: gradients that overflow are the scaler's business, which skips the step and lowers its scale.
+        """
+        loss, gradients = self._terms["loss"], {}
+        finite = loss.isfinite()
+        if self._scaler() is None:
+            gradients = {
+                n: p.grad for n, p in self.network.named_parameters() if p.grad is not None and p.grad.numel()
+            }
+        if gradients:  # their largest magnitude: squares would overflow sooner than the gradients
+            finite = finite & nn.utils.get_total_norm(gradients.values(), math.inf).isfinite().to(finite.device)
+        if bool(finite):
+            return
+        if not bool(loss.isfinite()):
+            raise ValueError(
+                f"step {self.global_step}: the loss is {float(loss)} "
+                f"({', '.join(f'{k} {float(v):.3g}' for k, v in self._terms.items())}); training stops "
+                "here, and its last checkpoint is from before"
+            )
+        name = next(name for name, gradient in gradients.items() if not bool(gradient.isfinite().all()))
+        raise ValueError(
+            f"step {self.global_step}: the gradient of {name} is not finite; training stops here, and its "
+            "last checkpoint is from before"
+        )
+
+    def on_train_epoch_end(self) -> None:
+        """Raises if a gradient scaler finds no scale at which the gradients are finite: it would skip every step."""
+        scaler = self._scaler()
+        if scaler is not None and not scaler.get_scale() > _LEAST_SCALE:
+            raise ValueError(
+                f"step {self.global_step}: the gradients are not finite, even with the loss scaled by "
+                f"{scaler.get_scale():.1g}; training stops here (bf16-mixed needs no scale)"
+            )
+
+    def _scaler(self) -> Any:
+        """Returns the gradient scaler of 16-mixed; None in other precisions."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
 
     def configure_optimizers(self) -> Any:
         s = self.settings
@@ -190,8 +222,7 @@ def train(
     if begun >= s["steps"]:
         return record.losses, record.seconds, record.seconds / max(record.steps, 1)
     lightning.seed_everything(seed, verbose=False)
-    # Lightning's hints on worker counts and accelerators repeat the settings.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    quieten_lightning()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(

@@ -13,7 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 #: If this environment variable is 1, nothing is refused for its memory.
 IGNORE = "MEDACCEL_IGNORE_MEMORY"
@@ -30,6 +33,8 @@ _CLASS_TRAINING, _CLASS_WINDOW = 40.0, 8.0
 # A Swin UNETR has so many parameters at feature_size 1 (they grow with its square), and so many bytes for each in
 # training.
 _SWIN_PARAMETERS, _TRAINED = 28e3, 20
+# Sums of windows may take this share of a GPU's free memory: the next window's network needs the rest.
+_SUMS_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,31 @@ def expect(what: str, *stages: Iterable[Part], gpu: bool = False, processes: int
         sentence += f", and {_gib(_total(there))} of the GPU's, of which {_gib(free_there)} are free"
         _refuse(what, _total(there), _total(there), free_there, "GPU memory", there)
     return Expected(expected, sentence)
+
+
+def place_of_sums(device: torch.device, size: float) -> tuple[torch.device, str]:
+    """Chooses where sums of a network's windows lie: on its GPU if they fit beside its work, else on the CPU.
+
+    Sums on the CPU cost a copy of every window's result, for which the GPU waits.
+
+    Args:
+        device: where the network computes.
+        size: bytes of the sums.
+
+    Returns:
+        The device, and the choice in words.
+    """
+    import torch
+
+    cpu = torch.device("cpu")
+    if device.type != "cuda":
+        return cpu, "windows are added up on the CPU"
+    free = torch.cuda.mem_get_info(device)[0]
+    fits = size <= _SUMS_SHARE * free
+    reason = f"{_gib(size)} of {device}'s {_gib(free)} free"
+    if fits:
+        return device, f"windows are added up on {device} ({reason})"
+    return cpu, f"windows are added up on the CPU (it would take {reason})"
 
 
 def _refuse(what: str, expected: float, more: float, free: float, kind: str, parts: Sequence[Part]) -> None:

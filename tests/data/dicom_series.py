@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, PositronEmissionTomographyImageStorage, generate_uid
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    PositronEmissionTomographyImageStorage,
+    generate_uid,
+)
 
 ROWS, COLUMNS, SLICES = 4, 5, 6
 PIXEL_SPACING, SLICE_SPACING = (2.0, 3.0), 4.0  # (between rows, between columns), mm
@@ -100,9 +106,18 @@ def write_series(
     leave_out: tuple[int, ...] = (),
     series_uid: str = "1.2.3",
     prefix: str = "",
+    syntax: str = "explicit",
 ) -> Path:
+    """Writes a series; its encoding is explicit or implicit, little-endian, or "big": explicit, big-endian."""
     folder.mkdir(exist_ok=True)
     for k, ds in enumerate(slices(edit, series_uid=series_uid)):
-        if k not in leave_out:
-            ds.save_as(folder / (prefix + file_name(k)), enforce_file_format=True)
+        if k in leave_out:
+            continue
+        if syntax == "implicit":
+            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        elif syntax == "big":
+            ds.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+            ds["PixelData"].VR = "OW"
+            ds.PixelData = np.frombuffer(ds.PixelData, "u1").reshape(-1, 2)[:, ::-1].tobytes()
+        ds.save_as(folder / (prefix + file_name(k)), enforce_file_format=True)
     return folder

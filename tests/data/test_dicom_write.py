@@ -100,7 +100,7 @@ def test_identity_is_new_and_patient_and_place_are_the_sources(tmp_path: Path) -
         for keyword in ("ImagePositionPatient", "InstanceNumber", "PatientName", "SeriesTime", "BurnedInAnnotation"):
             assert header[keyword].value == origin[keyword].value
         assert (header.StudyInstanceUID, header.FrameOfReferenceUID) == (STUDY_UID, FRAME_UID)
-        assert list(header.ImageType) == ["DERIVED", "SECONDARY"]
+        assert list(header.ImageType) == ["DERIVED", "PRIMARY"]
         assert header.SeriesDescription == "research only: nlm, 60 s to 90 s"
         assert header.SeriesNumber == 1004
         assert "not for diagnosis. nlm, 60 s to 90 s. A. Stored in 16 bits" in header.DerivationDescription

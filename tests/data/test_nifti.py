@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gzip
+import re
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -224,3 +226,136 @@ def test_an_existing_image_needs_force(tmp_path: Path) -> None:
     save_nifti(tmp_path / "a.nii", make_nifti(array(), AFFINE))
     with pytest.raises(FileExistsError, match=r"a\.nii"):
         save_nifti(tmp_path / "a.nii", make_nifti(array(), AFFINE))
+
+
+# --- Headers that contradict themselves: read by a rule that is said, or refused ---
+
+
+def oblique(degrees: float = 20) -> np.ndarray:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ AFFINE
+
+
+def moved(by: float) -> np.ndarray:
+    result = AFFINE.copy()
+    result[2, 3] += by
+    return result
+
+
+QFORMS = {
+    "moved": (moved(5), r"qform and sform place its corners up to 5 mm apart; the sform is taken"),
+    "turned": (oblique(), r"qform and sform place its corners up to [\d.]+ mm apart; the sform"),
+    "mirrored": (AFFINE @ np.diag([-1, 1, 1, 1]), r".* apart, and they are mirror images of each other; the sform"),
+    "finer": (AFFINE @ np.diag([0.5, 0.5, 0.5, 1]), r"qform and sform place its corners"),
+    "rounded": (moved(0.01), None),
+}
+
+
+@pytest.mark.parametrize("name", QFORMS)
+def test_where_qform_and_sform_disagree_the_sform_counts(tmp_path: Path, name: str) -> None:
+    qform, sentence = QFORMS[name]
+    image = nib.Nifti1Image(array(), AFFINE)
+    image.set_sform(AFFINE, code=1)
+    image.set_qform(qform, code=1)
+    image.to_filename(tmp_path / "a.nii")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = read_nifti(tmp_path / "a.nii")
+    np.testing.assert_allclose(found.affine, AFFINE)
+    assert [bool(re.search(rf"a\.nii: {sentence}", str(w.message))) for w in said] == ([True] if sentence else [])
+
+
+SCALES: dict[str, tuple[dict[str, float], str | None, float, float]] = {
+    "zero is no scale": ({"scl_slope": 0, "scl_inter": 0}, None, 1, 0),
+    "zero with an intercept": ({"scl_slope": 0, "scl_inter": 9}, "scl_slope is 0, which means no scale", 1, 0),
+    "NaN": ({"scl_slope": np.nan, "scl_inter": 0}, "scl_slope is NaN", 1, 0),
+    "negative": ({"scl_slope": -2, "scl_inter": 3}, None, -2, 3),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_that_is_none_is_said(tmp_path: Path, name: str) -> None:
+    fields, sentence, slope, inter = SCALES[name]
+    path = write(tmp_path / "a.nii.gz", array(np.int16), **fields)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = read_nifti(path)
+    np.testing.assert_array_equal(np.asarray(found.dataobj), array(np.int16) * slope + inter)
+    assert [sentence in str(w.message) for w in said] == ([True] if sentence else [])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"scl_slope": np.inf}, {"scl_slope": 1, "scl_inter": -np.inf}, {"scl_slope": 2, "scl_inter": np.nan}]
+)
+def test_a_scale_that_is_infinite_is_refused(tmp_path: Path, fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"a\.nii: broken NIfTI header: "):
+        read_nifti(write(tmp_path / "a.nii", array(np.int16), **fields))
+
+
+def test_a_scale_that_no_value_survives_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.nii: scl_slope 3e\+38 and scl_inter 0 make values that no number"):
+        read_nifti(write(tmp_path / "a.nii", array(np.int16), scl_slope=3e38, scl_inter=0))
+
+
+def test_voxel_sizes_that_are_not_the_sforms_are_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.nii", pixdim=[1, 1, 1, 1, 1, 1, 1, 1], qform_code=0)
+    with pytest.warns(UserWarning, match=r"a\.nii: pixdim has voxels of 1 × 1 × 1 mm, and the sform of 2 × 3 × 4 mm"):
+        assert voxel_spacing(read_nifti(path)) == (2, 3, 4)
+
+
+def test_a_left_handed_image_and_a_right_handed_one_lie_where_they_say(tmp_path: Path) -> None:
+    for name, affine in (("right", AFFINE), ("left", AFFINE @ np.diag([-1, 1, 1, 1]))):
+        save_nifti(tmp_path / f"{name}.nii", make_nifti(array(), affine))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = read_nifti(tmp_path / f"{name}.nii")
+        np.testing.assert_allclose(found.affine, affine)
+        np.testing.assert_allclose(found.get_qform(), affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_bytes_behind_the_voxels_are_said_or_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "plain.nii")
+    content = path.read_bytes()
+    for more, refused in ((100, False), (1 << 20, False), (3 << 20, True)):
+        longer = content + bytes(more)
+        (tmp_path / name).write_bytes(gzip.compress(longer, 1) if name.endswith("gz") else longer)
+        if refused:
+            with pytest.raises(ValueError, match=rf"{name}: (\d+ bytes lie behind the last voxel|unpacks to more)"):
+                read_nifti(tmp_path / name)
+            continue
+        with pytest.warns(UserWarning, match=rf"{name}: {more} bytes lie behind the last voxel and are left out"):
+            np.testing.assert_array_equal(np.asarray(read_nifti(tmp_path / name).dataobj), array())
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.nifti2.Nifti2Pair])
+@pytest.mark.parametrize("given", [".hdr", ".img"])
+def test_a_pair_is_read_by_either_name(tmp_path: Path, kind: type, given: str) -> None:
+    image = kind(array(np.int16), AFFINE)
+    image.header.set_slope_inter(0.5, 2)
+    image.to_filename(tmp_path / "a.img")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_nifti((tmp_path / "a.img").with_suffix(given))
+    np.testing.assert_allclose(np.asarray(found.dataobj), nib.load(tmp_path / "a.img").get_fdata(), rtol=1e-6)
+    np.testing.assert_array_equal(found.affine, AFFINE)
+    save_nifti(tmp_path / "b.nii", found)
+    np.testing.assert_array_equal(np.asarray(read_nifti(tmp_path / "b.nii").dataobj), np.asarray(found.dataobj))
+
+
+def test_a_broken_pair_is_refused(tmp_path: Path) -> None:
+    nib.Nifti1Pair(array(), AFFINE).to_filename(tmp_path / "a.img")
+    voxels = (tmp_path / "a.img").read_bytes()
+    (tmp_path / "a.img").write_bytes(voxels[:-1])
+    with pytest.raises(ValueError, match=r"a\.hdr: truncated file or broken header: shape \(5, 6, 7\)"):
+        read_nifti(tmp_path / "a.hdr")
+    (tmp_path / "a.img").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.img: no such file"):
+        read_nifti(tmp_path / "a.hdr")
+    nib.AnalyzeImage(array(), AFFINE).to_filename(tmp_path / "b.img")
+    with pytest.raises(ValueError, match=r"b\.img: .*Analyze 7\.5 does not tell left from right"):
+        read_nifti(tmp_path / "b.img")
+    (tmp_path / "c.hdr").write_bytes(b"ENVI")
+    (tmp_path / "c.img").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"c\.img: not a NIfTI header: c\.hdr"):
+        read_nifti(tmp_path / "c.img")

@@ -47,6 +47,10 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         layers.BasicLayer(dim=16, depth=2, drop_path=[0.0, 0.1], qkv_bias=True, **_SWIN),
         (torch.ones(1, 16, 6, 7, 9),),
     ),
+    "SwinTransformer": lambda: (
+        layers.SwinTransformer(1, 12, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24)),
+        (torch.ones(1, 1, 32, 32, 64),),
+    ),
     "ContrastiveLoss": lambda: (losses.ContrastiveLoss(), (torch.ones(5, 8), torch.ones(5, 8))),
     "ContrastiveLoss, temperature on the GPU": lambda: (
         losses.ContrastiveLoss(on_gpu(torch.tensor(0.5))), (torch.ones(5, 8), torch.ones(5, 8))

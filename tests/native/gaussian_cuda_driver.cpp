@@ -41,7 +41,7 @@ std::vector<double> along(const std::vector<double>& x, const Case& c, int axis)
     return y;
 }
 
-double check(const Case& c) {
+double check(const Case& c, int64_t chunks = 0) {
     const int64_t volume = c.size[0] * c.size[1] * c.size[2], n = c.batch * c.channels * volume;
     std::vector<float> x(n);
     for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>((i * 2654435761u % 1000) / 500.0 - 1.0);
@@ -66,6 +66,7 @@ double check(const Case& c) {
     call.derivative_axis = -1;
     call.workspace = work.data();
     call.max_radius = reach;
+    call.chunks = chunks;
     call.temporary[0] = first.data();
     call.temporary[1] = second.data();
     filter_gpu(call);
@@ -143,6 +144,11 @@ int main() {
                 std::printf("%.17g\n", check({1, 1, {3, 4, 12}, {2.0, 0.0, 1.7}, b, adjoint, on_device}));
                 std::printf("%.17g\n", check({2, 1, {1, 5, 9}, {0.0, 1.0, 3.0}, b, adjoint, on_device}));
             }
+        // Tiles that are cut, and chunks of one plane, of two and three, and of all.
+        const Case cut{1, 1, {5, 34, 37}, {0.9, 2.0, 1.0}, Border::mirror, false, false};
+        const double whole = check(cut, 1);
+        for (int64_t chunks : {0, 2, 5}) driver::expect(check(cut, chunks) == whole, "the bits of another cut");
+        std::printf("%.17g\n", whole);
         check_dot();
         check_far_batch();
     } catch (const std::exception& error) {

@@ -69,7 +69,11 @@ def test_without_a_compiler_the_build_names_one(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("MEDACCEL_CUDA", "yes", "auto, 0 or 1"), ("MEDACCEL_CUDA_ARCHS", "sm_90", "numbers such as 80;90;100")],
+    [
+        ("MEDACCEL_CUDA", "yes", "auto, 0 or 1"),
+        ("MEDACCEL_CUDA_ARCHS", "sm_90", "numbers such as 80;90;100"),
+        ("MEDACCEL_WERROR", "all", "0 or 1"),
+    ],
 )
 def test_a_setting_that_makes_no_sense_is_refused(name: str, value: str, expected: str, tmp_path: Path):
     result = build_extension(tmp_path, **{name: value})

@@ -133,3 +133,31 @@ def test_nvcc_from_pypi_is_found_and_compiles_a_kernel_where_no_toolkit_is_insta
     assert nvcc in compilation
     assert "arch=compute_80,code=[sm_80]" in compilation
     assert b".nv_fatbin" in (build / target).read_bytes()
+
+
+def options_of_compilers(build: Path) -> str:
+    return "\n".join(line for line in (build / "build.ninja").read_text().splitlines() if "FLAGS = " in line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not here")
+def test_warnings_are_errors_in_the_projects_own_builds_alone(tmp_path: Path):
+    """A newer nvcc, which warns of more, must still build the kernels for a user."""
+    spec = importlib.util.spec_from_file_location("medaccel_setup", ROOT / "setup.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **options: None)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    build, found = tmp_path / "build", {}
+    for werror in ("0", "1"):
+        command = module.configure_command(
+            build, tmp_path / "install", cuda="1", archs="80", nvcc=shutil.which("nvcc"), werror=werror
+        )
+        if werror == "1":
+            command.remove("--fresh")  # the compilers are known
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+        found[werror] = options_of_compilers(build)
+    assert "-O3 --threads=4" in found["0"]
+    assert "-Werror" not in found["0"]
+    assert "-Werror=all-warnings" in found["1"]

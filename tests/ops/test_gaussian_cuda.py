@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests the Gaussian's GPU kernels beyond numbers: approximations, streams, devices, errors, orders, resources."""
 
+import itertools
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,15 @@ from medaccel.ops import gaussian_filter
 from medaccel.ops.gaussian import native
 from medaccel.ops.gaussian.cases import APPROX, MODES
 from tests.cuda_emulation.sanitized import ADDRESS, CSRC, ORDERS, THREAD, build, compiler_is_missing, run
-from tests.gpu_report import march_traffic
+from tests.gpu_report import (
+    PLANE_INSTRUCTIONS,
+    THREADS,
+    disassembled,
+    find_cuobjdump,
+    march_plan,
+    plane_instructions,
+    predict_march,
+)
 from tests.gpu_resources import compile_for_gpu, nvcc_is_missing
 from tests.ops.checks import EMULATED, emulated_module, implementation, max_error
 
@@ -96,14 +108,17 @@ def test_a_launch_that_fails_names_the_kernel_and_the_line():
     module.reset()
 
 
-def call(x: torch.Tensor, y: torch.Tensor, device: int = 0, stream: int = 0) -> None:
+def call(
+    x: torch.Tensor, y: torch.Tensor, device: int = 0, stream: int = 0, chunks: int = 0, **settings: Any
+) -> None:
     """The binding itself, for what the wrappers never do."""
+    sigma, mode, radius = settings.get("sigma", [1.0] * 3), settings.get("mode", 0), settings.get("radius", 4)
     module = emulated_module()
-    work = torch.empty(module.gaussian_workspace_bytes(4), dtype=torch.uint8)
+    work = torch.empty(module.gaussian_workspace_bytes(radius), dtype=torch.uint8)
     size = list(x.shape[2:])
     module.gaussian_filter(
-        x.data_ptr(), y.data_ptr(), 0, x.shape[:2], size, x.stride()[:2], y.stride()[:2], 0, [1.0] * 3, 4.0, 0, 0,
-        False, False, -1, work.data_ptr(), 4, [0, 0], device, stream,
+        x.data_ptr(), y.data_ptr(), 0, x.shape[:2], size, x.stride()[:2], y.stride()[:2], 0, sigma, 4.0, 0, mode,
+        False, False, -1, work.data_ptr(), radius, [0, 0], device, stream, chunks,
     )  # fmt: skip
 
 
@@ -156,6 +171,57 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits():
     assert len(set(outputs.values())) == 1  # the output holds a checksum of every result
 
 
+PLANTED = {
+    "a barrier is missing between x and y": (
+        "            __syncthreads();\n            const float* line =",
+        "            const float* line =",
+        THREAD,
+        "ThreadSanitizer",
+    ),
+    "the last thread fetches beyond the tile": (
+        "if ((n + 1) * kThreads > S::quads && i >= S::quads) continue;\n                Quad<float> q;",
+        "Quad<float> q;",
+        ADDRESS,
+        "AddressSanitizer",
+    ),
+    "columns beyond the volume are written": (
+        "if (c < p.out_rows) to[c * p.width]",
+        "to[c * p.width]",
+        ADDRESS,
+        "AddressSanitizer",
+    ),
+    "without taps along y, rows before the first are read": (
+        "if (Full || ry > 0 || c == j) filtered",
+        "filtered",
+        None,
+        "exit status 1",
+    ),
+    "a chunk's halo is one plane too short": (
+        "int source = source_of(p.z0 - rz);",
+        "int source = -1;",
+        None,
+        "exit status 1",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", PLANTED)
+def test_what_is_planted_in_the_march_is_found(bug: str, tmp_path: Path):
+    if compiler_is_missing():
+        pytest.skip("g++ is not here")
+    old, new, sanitizer, finding = PLANTED[bug]
+    for folder in ("gaussian", "common"):
+        shutil.copytree(CSRC / folder, tmp_path / folder)
+    source = tmp_path / "gaussian" / "cuda.cu"
+    text = source.read_text()
+    assert text.count(old) == 1
+    source.write_text(text.replace(old, new))
+    result = run(build((source, DRIVER[1]), sanitizer))
+    assert result.finding is not None, result.output
+    assert result.finding.startswith(finding), result.finding
+
+
 # --- compiled for the GPUs ----------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_no_kernel_spills_on_any_architecture():
@@ -169,13 +235,103 @@ def test_no_kernel_spills_on_any_architecture():
         assert r.spill_store_bytes == r.spill_load_bytes == 0, r
     for r in marches:
         assert r.registers <= 128, r
-        assert r.occupancy(512).blocks >= 1
+        assert r.occupancy(THREADS["march"]).blocks >= 2, r
 
 
-def test_the_fused_pass_requests_few_bytes():
-    requested, cached = march_traffic(256, reach=8, radius=8)
-    assert requested <= 3.4
-    assert 2 < cached < requested
+@pytest.mark.slow
+def test_a_plane_costs_the_instructions_that_the_prediction_counts():
+    if nvcc_is_missing() or find_cuobjdump() is None:
+        pytest.skip("nvcc or cuobjdump is not here")
+    code = disassembled()
+    for reach, counted in PLANE_INSTRUCTIONS.items():  # another compiler may count a little differently
+        assert plane_instructions(code, reach) == pytest.approx(counted, rel=0.1)
+
+
+# --- work cut by size -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("processors", [108, 132, 148])
+@pytest.mark.parametrize("reach", [4, 8])
+@pytest.mark.parametrize("size", [64, 96, 128, 160, 192, 256, 512])
+def test_volumes_from_64_voxels_on_fill_the_machine(size: int, reach: int, processors: int):
+    """Hardly a multiprocessor without a block; and of all that blocks do, little is halo or an unfilled last wave."""
+    plan = march_plan((1, size, size, size), reach, processors)
+    assert plan.busy >= 0.95 * processors
+    assert plan.blocks >= 0.95 * processors
+    assert plan.longest + 2 * reach <= 1.6 * (size**3 / 32**2 / processors + 2 * reach)
+
+
+def test_chunks_are_never_more_than_planes_and_many_channels_are_not_cut():
+    module = emulated_module()
+    assert module.gaussian_plan(1, [1, 512, 512], 0, 132) == (1, 256)  # an image has no planes to cut
+    assert module.gaussian_plan(1, [3, 8, 8], 8, 132) == (3, 3)
+    assert module.gaussian_plan(66, [64, 64, 64], 8, 132) == (1, 264)  # two blocks for each multiprocessor
+    assert module.gaussian_plan(1, [64, 64, 64], 0, 132)[1] == 256  # without a halo, finer is free
+    for volumes in (1, 2, 7, 200):
+        for size in itertools.product((1, 2, 31, 33, 300), repeat=3):
+            chunks, blocks = module.gaussian_plan(volumes, list(size), 8, 132)
+            assert 1 <= chunks <= size[0]
+            assert blocks == volumes * chunks * math.prod(-(-n // module.march_tile) for n in size[1:])
+
+
+# Radii that are the instance's own, smaller ones, different ones, none; sizes with whole and cut tiles.
+@pytest.mark.parametrize("sigma", [[2.0] * 3, [1.0] * 3, [0.4, 2.0, 1.3], [1.6, 0.0, 2.0], [0.0, 0.7, 0.0]])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_bit_depends_on_how_the_work_is_cut(sigma: list[float], mode: str):
+    x = torch.randn(1, 2, 10, 33, 36)
+    y, radius = [], max(int(max(4 * s, 0.5) + 0.5) if s else 0 for s in sigma)
+    for chunks in (1, 2, 3, 10, 0):
+        y.append(torch.full_like(x, torch.nan))
+        call(x, y[-1], chunks=chunks, sigma=sigma, mode=native.MODES[mode], radius=radius)
+        assert torch.equal(y[-1], y[0])
+    with use_reference():
+        truth = gaussian_filter(x.double(), sigma, mode=mode)
+    assert max_error(y[0], truth) < 2e-6
+
+
+@pytest.mark.parametrize("sigma", [[1.0] * 3, [0.7, 1.0, 0.3]])
+def test_no_bit_depends_on_the_instance_or_on_where_sigma_lies(sigma: list[float]):
+    """Up to radius 4 fp32 has an instance of its own; bf16 takes that of radius 8."""
+    x = torch.randn(1, 1, 12, 20, 36).bfloat16()
+    results = []
+    for name in EMULATED:
+        for dtype in (torch.float32, torch.bfloat16):
+            with implementation(name):
+                y = gaussian_filter(x.to(dtype), torch.tensor(sigma, dtype=torch.float64), mode="reflect")
+            results.append(y.bfloat16())
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("width", [64, 66, 67])  # rows of whole quads, and others
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_inner_tiles_are_read_as_quads_and_others_voxel_by_voxel(width: int, dtype: torch.dtype):
+    x = torch.randn(2, 1, 3, 65, width + 4).to(dtype)[..., 4:]
+    with use_reference():
+        truth = gaussian_filter(x.double(), 2.0, mode="mirror")
+    with implementation(EMULATED[0]):
+        error = max_error(gaussian_filter(x, 2.0, mode="mirror"), truth)
+    assert error < (2e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sigma", [[2.0] * 3, [1.3, 0.4, 1.6]])
+def test_a_nan_spreads_as_far_as_the_taps_and_no_farther(bad: float, sigma: list[float]):
+    x = torch.randn(1, 1, 20, 40, 40)
+    x[0, 0, 10, 33, 31] = bad
+    with implementation(EMULATED[0]):
+        spoilt = ~gaussian_filter(x, sigma)[0, 0].isfinite()
+    near = torch.ones(20, 40, 40, dtype=torch.bool)
+    for axis, (at, s) in enumerate(zip((10, 33, 31), sigma, strict=True)):
+        shape = [1, 1, 1]
+        shape[axis] = -1
+        near &= ((torch.arange(near.shape[axis]) - at).abs() <= int(4 * s + 0.5)).reshape(shape)
+    assert torch.equal(spoilt, near)
+
+
+def test_the_prediction_counts_waves_and_halos_beside_bytes():
+    small, large = predict_march(64, 8), predict_march(256, 8)
+    assert small.plan.blocks == 132
+    assert small.seconds > 256**-3 * 64**3 * large.seconds * 2  # halos of short chunks
+    assert large.seconds >= large.by_bytes
+    assert large.by_instructions > large.by_bytes  # instructions, not bytes, take the time
 
 
 def test_the_module_is_built_without_a_driver_and_doctor_says_so():
@@ -241,7 +397,7 @@ def test_an_axis_beyond_32_bit_positions_is_refused():
     size = [1, 1, 1 << 29]
     with pytest.raises(ValueError, match="an axis has 536870912 elements; expected fewer than"):
         module.gaussian_filter(
-            0, 0, 0, [1, 1], size, [0, 0], [0, 0], 0, [1.0] * 3, 4.0, 0, 0, False, False, -1, 0, 4, [0, 0], 0, 0
+            0, 0, 0, [1, 1], size, [0, 0], [0, 0], 0, [1.0] * 3, 4.0, 0, 0, False, False, -1, 0, 4, [0, 0], 0, 0, 0
         )
     with pytest.raises(ValueError, match="an axis has 536870912 elements"):
         _native.cpu.gaussian_filter(0, 0, 0, size, [1, 1, 1], [1, 1, 1], [1.0], 4.0, 0, 0, False, False, 1)

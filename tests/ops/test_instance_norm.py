@@ -17,7 +17,8 @@ from medaccel.ops.instance_norm.cases import CASES, Case, laid
 from tests.ops.checks import EMULATED, IMPLEMENTATIONS, assert_twice_as_good, implementation, poisoned_memory
 
 OP = torch.ops.medaccel.instance_norm_act.default
-CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]  # a GPU runs torch's own norm
+CPU = [name for name in IMPLEMENTATIONS if name not in EMULATED]
+EVERYWHERE = [*CPU, EMULATED[0]]  # no argument lies on either device: the second emulation would be the first
 FLOOR = {torch.float64: 1e-13, torch.float32: 2e-7}
 
 
@@ -32,7 +33,7 @@ def with_gradients(case: Case, tensors: tuple, dtype: torch.dtype) -> list[Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", EVERYWHERE)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, dtype: torch.dtype):
     tensors = case.tensors(dtype)
@@ -52,7 +53,7 @@ def test_output_and_gradients_match_the_fp64_reference(case: Case, name: str, dt
         assert_twice_as_good(actual, same_precision, exact, FLOOR[dtype], scale)
 
 
-@pytest.mark.parametrize("name", CPU[1:])
+@pytest.mark.parametrize("name", EVERYWHERE[1:])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strides_are_those_of_empty_like(case: Case, name: str):
     tensors = case.tensors(torch.float32)
@@ -120,7 +121,7 @@ def test_double_backward_raises_a_sentence():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_half_precision_is_computed_in_fp32_and_rounded_once(name: str, dtype: torch.dtype):
     x, _, _, r, _ = Case("", (2, 3, 5, 6, 7), residual=True).tensors(dtype)
     with implementation(name):
@@ -148,7 +149,7 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_the_run(name: str, case:
         assert all(torch.equal(first, again) for first, again in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", EVERYWHERE)
 @pytest.mark.parametrize("view", ["", "last"])
 def test_a_nan_spreads_over_its_own_channel_of_its_own_sample(name: str, view: str):
     x = laid(torch.randn(2, 3, 4, 5, 6), view)
@@ -160,7 +161,7 @@ def test_a_nan_spreads_over_its_own_channel_of_its_own_sample(name: str, view: s
     assert y[1, :2].isfinite().all()
 
 
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_constant_channels_give_the_bias(name: str):
     x, bias = torch.full((1, 2, 9, 9, 9), 3.7), torch.tensor([0.5, -2.0])
     with implementation(name):

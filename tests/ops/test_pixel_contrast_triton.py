@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests the pixel contrast's GPU kernels: executed on the CPU with every access checked, compiled for each
-architecture."""
+"""Tests the pixel contrast's GPU kernels, executed on the CPU with every access checked; test_gpu_gates.py compiles
+them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +17,6 @@ from medaccel.ops.pixel_contrast import op, reference
 from medaccel.ops.pixel_contrast import triton as kernels
 from medaccel.ops.pixel_contrast.cases import Views, named
 from tests.ops.checks import assert_twice_as_good
-from tests.triton_interpretation.aot import ARCHS, Build, assert_resources, compile_all
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +34,7 @@ CASES = [
     Views("wide", (3, 3, 3), 130),
     *map(named, ("no_overlap", "one_pixel", "one_channel", "empty_batch", "no_queries", "no_keys")),
     Views("sliced", (3, 4, 5), 12, view="sliced"),
-    Views("channels_first", (3, 4, 5), 12, view="channels_first"),  # as a feature map gives its rows
+    Views("channels_first", (3, 4, 5), 12, view="channels_first"),
 ]
 FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
@@ -150,42 +147,23 @@ def test_a_nan_reaches_the_loss_of_the_pixels_that_meet_it(interpreter: Interpre
     assert torch.equal(loss[1].isnan(), positive_lse[1] != -torch.inf)
 
 
-# --- compiled -------------------------------------------------------------------------------------------------
-COORDS = ("query_coords_ptr", "key_coords_ptr", "radius_ptr")
-RESULTS = {
-    "forward": ("loss_ptr", "lse_ptr", "positive_lse_ptr"),
-    "query": ("weight_ptr", "lse_ptr", "positive_lse_ptr", "grad_ptr"),
-    "key": ("weight_ptr", "lse_ptr", "positive_lse_ptr", "grad_ptr"),
-}
-
-
-def build(name: str, arch: int, precision: str, channels: int, coords: str = "*fp32") -> Build:
-    tile = kernels.TILES[precision][channels][name]
-    features = dict.fromkeys(("query_ptr", "key_ptr"), "*bf16" if precision == "half" else "*fp32")
-    signature = features | dict.fromkeys(COORDS, coords) | dict.fromkeys(RESULTS[name], "*fp32")
-    signature |= {"N": "i32", "M": "i32", "scale": "fp32"}
-    constants = {"C": channels, "BLOCK_C": channels, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    kernel = f"medaccel.ops.pixel_contrast.triton:{name}_kernel"
-    return Build(kernel, arch, signature, constants, tile.num_warps, tile.num_stages)
-
-
-def test_every_tile_fits_every_architecture_without_spills(triton_cache: Path):
-    builds = [
-        build(name, arch, precision, channels)
-        for name in RESULTS
-        for arch in ARCHS
-        for precision, widths in kernels.TILES.items()
-        for channels in widths
-    ]
-    builds += [build(name, 80, precision, 64, "*fp64") for name in RESULTS for precision in kernels.TILES]
-    # A number of channels that fills no block, and rows that are not aligned.
-    builds += [replace(b, constants=b.constants | {"C": 37}) for b in (build(n, 80, "half", 64) for n in RESULTS)]
-    results = compile_all(builds, triton_cache)
-    # sm_86 and consumer GPUs run the same tiles in 99 KiB.
-    assert_resources(results, shared=dict.fromkeys(ARCHS, 99 * 1024))
-    for result in results:
-        assert not result.atomics
-        assert bool(result.matrix_instructions) == (result.build.signature["query_ptr"] == "*bf16")
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-6), ("high", 4e-6), ("medium", 2e-3)])
+def test_fp32_products_follow_torchs_precision(interpreter: Interpreter, precision: str, tolerance: float):
+    case = CASES[0]
+    tensors = case.tensors()
+    grad = torch.ones(tensors[0].shape[:2])
+    truth = with_autograd(case, (*(t.double() for t in tensors[:2]), *tensors[2:]), grad)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ours = with_kernels(case, tensors, grad, interpreter)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    worst = max(float((a - t).abs().max() / t.abs().max()) for a, t in zip(ours[:3], truth[:3], strict=True))
+    assert worst <= tolerance
+    if precision == "medium":
+        assert worst > 2e-5  # it does round to TF32
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,10 @@ def test_a_path_to_what_is_not_there_is_named(op: Op, cell: str):
 
 
 def test_a_row_that_claims_a_kernel_or_denies_one_is_found_out():
-    has, has_not = OPS["gaussian_filter"], OPS["pixel_propagation"]
+    has, has_not = OPS["gaussian_filter"], OPS["nt_xent_loss"]
     claimed = replace(has_not, kernels={**has_not.kernels, "cuda": has.kernels["cuda"]})
     denied = replace(has, kernels={**has.kernels, "cuda": has_not.kernels["cuda"]})
-    assert "kernels: pixel_propagation has none registered for cuda" in lacking(claimed)
+    assert "kernels: similarity_lse has none registered for cuda" in lacking(claimed)
     assert "kernels: gaussian_filter has one for cuda, where the row has none" in lacking(denied)
 
 

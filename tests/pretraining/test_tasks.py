@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medaccel.losses import PixelContrastiveLoss
 from medaccel.ops import nt_xent_loss
@@ -214,10 +215,27 @@ def test_presets_are_made_of_tasks_that_there_are():
         make_tasks(["jigsaw"], {}, ROI)
 
 
+class Features(TorchDispatchMode):
+    """Notes the dtypes of the features that reach medaccel's pixel ops, by op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("medaccel::")
+        if name in ("pixel_contrastive_loss", "pixel_propagation", "pixel_pair_similarity"):
+            self.dtypes.setdefault(name, set()).update(a.dtype for a in args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+PIXEL_OPS = {"pixel": {"pixel_contrastive_loss"}, "pixpro": {"pixel_propagation", "pixel_pair_similarity"}}
+
+
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.slow
-def test_losses_under_autocast_are_fp32(name: str, cast: torch.dtype):
+def test_under_autocast_ops_get_its_dtype_and_losses_are_fp32(name: str, cast: torch.dtype):
     task, batch = make(name, (64, 64, 32) if name == "rotation" else ROI), views()
     rng = np.random.default_rng(1)
     items = [{key: value[i] for key, value in batch.items()} for i in range(2)]
@@ -226,7 +244,36 @@ def test_losses_under_autocast_are_fp32(name: str, cast: torch.dtype):
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     plain = task.losses(step_of(task, batch))
     with torch.autocast("cpu", dtype=cast):
-        half = task.losses(step_of(task, batch))
+        step = step_of(task, batch)
+        with Features() as seen:
+            half = task.losses(step)
+    assert seen.dtypes == {op: {cast} for op in PIXEL_OPS.get(name, set())}
     for key, value in half.items():
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(plain[key].item(), rel=0.1, abs=0.1), key
+
+
+@pytest.mark.parametrize("name", PIXEL_OPS)
+def test_rounding_features_to_bf16_moves_loss_and_gradient_little(name: str):
+    """The projector's result is rounded either way: what the op sees decides little."""
+    task = make(name)
+    results = []
+    for cast in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step = step_of(task, views())
+            step.net.heads[name].projector.register_forward_hook(lambda m, x, y, cast=cast: y.to(cast))
+            loss = task.losses(step)[name]
+        loss.backward()
+        results.append((loss.detach(), step.net.heads[name].projector[0].weight.grad))
+    (exact, slope), (rounded, rounded_slope) = results
+    assert rounded.dtype == torch.float32
+    assert float(rounded) == pytest.approx(float(exact), rel=2e-3)
+    assert torch.cosine_similarity(slope.flatten(), rounded_slope.flatten(), dim=0) > 0.99
+
+
+def test_the_smooth_fill_is_not_rounded_by_autocast():
+    mask = torch.rand(1, 1, 12, 12, 12, generator=torch.Generator().manual_seed(0)) < 0.3
+    view = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        filled = smooth_fill(view, mask, 2.0)
+    assert torch.equal(filled, smooth_fill(view, mask, 2.0))

@@ -14,8 +14,11 @@ from scipy import ndimage
 from medaccel.cli import main
 from medaccel.data import open_series, read_dicom_series, read_nifti, read_pet_series
 from medaccel.restoration.apply import apply
+from medaccel.restoration.methods.base import Restoration
 from medaccel.restoration.study import PETStudy, save_study
 from tests.data.dicom_series import write_series
+from tests.data.test_dicom_exchange import whole
+from tests.data.validator import errors
 from tests.restoration.made import AFFINE, SPACING, Broken, Drawer, Smoother, body, checkpoint, nifti, values
 
 pytestmark = pytest.mark.usefixtures("known_methods")
@@ -309,3 +312,99 @@ def test_the_command_restores_and_answers_with_its_status(tmp_path: Path, capsys
     model.write_bytes(b"junk")
     assert main([*command, "--force"]) == 1
     assert "smoother.pt: not a checkpoint" in capsys.readouterr().err
+
+
+# --- DICOM in, DICOM out ---
+
+
+@pytest.fixture
+def identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the checkpoint of a method that changes nothing."""
+    monkeypatch.setattr(Smoother, "restore", lambda self, request: Restoration(request.volume.copy()))
+    return checkpoint(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("syntax", ["explicit", "implicit", "big"])
+def test_the_identity_gives_the_series_back(tmp_path: Path, identity: Path, syntax: str, hidden: bool) -> None:
+    source, out = write_series(tmp_path / "dicom", whole, syntax=syntax), tmp_path / "derived"
+    command = ["restoration", "apply", "--checkpoint", str(identity), str(source), str(out), "--quiet"]
+    assert main([*command, "--deidentify", str(hidden).lower()]) == 0
+    before, after = read_pet_series(source), read_pet_series(out)
+    np.testing.assert_array_equal(after.affine, before.affine)
+    most = np.asarray(before.dataobj).max(axis=(0, 1))
+    apart = np.abs(np.asarray(after.dataobj) - np.asarray(before.dataobj)).max(axis=(0, 1))
+    assert (apart <= 1e-4 * most).all()
+    for path in out.iterdir():
+        assert errors(path) == []
+        assert (b"Doe^Jane" in path.read_bytes()) != hidden
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_identity_gives_a_real_series_back(tmp_path: Path, identity: Path, data_dir: Path) -> None:
+    source = data_dir / "pet" / "sts_001_fdg_pet_dicom"
+    apply(identity, source, tmp_path / "derived", progress=False)
+    before, after = read_pet_series(source), read_pet_series(tmp_path / "derived")
+    np.testing.assert_array_equal(after.affine, before.affine)
+    most = np.asarray(before.dataobj).max(axis=(0, 1))
+    apart = np.abs(np.asarray(after.dataobj) - np.asarray(before.dataobj)).max(axis=(0, 1))
+    assert (apart <= 1e-4 * most).all()
+    assert errors(next((tmp_path / "derived").iterdir())) == []
+
+
+def test_hiding_the_patient_is_for_dicom(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"out\.nii: deidentify is for DICOM output"):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", deidentify=True, progress=False)
+
+
+# --- Other units ---
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("factor", [15, 5000, 1 / 5000])
+def test_force_takes_what_is_no_suv_and_warns(tmp_path: Path, factor: float) -> None:
+    source = nifti(tmp_path / "pet.nii", (factor * body()).astype(np.float32))
+    with pytest.raises(ValueError, match=r"the body's median is .*expected SUV"):
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", progress=False)
+    with pytest.warns(UserWarning, match=r"pet\.nii: the body's median is .*expected SUV"):
+        apply(checkpoint(tmp_path), source, tmp_path / "out.nii", force=True, progress=False)
+    assert (tmp_path / "out.nii").exists()
+
+
+def test_a_maximum_of_tens_of_thousands_is_no_suv(tmp_path: Path) -> None:
+    hot = body()
+    hot[10, 10, 10] = 30000
+    with pytest.raises(ValueError, match=r"pet\.nii: its maximum is 3e\+04, where SUV have 10000 at most"):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "pet.nii", hot), tmp_path / "out.nii", progress=False)
+
+
+def test_bqml_is_converted_by_weight_and_dose(tmp_path: Path) -> None:
+    source = nifti(tmp_path / "pet.nii", (5000 * body()).astype(np.float32))
+    command = [
+        "restoration",
+        "apply",
+        "--checkpoint",
+        str(checkpoint(tmp_path)),
+        str(source),
+        str(tmp_path / "o.nii"),
+    ]
+    assert main([*command, "--quiet", "--unit", "bqml", "--weight", "70", "--dose", "3.5e8"]) == 0
+    np.testing.assert_allclose(Smoother.handed["volume"], body(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": "bqml"}, "unit is bqml, and weight and dose is missing"),
+        ({"unit": "bqml", "weight": 70.0}, "unit is bqml, and dose is missing"),
+        ({"unit": "bqml", "weight": 70000.0, "dose": 3.5e8}, r"weight is 70000; expected 1 to 300 kg"),
+        ({"unit": "bqml", "weight": 70.0, "dose": 350.0}, r"dose is 350; expected 10000 to 1e\+11 Bq"),
+        ({"weight": 70.0}, "weight and dose are for unit bqml"),
+        ({"unit": "kBq"}, "unit is 'kBq'; expected suv or bqml"),
+    ],
+)
+def test_units_that_lack_something_are_refused(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply(checkpoint(tmp_path), nifti(tmp_path / "p.nii"), tmp_path / "out.nii", progress=False, **options)

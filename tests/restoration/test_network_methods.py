@@ -13,6 +13,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.methods import load_method, make_method
 from medaccel.restoration.methods.base import RestorationRequest, RestorationTask
 from medaccel.restoration.methods.diffusion import DiffusionMethod, _Shuffled, sample_cap
+from medaccel.restoration.methods.networks import method as networks_method
 from medaccel.restoration.methods.networks.method import Candidates, body_box
 from medaccel.restoration.methods.sdedit import _NoiseShown
 from medaccel.restoration.report.fits import fit_blocks
@@ -113,6 +114,25 @@ def test_windows_of_a_large_volume_agree_with_the_whole(fits: dict[str, Any], st
     # Seams would show as jumps that the volume doesn't have.
     jumps = np.abs(np.diff(whole.mean(axis=(0, 1))))
     assert jumps.max() < 3 * np.abs(np.diff(tall.mean(axis=(0, 1)))).max()
+
+
+def test_windows_are_added_up_where_three_volumes_fit_and_end_on_the_cpu(
+    fits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def place_of_sums(device: torch.device, size: float) -> tuple[torch.device, str]:
+        asked.append((device, size))
+        return torch.device("cpu"), "windows are added up here"
+
+    monkeypatch.setattr(networks_method, "place_of_sums", place_of_sums)
+    method = fits["methods"]["swin_unetr"]
+    roi = method.settings["roi_size"]
+    size = (roi[0] + 8, 5, roi[2])  # windows do not fit along the first axis; the second is padded to one
+    result = method.windows(torch.rand(1, 1, *size), lambda patch: 2 * patch)
+    assert asked == [(torch.device("cpu"), 3 * 4 * size[0] * roi[1] * size[2])]
+    assert method.placed == "windows are added up here"
+    assert (result.shape, result.device.type) == ((1, 1, *size), "cpu")
 
 
 def test_the_cap_is_what_independent_posterior_samples_reach():

@@ -11,11 +11,14 @@ import pytest
 import SimpleITK
 import torch
 
+from medaccel.cli import main
 from medaccel.data import make_nifti, read_dicom_series, read_nifti, save_nifti, voxel_spacing
 from medaccel.data.msd import read_dataset
-from medaccel.segmentation.apply import apply, volumes
+from medaccel.segmentation.apply import _ratio, _share, apply, spoken, volumes
 from medaccel.segmentation.model.inference import segment
 from tests.data.test_ct import UID, write_ct_series
+from tests.data.test_dicom_seg import ct
+from tests.data.validator import errors
 
 Finished = tuple[Path, dict[str, Any]]
 
@@ -162,3 +165,77 @@ def test_checkpoints_of_another_kind_are_refused(tiny_task: Path, tiny_cell: Fin
             apply(path, image, tmp_path / "a.nii.gz", progress=False)
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file; expected the best\.pt"):
         apply(tmp_path / "none.pt", image, tmp_path / "a.nii.gz", progress=False)
+
+
+# --- Shares, and DICOM segmentations ---
+
+ROWS: list[dict[str, Any]] = [
+    {"name": "lung_left", "volume_ml": 2000.0},
+    {"name": "lung_right", "volume_ml": 2500.0},
+    {"name": "lesion", "volume_ml": 500.0},
+    {"name": "none", "volume_ml": 0.0},
+]
+LABELS = {0: "background", 1: "lung_left", 2: "lung_right", 3: "lesion", 4: "none"}
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "line"),
+    [
+        ("lesion/lung_left+lung_right", 0.1, "lesion in lung_left+lung_right: 10.0% (500.0 of 5000.0 mL)"),
+        ("lesion / lung_left", 0.2, "lesion in lung_left: 20.0% (500.0 of 2500.0 mL)"),
+        ("none/lesion", 0.0, "none in lesion: 0.0% (0.0 of 500.0 mL)"),
+    ],
+)
+def test_a_share_is_of_the_whole_with_the_part_in_it(text: str, share: float, line: str):
+    row = _share(*_ratio(text, LABELS), ROWS)
+    assert row["share"] == pytest.approx(share)
+    assert spoken({"structures": ROWS, "ratios": [row]})[-1] == line
+    assert spoken({"structures": ROWS, "ratios": []})[0] == "lung_left: 2000.0 mL"
+
+
+def test_a_share_of_nothing_is_not_defined():
+    empty = [{"name": name, "volume_ml": 0.0} for name in LABELS.values()]
+    row = _share("lesion", "lung_left", empty)
+    assert row["share"] is None
+    assert "not defined" in spoken({"structures": [], "ratios": [row]})[0]
+
+
+@pytest.mark.parametrize("text", ["lesion", "lesion/", "/lung_left", "lesion/lung", "a/b/c", "lesion/lesion", ""])
+def test_a_ratio_of_unknown_structures_is_refused(text: str):
+    with pytest.raises(ValueError, match=r"ratio is .*; expected"):
+        _ratio(text, LABELS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_dicom_series_gets_a_dicom_segmentation(
+    tiny_cell: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    hd = pytest.importorskip("highdicom")
+    best = str(tiny_cell[0] / "best.pt")
+    series = ct(tmp_path / "dicom")
+    command = ["segmentation", "apply", "--checkpoint", best, str(tmp_path / "dicom"), "--quiet"]
+    assert main([*command, str(tmp_path / "seg.dcm"), "--output_type", "dicom_seg"]) == 0
+    said = capsys.readouterr().out
+    assert "seg.json" in said
+    assert "spleen: " in said
+    assert " mL" in said
+    assert errors(tmp_path / "seg.dcm") == []
+    found = hd.seg.segread(tmp_path / "seg.dcm")
+    assert found.get_segment_description(1).segmented_property_type.meaning == "Spleen"
+    labels, _ = apply(tiny_cell[0] / "best.pt", tmp_path / "dicom", tmp_path / "a.nii", progress=False)
+    assert int(found.pixel_array.sum()) == int((np.asarray(read_nifti(labels).dataobj) == 1).sum())
+    assert len(series.headers) == read_nifti(labels).shape[2]
+
+
+def test_a_segmentation_needs_a_series_and_a_name(tiny_task: Path, tiny_cell: Finished, tmp_path: Path):
+    best, image = tiny_cell[0] / "best.pt", read_dataset(tiny_task).cases[0].image
+    for output, options, message in (
+        ("a.dcm", {"output_type": "dicom_seg"}, r"dicom_seg refers to a DICOM series; expected its folder"),
+        ("a.nii", {"output_type": "dicom_seg"}, r"a\.nii: the output's name must end in \.dcm for dicom_seg"),
+        ("a.dcm", {}, r"a\.dcm: the output's name must end in \.nii or \.nii\.gz"),
+        ("a.nii", {"output_type": "rtstruct"}, r"output_type is 'rtstruct'; expected nifti or dicom_seg"),
+        ("a.nii", {"ratio": ("spleen/liver",)}, r"ratio is 'spleen/liver'; expected part/whole of spleen"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            apply(best, image, tmp_path / output, progress=False, **options)
+    assert not list(tmp_path.glob("a.*"))

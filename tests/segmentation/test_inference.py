@@ -2,6 +2,7 @@
 """Label maps on the scan's own grid, with a network whose answer is known."""
 
 import itertools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -207,3 +208,48 @@ def test_memory_does_not_grow_with_the_scans_length_times_its_classes():
     with Watched():
         assert predict_labels(network, image, settings).shape == (320, 32, 32)
     assert most == 60 * 16 * 32 * 32 * 4  # memory follows a window's depth, not the scan's
+
+
+@pytest.mark.parametrize("depth", [16, 40])
+def test_the_planes_that_a_gpu_is_asked_to_hold_are_all_that_is_held(monkeypatch: pytest.MonkeyPatch, depth: int):
+    """Nothing larger is made where windows are added up than what `place_of_sums` was asked for."""
+    asked: list[float] = []
+
+    def place_of_sums(device: torch.device, size: float) -> tuple[torch.device, str]:
+        asked.append(size)
+        return torch.device("meta"), "windows are added up elsewhere"  # a device whose tensors can be told apart
+
+    class Elsewhere(torch.utils._python_dispatch.TorchDispatchMode):
+        """Adds up the memory of the tensors that are alive there."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive: dict[int, int] = {}
+            self.most = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.device.type == "meta":
+                storage = out.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+                    self.most = max(self.most, sum(self.alive.values()))
+            return out
+
+    monkeypatch.setattr(inference, "place_of_sums", place_of_sums)
+    settings = SETTINGS | {"roi_size": [depth, 16, 16], "overlap": 0.5}
+    with Elsewhere() as elsewhere:
+        planes = inference.logit_planes(nn.Conv3d(1, 60, 1), MetaTensor(torch.zeros(1, 90, 64, 48)), settings)
+        for _, found in planes:
+            assert found.device.type == "meta"  # `probability_planes` would bring it to the CPU
+            found.softmax(dim=0)
+    window = 4 * depth * 16 * 16 * (60 + 1)
+    assert len(asked) == 1
+    assert 0.7 * asked[0] < elsewhere.most <= asked[0] + 2 * window
+
+
+def test_the_bar_says_where_windows_are_added_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    network, image = Brightness(), MetaTensor(torch.zeros(1, 64, 32, 32))
+    list(logit_planes(network, image, SETTINGS, progress=True))
+    assert "added up" not in capsys.readouterr().err  # on a CPU there is no other place

@@ -2,6 +2,7 @@
 """Runs and checkpoints of the version before settings were dataclasses: before.json holds what its code wrote."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,11 @@ def test_the_same_command_is_the_same_run(row: dict[str, Any], tmp_path: Path):
 
 def test_the_demo_is_the_same_run():
     row = next(row for row in BEFORE["options"] if row["config"] == "demo")
-    assert (written(DEMO_RUN), DEMO_RUN.digest()) == (row["record"], row["digest"])
+    # The U-Net's row, with the package's weights, is new; the others are what they were.
+    others = tuple(name for name in DEMO_RUN.methods if name != "unet")
+    settings = {name: own for name, own in DEMO_RUN.plain()["settings"].items() if name != "unet"}
+    before = replace(DEMO_RUN, methods=others, settings=settings)
+    assert (written(before), before.digest()) == (row["record"], row["digest"])
     assert RunConfig is RestorationConfig
 
 

@@ -2,14 +2,16 @@
 """Tests what all trainings share: callbacks whose state is resumed, weights with and without their running
 average."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medaccel.training.fit import TRAINING, NetworkFit, train
 
@@ -109,3 +111,121 @@ def test_a_damaged_checkpoint_is_told_and_not_gone_on_from(tmp_path: Path, kind:
         path.write_bytes(damaged[kind])
     with pytest.raises(ValueError, match=r"last\.ckpt: not a checkpoint that can be read.*; delete it to train anew"):
         train(Line(nn.Linear(1, 1), SETTINGS), Points(), tmp_path, progress=False)
+
+
+# --- what isn't finite ------------------------------------------------------------------------------------------
+class Waits(TorchDispatchMode):
+    """Counts the numbers that the host takes from a tensor: on a GPU it waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(Line):
+    """Counts the waits of the hooks of each step; can spoil a step's loss or gradient."""
+
+    def __init__(self, network: nn.Module, spoil: str = "", at: int = 2, **settings: Any) -> None:
+        super().__init__(network, SETTINGS | settings)
+        self.spoil, self.at, self.waits = spoil, at, []
+
+    def losses(self, batch: Mapping[str, Any], index: int) -> dict[str, Tensor]:
+        loss = super().losses(batch, index)["loss"]
+        first = next(self.network.parameters()).flatten()[0]
+        if self.global_step == self.at:
+            # A square root's gradient at 0 is infinite, times 0 it is no number; the loss is as it was.
+            loss = loss * {"loss": torch.nan, "infinite loss": torch.inf}.get(self.spoil, 1.0)
+        if self.global_step >= self.at and self.spoil == "gradient":
+            loss = loss + 0 * (first - first.detach()).square().sqrt()
+        if self.global_step == self.at and self.spoil == "large gradient":  # its square overflows
+            loss = loss + 1e30 * (first - first.detach())
+        return {"loss": loss, "half": loss / 2}
+
+    def training_step(self, batch: Mapping[str, Any], index: int) -> Tensor:
+        with Waits() as waits:
+            loss = super().training_step(batch, index)
+        self.waits.append(waits.count)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        with Waits() as waits:
+            super().on_before_optimizer_step(optimizer)
+        self.waits[-1] += waits.count
+
+
+def _deep() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(*(nn.Linear(1, 1) for _ in range(9)), nn.Identity())
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], torch.amp.GradScaler]:
+    """Gives every Trainer a gradient scaler that begins at some scale, as 16-mixed does on a GPU."""
+
+    def begin_at(scale: float) -> torch.amp.GradScaler:
+        scaler, trainer = torch.amp.GradScaler("cpu", init_scale=scale), lightning.Trainer
+
+        def patched(*args: Any, precision: Any, plugins: list[Any], **options: Any) -> lightning.Trainer:
+            return trainer(*args, plugins=[*plugins, MixedPrecision("16-mixed", "cpu", scaler)], **options)
+
+        monkeypatch.setattr(lightning, "Trainer", patched)
+        return scaler
+
+    return begin_at
+
+
+def test_a_step_waits_once_for_the_device_however_many_parameters_there_are(tmp_path: Path):
+    module = Watched(_deep())
+    train(module, Points(), tmp_path, progress=False)
+    assert module.waits == [1] * SETTINGS["steps"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        ("loss", r"step 2: the loss is nan \(loss nan, half nan\); training stops here"),
+        ("infinite loss", r"step 2: the loss is inf \(loss inf, half inf\); training stops here"),
+        ("gradient", r"step 2: the gradient of 0.weight is not finite; training stops here"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_training(tmp_path: Path, spoil: str, sentence: str):
+    module = Watched(_deep(), spoil)
+    with pytest.raises(ValueError, match=sentence):
+        train(module, Points(), tmp_path, progress=False)
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_gradient_whose_square_overflows_is_finite(tmp_path: Path):
+    train(Watched(_deep(), "large gradient"), Points(), tmp_path, progress=False)
+
+
+def test_an_overflow_is_the_scalers_business(tmp_path: Path, scaled: Callable[[float], torch.amp.GradScaler]):
+    scaler, module = scaled(2.0**18), Watched(nn.Linear(1, 1))
+    before = module.network.weight.item()
+    train(module, Points(), tmp_path, progress=False)
+    assert scaler.get_scale() < 2.0**18  # some steps were skipped,
+    assert module.network.weight.item() != before  # not all,
+    assert module.waits == [1] * SETTINGS["steps"]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("spoil", ["loss", "infinite loss"])
+def test_a_loss_that_is_not_finite_stops_the_training_under_a_scaler_too(
+    tmp_path: Path, scaled: Callable[[float], torch.amp.GradScaler], spoil: str
+):
+    scaled(1024.0)
+    with pytest.raises(ValueError, match=r"step 2: the loss is (nan|inf)"):
+        train(Watched(_deep(), spoil), Points(), tmp_path, progress=False)
+
+
+def test_gradients_that_no_scale_makes_finite_are_told(
+    tmp_path: Path, scaled: Callable[[float], torch.amp.GradScaler]
+):
+    scaled(2.0**-20)
+    module = Watched(_deep(), "gradient", steps=40)
+    with pytest.raises(ValueError, match=r"step 6: the gradients are not finite, even with the loss scaled by 6e-08"):
+        train(module, Points(), tmp_path, progress=False)

@@ -259,3 +259,33 @@ def test_a_restoration_of_one_image_says_what_it_expects_and_is_refused(
     monkeypatch.setattr(memory, "resident", lambda: 0)
     with pytest.raises(ValueError, match=r"expects about 0\.6 GiB of memory"), pytest.warns(match=unlike):
         apply(*arguments, force=True)
+
+
+# --- where windows are added up -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("device", "size", "free", "place", "sentence"),
+    [
+        ("cpu", 1 * GIB, 0, "cpu", "windows are added up on the CPU"),
+        ("cuda:1", 1 * GIB, 2 * GIB, "cuda:1", "windows are added up on cuda:1 (1.0 GiB of cuda:1's 2.0 GiB free)"),
+        (
+            "cuda:0", 1 * GIB + 1, 2 * GIB, "cpu",
+            "windows are added up on the CPU (it would take 1.0 GiB of cuda:0's 2.0 GiB free)",
+        ),
+        (
+            "cuda:0", 1 * GIB, 0, "cpu",
+            "windows are added up on the CPU (it would take 1.0 GiB of cuda:0's 0.0 GiB free)",
+        ),
+    ],
+)  # fmt: skip
+def test_windows_are_added_up_on_the_gpu_where_half_of_its_free_memory_suffices(
+    monkeypatch: pytest.MonkeyPatch, device: str, size: float, free: int, place: str, sentence: str
+):
+    asked = []
+
+    def mem_get_info(of: torch.device) -> tuple[int, int]:
+        asked.append(of)
+        return free, 80 * GIB
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert memory.place_of_sums(torch.device(device), size) == (torch.device(place), sentence)
+    assert asked == ([torch.device(device)] if device != "cpu" else [])

@@ -35,9 +35,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 # Bytes of shared memory that one block may use (CUDA C++ Programming Guide, table "Technical Specifications").
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
-# Contraction of a·b + c, Triton's own default, said aloud because the environment can change it.
-FP_FUSION = True
-
 
 @dataclass(frozen=True)
 class Build:
@@ -50,6 +47,7 @@ class Build:
         constants: value of every tl.constexpr argument; "tl.float32" names a Triton type.
         num_warps, num_stages: those of the launch.
         aligned: arguments known to be multiples of 16 bytes or elements; None: all pointers, as torch allocates.
+        fp_fusion: whether a·b + c is contracted, Triton's own default; the launch's `enable_fp_fusion`.
     """
 
     kernel: str
@@ -59,6 +57,7 @@ class Build:
     num_warps: int = 4
     num_stages: int = 2
     aligned: Sequence[str] | None = None
+    fp_fusion: bool = True
 
     def __str__(self) -> str:
         pointers = "/".join(dict.fromkeys(t[1:] for t in self.signature.values() if t.startswith("*")))
@@ -77,6 +76,7 @@ class Resources:
         shared: bytes per block.
         matrix_instructions: PTX families in use, of mma.sync, wgmma and tcgen05.mma.
         atomics: global atomic instructions in the PTX.
+        contractions: the number of a·b + c of fp32 or fp64 that the PTX rounds once.
     """
 
     build: Build
@@ -87,6 +87,7 @@ class Resources:
     shared: int
     matrix_instructions: list[str]
     atomics: list[str]
+    contractions: int
 
 
 def compile_all(builds: Iterable[Build], cache: Path, *, processes: int | None = None) -> list[Resources]:
@@ -120,7 +121,7 @@ def _ask_compiler(builds: list[Build], cache: Path) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "TRITON_CACHE_DIR": str(cache),
-        "TRITON_DEFAULT_FP_FUSION": str(int(FP_FUSION)),
+        "TRITON_DEFAULT_FP_FUSION": "1",
         "TRITON_DUMP_PTXAS_LOG": "1",
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +190,7 @@ def _compile(build: Build) -> dict[str, Any]:
         constexprs=constants,
         attrs={(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned},
     )
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": FP_FUSION}
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages, "enable_fp_fusion": build.fp_fusion}
     target = GPUTarget("cuda", build.arch, 32)
 
     def run() -> tuple[Any, str]:
@@ -211,6 +212,7 @@ def _compile(build: Build) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "matrix_instructions": sorted(set(re.findall(r"\b(mma\.sync|wgmma|tcgen05\.mma)\b", compiled.asm["ptx"]))),
         "atomics": sorted(set(re.findall(r"\b((?:atom|red)\.[\w.:]*global[\w.:]*)", compiled.asm["ptx"]))),
+        "contractions": len(re.findall(r"\bfma\.rn\.(?:ftz\.)?f(?:32|64)\b", compiled.asm["ptx"])),
     }
 
 

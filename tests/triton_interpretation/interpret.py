@@ -92,6 +92,13 @@ def _active(mask: Any, shape: tuple[int, ...]) -> Any:
     return np.ones(shape, bool) if mask is None else np.broadcast_to(np.asarray(mask.data, bool), shape)
 
 
+def _split(x: Any) -> tuple[Any, Any]:
+    """Splits float32 numbers into two of TF32, whose sum they nearly are."""
+    large = bfloat16.round_to_tf32(x.data)
+    small = bfloat16.round_to_tf32(x.data - large)
+    return upstream.TensorHandle(large, tl.float32), upstream.TensorHandle(small, tl.float32)
+
+
 class _CheckedBuilder(upstream.InterpreterBuilder):
     """Executes a kernel's operations; holds, while a kernel runs, the launch and its shadow memory."""
 
@@ -214,6 +221,10 @@ class _CheckedBuilder(upstream.InterpreterBuilder):
             a, b = (upstream.TensorHandle(self._float32(operand), tl.float32) for operand in (a, b))
         elif a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
             a, b = (upstream.TensorHandle(bfloat16.round_to_tf32(x.data), tl.float32) for x in (a, b))
+        elif a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32x3:
+            (a, small_a), (b, small_b) = _split(a), _split(b)
+            for pair in ((small_a, b), (a, small_b)):
+                d = super().create_dot(*pair, d, input_precision, max_num_imprecise_acc)
         return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
 
     def create_dot_scaled(self, *args: Any, **kwargs: Any) -> Any:

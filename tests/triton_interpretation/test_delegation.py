@@ -81,5 +81,5 @@ def test_a_crash_of_the_child_is_a_failure_with_its_exit_status(suite: Path) -> 
     (suite / "test_some.py").write_text(CRASH)
     output = run_pytest(suite)
     assert "1 failed" in output
-    assert "did not finish in the interpreting process" in output
+    assert "did not finish in its process" in output
     assert "exit status 3" in output

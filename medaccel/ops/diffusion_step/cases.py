@@ -87,7 +87,10 @@ CASES = [
     Case("unaligned", (1, 1, 8, 8, 8), DDPM, view="offset"),
 ]
 
+# One PET volume at full resolution; too large for the suites.
+PRODUCTION = Case("production", (1, 1, 192, 192, 192), {**DDPM, "e": 0.1}, clip=(-1.0, 1.0))
+
 
 def named(name: str) -> Case:
     """Returns the case of that name."""
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in [*CASES, PRODUCTION] if case.name == name)

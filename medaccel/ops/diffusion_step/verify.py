@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the diffusion step for `medaccel verify`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,30 +14,34 @@ from medaccel.ops.diffusion_step.cases import DDPM, named
 _CASES = (
     *("ddpm", "ddpm_clipped", "ddim", "multistep", "given_noise", "masked", "one_mask_for_all", "everything"),
     *("per_sample", "several_blocks", "unaligned", "empty_batch"),
+    *("ddpm, scalars on the device", "everything, scalars on the device", "per_sample, scalars on the device"),
 )
 
 
-def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the new sample, x0, and the gradients to every input tensor."""
-    case = named(name)
+def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one step: the new sample, x0, and the gradients to every input tensor."""
+    case_name, _, on_device = name.partition(", ")
+    case = named(case_name)
     given = case.tensors(dtype)
     mask = given.pop("mask", None)
     names, tensors = list(given), [t.to(device) for t in given.values()]
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(case.shape, generator=generator, dtype=dtype).to(device) for _ in range(2)]
+    options = case.options()
+    others = {} if mask is None else {"mask": mask}
+    if on_device:
+        levels = case.coefficients.keys()
+        others |= {level: torch.as_tensor(options.pop(level), dtype=torch.float64) for level in levels}
+        others["seed"] = torch.tensor([options.pop("seed")])
 
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        wanted = [t.detach().requires_grad_() for t in tensors[:-2]]
-        options: dict[str, Any] = dict(zip(names, wanted, strict=True))
-        if mask is not None:
-            options["mask"] = mask.to(wanted[0].device)
-        y = diffusion_step(**options, **case.options())
-        y_grads = [g.to(y[0]) for g in tensors[-2:]]
-        gradients = torch.autograd.grad(y, wanted, y_grads, materialize_grads=True, allow_unused=True)
-        return [*(t.detach() for t in y), *gradients]
+    def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return diffusion_step(**dict(zip([*names, *others], tensors, strict=True)), **options)  # type: ignore[arg-type]
 
-    sizes = [1.0] * (2 + len(tensors))
-    return _checks.compare("diffusion_step", name, unsupported(tensors[0]), run, [*tensors, *grads], sizes)
+    return _checks.Work(
+        *("diffusion_step", name, unsupported(tensors[0]), forward, tensors, [1.0] * (2 + len(tensors)), grads),
+        others=[t.to(device) for t in others.values()],
+        reads_host=any(isinstance(value, Tensor) for value in options.values()),
+    )
 
 
 def time_step(device: torch.device, s: float) -> _checks.Speed:
@@ -76,4 +80,4 @@ def speeds(device: torch.device) -> Iterator[_checks.Speed]:
     return (time_step(device, s) for s in (0.0, 0.4))
 
 
-VERIFIER = _checks.Verifier(_CASES, check, speeds)
+VERIFIER = _checks.Verifier(_CASES, work, speeds, "production")

@@ -122,7 +122,7 @@ def gaussian_filter_gpu(
         source.data_ptr(), target.data_ptr(), GPU_DTYPES[input.dtype], source.shape[:2], size, source.stride()[:2],
         target.stride()[:2], address, values, truncated, APPROX[approx], MODES[mode], normalize,
         adjoint, derivative_axis + 3 - spatial if derivative_axis >= 0 else -1, workspace.data_ptr(), max_radius,
-        [t.data_ptr() for t in temporaries], device, stream,
+        [t.data_ptr() for t in temporaries], device, stream, 0,
     )  # fmt: skip
     if target is not output:
         output.copy_(target)

@@ -3,36 +3,38 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from medaccel.ops import _checks
 from medaccel.ops.gaussian import gaussian_filter, reference, unsupported
-from medaccel.ops.gaussian.cases import MODES, named
+from medaccel.ops.gaussian.cases import MODES, PRODUCTION, named
 
 _NAMES = (
     *("signal", "image", "volume", "several_tiles", "size_one_axes", "radius_beyond_volume", "empty_batch"),
     *("normalized", "channels_last"),
 )
 _CASES = {f"{name}, {mode}": (named(name), mode) for name, mode in itertools.product(_NAMES, MODES)}
+# σ is a number on the host here; in the others a tensor on the device, which gets a gradient.
+_ON_HOST = {f"{name}, numbers": (named(name), "reflect") for name in ("signal", "volume", "several_tiles")}
+_LARGE = {"production": (PRODUCTION, "nearest")}
 
 
-def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the filtered volume and the gradients to input and σ."""
-    case, mode = _CASES[name]
+def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one filtering: the filtered volume and the gradients to input and σ."""
+    case, mode = (_CASES | _ON_HOST | _LARGE)[name]
     x, grad = (case.input(dtype, seed).to(device) for seed in (0, 1))
+    sigma = torch.tensor(case.sigma, dtype=torch.float64, device=device, requires_grad=True)
 
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        x = tensors[0].detach().requires_grad_()
-        sigma = torch.tensor(case.sigma, dtype=torch.float64, device=x.device, requires_grad=True)
-        y = gaussian_filter(x, sigma, mode=mode, **case.options)
-        gradients = torch.autograd.grad(y, (x, sigma), tensors[1].to(y), materialize_grads=True)
-        return [y.detach(), *gradients]
+    def forward(x: Tensor, sigma: Tensor | tuple[float, ...] = case.sigma) -> Tensor:
+        return gaussian_filter(x, sigma, mode=mode, **case.options)
 
     sizes = (1.0, 1.0, float(grad.double().norm() * x.double().norm()))
-    return _checks.compare("gaussian_filter", name, unsupported(x), run, (x, grad), sizes)
+    others = () if name in _ON_HOST else (sigma,)
+    parts = ("gaussian_filter", name, unsupported(x), forward, [x], sizes[: 2 + len(others)])
+    return _checks.Work(*parts, grads=[grad], others=others)
 
 
 def time_filter(device: torch.device, sigma: float) -> _checks.Speed:
@@ -74,4 +76,4 @@ def speeds(device: torch.device) -> Iterator[_checks.Speed]:
     return (time_filter(device, sigma) for sigma in (1.0, 2.0, 4.0))
 
 
-VERIFIER = _checks.Verifier(tuple(_CASES), check, speeds)
+VERIFIER = _checks.Verifier((*_CASES, *_ON_HOST), work, speeds, "production")

@@ -15,9 +15,12 @@ from medaccel.ops.instance_norm import op, reference
 
 def unsupported(input: Tensor) -> str | None:
     """Says in a sentence why no kernel serves `input`; returns None if one does."""
-    if input.device.type == "cpu":
+    device = input.device
+    if device.type == "cpu":
         return _native.cpu_problem
-    return f"instance_norm_act has a kernel for the CPU only, none for {input.device.type!r}"
+    if device.type == "cuda":
+        return _native.gpu_problem(device.index)
+    return f"instance_norm_act has no kernel for device {device.type!r}"
 
 
 def instance_norm_act(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers instance normalisation: schema, shapes without data, gradients, the CPU's kernel.
+"""Registers instance normalisation: schema, shapes without data, gradients, kernels per device.
 
 Autocast needs no rule: like torch's own instance norm, the op runs in the dtype of its input.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medaccel import _native
 from medaccel.ops._operands import Operands
 from medaccel.ops._registration import register_gradients
 from medaccel.ops.instance_norm import native
@@ -61,6 +62,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check("instance_norm_act", input, weight, bias).optional("residual", residual, input.shape)
     dtype = _compute_dtype(input)
+    if _native.on_gpu_path(input):
+        w, b = _cast((weight, bias), dtype)
+        (r,) = _cast((residual,), input.dtype)
+        output, mean, rstd = native.instance_norm_forward_gpu(input, w, b, r, eps, negative_slope)
+        return native.strided_like(output, input), mean, rstd
     w, b, r = _cast((weight, bias, residual), dtype)
     output, mean, rstd = native.instance_norm_forward(input.to(dtype), w, b, r, eps, negative_slope)
     return native.strided_like(output.to(input.dtype), input), mean, rstd
@@ -84,10 +90,18 @@ def _backward_op(
     operands.optional("signs", signs, input.shape)
     for argument, tensor in (("mean", mean), ("rstd", rstd)):
         operands.tensor(argument, tensor, input.shape[:2], (dtype,))
-    w, b, s = _cast((weight, bias, signs), dtype)
-    grads = native.instance_norm_backward(
-        grad.to(dtype), input.to(dtype), w, b, s, mean, rstd, negative_slope, need_affine, need_residual
-    )
+    if _native.on_gpu_path(input):
+        w, b = _cast((weight, bias), dtype)
+        g, s = _cast((grad, signs), input.dtype)
+        assert g is not None
+        grads = native.instance_norm_backward_gpu(
+            g, input, w, b, s, mean, rstd, negative_slope, need_affine, need_residual
+        )
+    else:
+        w, b, s = _cast((weight, bias, signs), dtype)
+        grads = native.instance_norm_backward(
+            grad.to(dtype), input.to(dtype), w, b, s, mean, rstd, negative_slope, need_affine, need_residual
+        )
     grad_input, grad_weight, grad_bias, grad_residual = grads
     empty = input.new_empty(0)
     return (
@@ -98,8 +112,9 @@ def _backward_op(
     )
 
 
-_lib.impl("instance_norm_act", _forward, "CPU")
-_lib.impl("instance_norm_act_backward", _backward_op, "CPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("instance_norm_act", _forward, _device)
+    _lib.impl("instance_norm_act_backward", _backward_op, _device)
 
 
 # --- shapes without data -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times instance norm for `medaccel verify`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,28 +17,28 @@ _CASES = (
 )
 
 
-def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the output and the gradients to input, weight, bias and residual, as far as they are given."""
+def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one norm: the output and the gradients to input, weight, bias and residual, where they are given."""
     case = named(name)
-    every = [None if t is None else t.to(device) for t in case.tensors(dtype)]
+    *every, grad = (None if t is None else t.to(device) for t in case.tensors(dtype))
     there = [t is not None for t in every]
     tensors = [t for t in every if t is not None]
 
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        given = iter([*(t.detach().requires_grad_() for t in tensors[:-1]), tensors[-1]])
-        x, weight, bias, residual, grad = (next(given) if here else None for here in there)
+    def forward(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        x, weight, bias, residual = (next(given) if here else None for here in there)
         assert x is not None
-        assert grad is not None
-        y = instance_norm_act(x, weight, bias, residual=residual, negative_slope=case.slope)
-        wanted = [t for t in (x, weight, bias, residual) if t is not None]
-        return [y.detach(), *torch.autograd.grad(y, wanted, grad.to(y), materialize_grads=True)]
+        return instance_norm_act(x, weight, bias, residual=residual, negative_slope=case.slope)
 
     # 1/σ multiplies differences from the mean: the rounded terms are as large as the input.
     size, x = 1.0, tensors[0].double()
     if x.numel() > 0:
         spread = x.var(tuple(range(2, x.dim())), correction=0).sqrt()
         size = float(x.abs().max() / spread.min())
-    return _checks.compare("instance_norm_act", name, unsupported(tensors[0]), run, tensors, [size] * len(tensors))
+    sizes = [size] * (1 + len(tensors))
+    assert grad is not None
+    reason = unsupported(tensors[0])
+    return _checks.Work("instance_norm_act", name, reason, forward, tensors, sizes, grads=[grad])
 
 
 def time_norm(device: torch.device) -> _checks.Speed:
@@ -59,4 +59,4 @@ def speeds(device: torch.device) -> Iterator[_checks.Speed]:
     yield time_norm(device)
 
 
-VERIFIER = _checks.Verifier(_CASES, check, speeds)
+VERIFIER = _checks.Verifier(_CASES, work, speeds, "production")

@@ -2,7 +2,7 @@
 """Checks and times NT-Xent and InfoNCE for `medaccel verify`."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,27 +15,32 @@ from medaccel.ops.nt_xent.cases import CASES, Case, named
 _Loss = Callable[..., Tensor]
 
 
-def _gradients(loss: _Loss, case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
-    a, b = (t.detach().requires_grad_() for t in tensors)
-    value = loss(a, b, temperature=case.temperature)
-    return [value.detach(), *torch.autograd.grad(value, (a, b))]
+_LEARNT = ", learnt temperature"
 
 
-def _check(loss: _Loss, device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the loss and the gradients to both views' embeddings."""
-    case = named(name)
+def _work(loss: _Loss, device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one loss: its value and the gradients to both views' embeddings, and to a learnt temperature."""
+    case = named(name.removesuffix(_LEARNT))
     tensors = [t.to(device) for t in case.tensors(dtype)]
-    run = functools.partial(_gradients, loss, case)
+    learnt = torch.tensor(case.temperature, dtype=torch.float32, device=device, requires_grad=True)
+
+    def forward(a: Tensor, b: Tensor, temperature: Tensor | float = case.temperature) -> Tensor:
+        return loss(a, b, temperature=temperature)
+
     # The log-sum-exp and the positive's cosine cancel: both are as large as 1 / temperature.
-    sizes = (1 / case.temperature,) * 3
-    return _checks.compare(loss.__name__, name, unsupported(tensors[0]), run, tensors, sizes)
+    sizes: tuple[float, ...] = (1 / case.temperature,) * 3
+    if not name.endswith(_LEARNT):
+        return _checks.Work(loss.__name__, name, unsupported(tensors[0]), forward, tensors, sizes)
+    sizes = (*sizes, 1 / case.temperature**2)
+    return _checks.Work(loss.__name__, name, unsupported(tensors[0]), forward, tensors, sizes, others=[learnt])
 
 
 def _speeds(loss: _Loss, products: int, device: torch.device) -> Iterator[_checks.Speed]:
     """Times a batch of 512 pairs on the CPU, of 2048 on a GPU; forward + backward."""
     case = Case("", 512 if device.type == "cpu" else 2048, 128)
     tensors = [t.to(device) for t in case.tensors()]
-    call = functools.partial(_gradients, loss, case, tensors)
+    forward = functools.partial(loss, temperature=case.temperature)
+    call = _checks.Work(loss.__name__, "", None, forward, tensors, ()).run
     ours = _checks.median_ms(call, device)
     with use_reference():
         plain = _checks.median_ms(call, device)
@@ -47,7 +52,8 @@ def _speeds(loss: _Loss, products: int, device: torch.device) -> Iterator[_check
 
 def _verifier(loss: _Loss, products: int) -> _checks.Verifier:
     speeds = functools.partial(_speeds, loss, products)
-    return _checks.Verifier([case.name for case in CASES], functools.partial(_check, loss), speeds)
+    cases = [*(case.name for case in CASES), *(f"{name}{_LEARNT}" for name in ("odd_sizes", "sharp"))]
+    return _checks.Verifier(cases, functools.partial(_work, loss), speeds, "production")
 
 
 # products: the number of pairs × pairs that make up all the scores.

@@ -8,14 +8,19 @@ from medaccel import _native
 from medaccel.ops import _dispatch
 from medaccel.ops._views import check_views
 from medaccel.ops.pixel_consistency import op, reference
+from medaccel.ops.pixel_contrast.op import triton_problem
 
 _NAME = "pixel_consistency_loss"
 
 
-def unsupported(query: Tensor) -> str | None:
-    """Says in a sentence why no kernel serves `query`; returns None if one does."""
+def unsupported(query: Tensor, key: Tensor | None = None) -> str | None:
+    """Says in a sentence why no kernel serves `query` and (if it is given) `key`; returns None if one does."""
     if query.device.type == "cpu":
         return _native.cpu_problem
+    if query.device.type == "cuda":
+        other = query if key is None else key
+        dtype = other.dtype if other.dtype == torch.float64 else query.dtype
+        return triton_problem(query.device.index, dtype, 1)  # it takes any number of channels
     return f"{_NAME} has no kernel for device {query.device.type!r}"
 
 
@@ -48,7 +53,7 @@ def pixel_consistency_loss(
     -1.0
     """
     at_query, at_key, radii = check_views(_NAME, query, key, query_coords, key_coords, radius)
-    if _dispatch.kernel_serves(query, key) and unsupported(query) is None:
+    if _dispatch.kernel_serves(query, key) and unsupported(query, key) is None:
         sums, counts = torch.ops.medaccel.pixel_pair_similarity(query, key, at_query, at_key, radii)
     else:
         dtype = op.compute_dtype(query, key)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers the sums over near pairs: schema, shapes without data, gradients, CPU kernel.
+"""Registers the sums over near pairs: schema, shapes without data, gradients, kernels per device.
 
 It has no autocast rule, as in pixel_contrast/op.py: losses are computed in fp32.
 """
@@ -52,8 +52,36 @@ def _backward_cpu(
     )
 
 
+def _forward_cuda(
+    query: Tensor, key: Tensor, query_coords: Tensor, key_coords: Tensor, radius: Tensor
+) -> tuple[Tensor, Tensor]:
+    from medaccel.ops.pixel_consistency import triton  # only here: importing Triton takes a second
+
+    check_pixels("pixel_pair_similarity", query, key, query_coords, key_coords, radius)
+    return triton.forward(query, key, query_coords, key_coords, radius)
+
+
+def _backward_cuda(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_coords: Tensor,
+    key_coords: Tensor,
+    radius: Tensor,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    from medaccel.ops.pixel_consistency import triton
+
+    operands = check_pixels("pixel_pair_similarity_backward", query, key, query_coords, key_coords, radius)
+    operands.tensor("grad", grad, query.shape[:2])
+    return triton.backward(grad, query, key, query_coords, key_coords, radius, need_query, need_key)
+
+
 _lib.impl("pixel_pair_similarity", _forward_cpu, "CPU")
 _lib.impl("pixel_pair_similarity_backward", _backward_cpu, "CPU")
+_lib.impl("pixel_pair_similarity", _forward_cuda, "CUDA")
+_lib.impl("pixel_pair_similarity_backward", _backward_cuda, "CUDA")
 
 
 @torch.library.register_fake("medaccel::pixel_pair_similarity", lib=_lib)

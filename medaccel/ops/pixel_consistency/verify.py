@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the pixel consistency for `medaccel verify`."""
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,25 +13,28 @@ from medaccel.ops.pixel_consistency.cases import Views, named
 
 _CASES = (
     *("volume", "image", "finer_view", "coarser_view", "half_overlap", "no_overlap", "odd_channels"),
-    *("several_chunks", "empty_batch"),
+    *("several_chunks", "empty_batch", "volume, radius a number"),
 )
 
 
-def _gradients(place: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
-    query, key = (t.detach().requires_grad_() for t in features)
-    at_query, at_key, radius = (t.to(query.device) for t in place)
-    loss = pixel_consistency_loss(query, key, at_query, at_key, radius=radius)
-    return [loss.detach(), *torch.autograd.grad(loss, (query, key))]
+_NUMBER = ", radius a number"
 
 
-def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the loss and the gradients to both views' features."""
-    query, key, *place = (t.to(device) for t in named(name).tensors(dtype))
+def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one loss: its value and the gradients to both views' features. The radius lies on the device, or is a
+    number."""
+    case = named(name.removesuffix(_NUMBER))
+    query, key, *place = (t.to(device) for t in case.tensors(dtype))
     shortest = min((float(t.norm(dim=-1).min()) for t in (query, key) if t.numel()), default=1.0)
     # A gradient is a mean of unit vectors over the feature's length.
     terms = 1 / (shortest * max(1, query.shape[1]))
-    run = functools.partial(_gradients, place)
-    return _checks.compare("pixel_consistency_loss", name, unsupported(query), run, (query, key), (1.0, terms, terms))
+    others = place[:2] if name.endswith(_NUMBER) else place
+
+    def forward(q: Tensor, k: Tensor, at_q: Tensor, at_k: Tensor, radius: Tensor | float = case.radius) -> Tensor:
+        return pixel_consistency_loss(q, k, at_q, at_k, radius=radius)
+
+    parts = ("pixel_consistency_loss", name, unsupported(query), forward, [query, key], (1.0, terms, terms))
+    return _checks.Work(*parts, others=others)
 
 
 def time_consistency(device: torch.device) -> _checks.Speed:
@@ -40,7 +42,11 @@ def time_consistency(device: torch.device) -> _checks.Speed:
     size = 12 if device.type == "cpu" else 16
     case = Views("", (size,) * 3, 64, batch=1, radius=1.0)
     query, key, *place = (t.to(device) for t in case.tensors())
-    call = functools.partial(_gradients, place, (query, key))
+
+    def forward(q: Tensor, k: Tensor, at_q: Tensor, at_k: Tensor, radius: Tensor) -> Tensor:
+        return pixel_consistency_loss(q, k, at_q, at_k, radius=radius)
+
+    call = _checks.Work("pixel_consistency_loss", "", None, forward, [query, key], (), others=place).run
     ours = _checks.median_ms(call, device)
     with use_reference():
         plain = _checks.median_ms(call, device)
@@ -55,4 +61,4 @@ def speeds(device: torch.device) -> Iterator[_checks.Speed]:
     yield time_consistency(device)
 
 
-VERIFIER = _checks.Verifier(_CASES, check, speeds)
+VERIFIER = _checks.Verifier(_CASES, work, speeds, "production")

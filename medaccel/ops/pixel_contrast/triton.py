@@ -22,6 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medaccel.ops._precision import IEEE, TF32, TF32X3, dot_precision
+from medaccel.ops._triton_rows import through_norm, unit_rows
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -34,9 +37,9 @@ class Tile:
 
 
 # The tiles are static, without autotuning: results and CUDA graphs must not depend on timings. Their keys are
-# precision ("fp32" products run on the ordinary cores and hold their operands in registers), padded number of
-# channels, pass. They were chosen by the compiler's counts of registers, spills and shared memory on sm_80, sm_90 and
-# sm_100, fp64 coordinates included; not timed.
+# arithmetic ("half": bf16 and fp16; else the precision of fp32 products, of which "ieee" runs on the ordinary cores
+# and holds its operands in registers), padded number of channels, pass. They were chosen by the compiler's counts of
+# registers, spills and shared memory on sm_80, sm_90 and sm_100, fp64 coordinates included; not timed.
 TILES = {
     "half": {
         32: dict.fromkeys(("forward", "query", "key"), Tile(64, 64, 8, 2)),
@@ -44,12 +47,24 @@ TILES = {
         128: dict.fromkeys(("forward", "query", "key"), Tile(64, 64, 8, 2)),
         256: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 8, 1)),
     },
-    "fp32": {
+    IEEE: {
         32: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 4, 1)),
         64: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
         128: dict.fromkeys(("forward", "query", "key"), Tile(16, 16, 8, 1)),
         256: dict.fromkeys(("forward", "query", "key"), Tile(16, 16, 8, 1)),
     },
+}
+TILES[TF32] = {
+    32: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 4, 1)),
+    64: dict.fromkeys(("forward", "query", "key"), Tile(64, 32, 8, 1)),
+    128: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
+    256: {**dict.fromkeys(("forward", "key"), Tile(32, 32, 8, 1)), "query": Tile(16, 32, 8, 1)},
+}
+TILES[TF32X3] = {  # the parts of 256 channels don't fit in registers
+    32: TILES[TF32][32],
+    64: dict.fromkeys(("forward", "query", "key"), Tile(32, 32, 8, 1)),
+    128: dict.fromkeys(("forward", "query", "key"), Tile(16, 32, 8, 1)),
+    256: TILES[IEEE][256],
 }
 
 
@@ -89,7 +104,7 @@ def _add(top, total, s):
 def forward_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, radius_ptr, loss_ptr, lse_ptr, positive_lse_ptr,
     N, M, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -107,7 +122,7 @@ def forward_kernel(
     for start in range(0, M, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k = _rows(key_ptr, j, M, C, BLOCK_C)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = tl.where((j < M)[None, :], s, float("-inf"))
         top, total = _add(top, total, s)
         near = _near(query_coords_ptr, key_coords_ptr, radius * radius, i, j, N, M)
@@ -126,12 +141,13 @@ def forward_kernel(
 
 @triton.jit
 def _slopes(
-    q, k, weight_ptr, lse_ptr, positive_lse_ptr, query_coords_ptr, key_coords_ptr, limit, i, j, N, M, scale
+    q, k, weight_ptr, lse_ptr, positive_lse_ptr, query_coords_ptr, key_coords_ptr, limit, i, j, N, M, scale,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile's gradients by the cosines, (queries, keys)."""
     weight = tl.load(weight_ptr + i, mask=i < N, other=0.0)
     lse = tl.load(lse_ptr + i, mask=i < N, other=float("inf"))
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     share = tl.exp2(s - lse[:, None])
     near = _near(query_coords_ptr, key_coords_ptr, limit, i, j, N, M)
     if tl.sum(near.to(tl.int32)) > 0:
@@ -144,7 +160,7 @@ def _slopes(
 def query_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, radius_ptr, weight_ptr, lse_ptr, positive_lse_ptr, grad_ptr,
     N, M, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(N, BLOCK_M)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -159,9 +175,9 @@ def query_kernel(
         k = _rows(key_ptr + sample * M * C, j, M, C, BLOCK_C)
         slopes = _slopes(
             q, k, weight_ptr + sample * N, lse_ptr + sample * N, positive_lse_ptr + sample * N, query_coords_ptr,
-            key_coords_ptr, radius * radius, i, j, N, M, scale,
+            key_coords_ptr, radius * radius, i, j, N, M, scale, PRECISION,
         )  # fmt: skip
-        gradient = tl.dot(slopes.to(k.dtype), k, gradient, input_precision="ieee")
+        gradient = tl.dot(slopes.to(k.dtype), k, gradient, input_precision=PRECISION)
     channel = tl.arange(0, BLOCK_C)
     inside = (i < N)[:, None] & (channel < C)[None, :]
     tl.store(grad_ptr + (sample * N + i)[:, None] * C + channel[None, :], gradient, mask=inside)
@@ -171,7 +187,7 @@ def query_kernel(
 def key_kernel(
     query_ptr, key_ptr, query_coords_ptr, key_coords_ptr, radius_ptr, weight_ptr, lse_ptr, positive_lse_ptr, grad_ptr,
     N, M, scale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(M, BLOCK_N)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -186,9 +202,9 @@ def key_kernel(
         q = _rows(query_ptr + sample * N * C, i, N, C, BLOCK_C)
         slopes = _slopes(
             q, k, weight_ptr + sample * N, lse_ptr + sample * N, positive_lse_ptr + sample * N, query_coords_ptr,
-            key_coords_ptr, radius * radius, i, j, N, M, scale,
+            key_coords_ptr, radius * radius, i, j, N, M, scale, PRECISION,
         )  # fmt: skip
-        gradient = tl.dot(tl.trans(slopes.to(q.dtype)), q, gradient, input_precision="ieee")
+        gradient = tl.dot(tl.trans(slopes.to(q.dtype)), q, gradient, input_precision=PRECISION)
     channel = tl.arange(0, BLOCK_C)
     inside = (j < M)[:, None] & (channel < C)[None, :]
     tl.store(grad_ptr + (sample * M + j)[:, None] * C + channel[None, :], gradient, mask=inside)
@@ -200,23 +216,6 @@ def padded_channels(channels: int) -> int:
     return max(32, triton.next_power_of_2(channels))
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the unit vectors in fp32, the largest elements (∞ for a zero vector) and the lengths in units of them,
-    (…, 1).
-
-    Squares of the vectors as they are would overflow or vanish, from a scale of 1e19 or 1e-19 on.
-    """
-    largest = x.float().abs().amax(dim=-1, keepdim=True)
-    largest = torch.where(largest == 0, torch.inf, largest)
-    scaled = x.float() / largest
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1)
-    return scaled / length, largest, length
-
-
-def _through_norm(grad: Tensor, unit: Tensor, largest: Tensor, length: Tensor) -> Tensor:
-    return (grad - (grad * unit).sum(dim=-1, keepdim=True) * unit) / length / largest
-
-
 class _Problem:
     """Holds what all passes share: tensors in the layout that kernels read, their sizes, and their constants."""
 
@@ -225,13 +224,13 @@ class _Problem:
     ):
         self.batch, self.queries, self.channels = query.shape
         self.keys = key.shape[1]
-        # Dense rows: gradients are made in their layout, and written row by row.
-        (self.query, *self.query_length), (self.key, *self.key_length) = map(
-            _unit, (query.contiguous(), key.contiguous())
-        )
+        (self.query, *self.query_length), (self.key, *self.key_length) = unit_rows(query), unit_rows(key)
         half = query.dtype == key.dtype and query.dtype in (torch.bfloat16, torch.float16)
         dtype = query.dtype if half else torch.float32
-        self.precision = "half" if half else "fp32"
+        self.precision = dot_precision(dtype)
+        if self.precision == TF32X3 and self.channels > 128:
+            self.precision = IEEE
+        self.arithmetic = "half" if half else self.precision
         pad = 3 - query_coords.shape[2]
         self.tensors = (
             self.query.to(dtype).contiguous(),
@@ -244,13 +243,13 @@ class _Problem:
         self.empty = 0 in (self.batch, self.queries, self.keys)
 
     def launch(self, kernel: Any, name: str, *others: Tensor) -> None:
-        tile = TILES[self.precision][padded_channels(self.channels)][name]
+        tile = TILES[self.arithmetic][padded_channels(self.channels)][name]
         blocks = triton.cdiv(self.keys, tile.block_n) if name == "key" else triton.cdiv(self.queries, tile.block_m)
         with torch.cuda.device_of(self.query):  # Triton launches on the current device
             kernel[(self.batch * blocks,)](
                 *self.tensors, *others, self.queries, self.keys, self.scale,
                 C=self.channels, BLOCK_C=padded_channels(self.channels), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                PRECISION=self.precision, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
 
 
@@ -292,10 +291,10 @@ def backward(
         by_unit = torch.zeros_like(problem.query) if problem.empty else torch.empty_like(problem.query)
         if not problem.empty:
             problem.launch(query_kernel, "query", *saved, by_unit)
-        grad_query = _through_norm(by_unit, problem.query, *problem.query_length).to(query.dtype)
+        grad_query = through_norm(by_unit, problem.query, *problem.query_length).to(query.dtype)
     if need_key:
         by_unit = torch.zeros_like(problem.key) if problem.empty else torch.empty_like(problem.key)
         if not problem.empty:
             problem.launch(key_kernel, "key", *saved, by_unit)
-        grad_key = _through_norm(by_unit, problem.key, *problem.key_length).to(key.dtype)
+        grad_key = through_norm(by_unit, problem.key, *problem.key_length).to(key.dtype)
     return grad_query, grad_key

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the pixel contrast for `medaccel verify`."""
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,26 +13,40 @@ from medaccel.ops.pixel_contrast.cases import Views, named
 
 _CASES = (
     *("volume", "image", "finer_view", "coarser_view", "half_overlap", "no_overlap", "odd_channels", "many_channels"),
-    *("sharp", "several_chunks", "empty_batch"),
+    *("sharp", "several_chunks", "empty_batch", "volume, radius a number", "volume, learnt temperature"),
 )
 
 
-def _gradients(case: Views, place: Sequence[Tensor], features: Sequence[Tensor]) -> list[Tensor]:
-    query, key = (t.detach().requires_grad_() for t in features)
-    at_query, at_key, radius = (t.to(query.device) for t in place)
-    loss = pixel_contrastive_loss(query, key, at_query, at_key, radius=radius, temperature=case.temperature)
-    return [loss.detach(), *torch.autograd.grad(loss, (query, key))]
+_NUMBER, _LEARNT = ", radius a number", ", learnt temperature"
 
 
-def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the loss and the gradients to both views' features."""
-    case = named(name)
-    query, key, *place = (t.to(device) for t in case.tensors(dtype))
+def _forward(case: Views) -> Callable[..., Tensor]:
+    def forward(
+        *tensors: Tensor, radius: Tensor | float = case.radius, temperature: Tensor | float = case.temperature
+    ) -> Tensor:
+        query, key, at_query, at_key, *scalars = tensors
+        radius = scalars[0] if scalars else radius
+        temperature = scalars[1] if len(scalars) > 1 else temperature
+        return pixel_contrastive_loss(query, key, at_query, at_key, radius=radius, temperature=temperature)
+
+    return forward
+
+
+def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one loss: its value and the gradients to both views' features, and to a learnt temperature. The radius
+    lies on the device, or is a number."""
+    case = named(name.removesuffix(_NUMBER).removesuffix(_LEARNT))
+    query, key, *others = (t.to(device) for t in case.tensors(dtype))
     # A gradient is a difference of two mean vectors of that size.
     terms = 1 / (case.temperature * max(1, query.shape[1]))
-    sizes = (1 / case.temperature, terms, terms)
-    run = functools.partial(_gradients, case, place)
-    return _checks.compare("pixel_contrastive_loss", name, unsupported(query, key), run, (query, key), sizes)
+    sizes: tuple[float, ...] = (1 / case.temperature, terms, terms)
+    if name.endswith(_NUMBER):
+        others = others[:2]
+    if name.endswith(_LEARNT):
+        others.append(torch.tensor(case.temperature, device=device, requires_grad=True))
+        sizes = (*sizes, 1 / case.temperature**2)
+    parts = ("pixel_contrastive_loss", name, unsupported(query, key), _forward(case), [query, key], sizes)
+    return _checks.Work(*parts, others=others)
 
 
 def time_contrast(device: torch.device) -> _checks.Speed:
@@ -41,7 +54,7 @@ def time_contrast(device: torch.device) -> _checks.Speed:
     size, dtype = (12, torch.float32) if device.type == "cpu" else (24, torch.bfloat16)
     case = Views("", (size,) * 3, 64, batch=1, radius=1.0)
     query, key, *place = (t.to(device) for t in case.tensors(dtype))
-    call = functools.partial(_gradients, case, place, (query, key))
+    call = _checks.Work("pixel_contrastive_loss", "", None, _forward(case), [query, key], (), others=place).run
     ours = _checks.median_ms(call, device)
     with use_reference():
         plain = _checks.median_ms(call, device)
@@ -56,4 +69,4 @@ def speeds(device: torch.device) -> Iterator[_checks.Speed]:
     yield time_contrast(device)
 
 
-VERIFIER = _checks.Verifier(_CASES, check, speeds)
+VERIFIER = _checks.Verifier(_CASES, work, speeds, "production")

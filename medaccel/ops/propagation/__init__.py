@@ -9,15 +9,21 @@ from medaccel.ops import _dispatch
 from medaccel.ops._arguments import check_floating, learnt, number
 from medaccel.ops._transforms import host_values
 from medaccel.ops._views import check_devices
+from medaccel.ops.pixel_contrast.op import triton_problem
 from medaccel.ops.propagation import op, reference
 
 _NAME = "pixel_propagation"
 
 
-def unsupported(features: Tensor) -> str | None:
-    """Says in a sentence why no kernel serves `features`; returns None if one does."""
+def unsupported(features: Tensor, values: Tensor | None = None) -> str | None:
+    """Says in a sentence why no kernel serves `features` and (if they are given) `values`; returns None if one
+    does."""
     if features.device.type == "cpu":
         return _native.cpu_problem
+    if features.device.type == "cuda":
+        other = features if values is None else values
+        dtype = other.dtype if other.dtype == torch.float64 else features.dtype
+        return triton_problem(features.device.index, dtype, max(features.shape[-1], other.shape[-1]))
     return f"{_NAME} has no kernel for device {features.device.type!r}"
 
 
@@ -34,7 +40,8 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
 
     Returns:
         (B, N, D) in the dtype of `values`, computed in fp32 (fp64 for fp64). Same bits whatever the number of
-        threads, gradients included. A NaN in a pixel reaches all pixels of its sample.
+        threads, gradients included. On a GPU, features and values that are both bf16 or both fp16 are multiplied as
+        such and summed in fp32. A NaN in a pixel reaches all pixels of its sample.
 
     Raises:
         TypeError: a dtype makes no sense.
@@ -54,7 +61,11 @@ def pixel_propagation(features: Tensor, values: Tensor, *, power: float | Tensor
         raise ValueError(f"{_NAME}: values has shape {tuple(values.shape)}; expected {expected}, a row per pixel")
     check_devices(_NAME, "features", features=features, values=values)
     exponent = _check_power(power)
-    if isinstance(exponent, float) and _dispatch.kernel_serves(features, values) and unsupported(features) is None:
+    if (
+        isinstance(exponent, float)
+        and _dispatch.kernel_serves(features, values)
+        and unsupported(features, values) is None
+    ):
         propagated: Tensor = torch.ops.medaccel.pixel_propagation(features, values, exponent)
         return propagated
     dtype = op.compute_dtype(features, values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers pixel propagation: schema, shapes without data, gradients, CPU kernel.
+"""Registers pixel propagation: schema, shapes without data, gradients, kernels per device.
 
 It has no autocast rule, as in pixel_contrast/op.py: sums over so many pixels are computed in fp32.
 """
@@ -52,8 +52,26 @@ def _backward_cpu(
     )
 
 
+def _forward_cuda(features: Tensor, values: Tensor, power: float) -> Tensor:
+    from medaccel.ops.propagation import triton  # only here: importing Triton takes a second
+
+    _check("pixel_propagation", features, values, power)
+    return triton.forward(features, values, power)
+
+
+def _backward_cuda(
+    grad: Tensor, features: Tensor, values: Tensor, power: float, need_features: bool, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    from medaccel.ops.propagation import triton
+
+    _check("pixel_propagation_backward", features, values, power).tensor("grad", grad, values.shape)
+    return triton.backward(grad, features, values, power, need_features, need_values)
+
+
 _lib.impl("pixel_propagation", _forward_cpu, "CPU")
 _lib.impl("pixel_propagation_backward", _backward_cpu, "CPU")
+_lib.impl("pixel_propagation", _forward_cuda, "CUDA")
+_lib.impl("pixel_propagation_backward", _backward_cuda, "CUDA")
 
 
 @torch.library.register_fake("medaccel::pixel_propagation", lib=_lib)

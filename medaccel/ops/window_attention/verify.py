@@ -3,7 +3,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,57 +16,59 @@ from medaccel.ops.window_attention.cases import Case, named
 # The cases have every head dimension that the GPU's kernels are built for, and one between them.
 _CASES = (
     *("swin_unetr", "whole_windows", "padding_fills_a_region", "head_dim_32", "head_dim_64", "head_dim_5", "image"),
-    *("dropout", "empty_batch"),
+    *("dropout", "empty_batch", "swin_unetr, learnt scale"),
 )
 
 
-def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Returns qkv, bias_table, pad_qkv and the output's gradient."""
-    qkv, table, _, pad = case.tensors(dtype)
-    assert pad is not None
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(*qkv.shape[:-1], qkv.shape[-1] // 3, generator=generator, dtype=dtype)
-    return [t.to(device) for t in (qkv, table, pad, grad)]
+_LEARNT = ", learnt scale"
 
 
-def _gradients(case: Case, index: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    qkv, table, pad = (t.detach().requires_grad_() for t in tensors[:3])
+def _forward(case: Case, *, padded: bool) -> Callable[..., Tensor]:
+    """Returns the op as a function of qkv, bias_table, pad_qkv, if there is one, bias_index, and a seed or scale."""
+    names = ("bias_table", *(("pad_qkv",) if padded else ()), "bias_index")
     options = case.options()
-    if options["dropout_seed"] is not None:
-        options["dropout_seed"] = options["dropout_seed"].to(qkv.device)
-    y = shifted_window_attention(qkv, table, index.to(qkv.device), pad_qkv=pad, **options)
-    wanted = (qkv, table, pad)
-    return [y.detach(), *torch.autograd.grad(y, wanted, tensors[3].to(y), materialize_grads=True, allow_unused=True)]
+    del options["dropout_seed"]
+
+    def forward(qkv: Tensor, *tensors: Tensor) -> Tensor:
+        names_of_all = (*names, "dropout_seed" if case.dropout_p else "scale")[: len(tensors)]
+        return shifted_window_attention(qkv, **dict(zip(names_of_all, tensors, strict=True)), **options)
+
+    return forward
 
 
-def check(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Check:
-    """Checks the output and the gradients to qkv, bias table and padding."""
-    case = named(name)
-    index, tensors = case.tensors(dtype)[2], _inputs(case, device, dtype)
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return _gradients(case, index, tensors)
-
+def work_of(case: Case, device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns the attention of any case."""
+    qkv, table, index, pad = (None if t is None else t.to(device) for t in case.tensors(dtype))
+    assert qkv is not None
+    assert table is not None
+    assert index is not None
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(*qkv.shape[:-1], qkv.shape[-1] // 3, generator=generator, dtype=dtype).to(device)
+    seed = case.options()["dropout_seed"]
+    others = [index] if seed is None else [index, seed.to(device)]
     # Gradients are sums of terms gradient · value · weight that cancel.
-    terms = float(tensors[3].abs().max() * tensors[0].abs().max()) if tensors[0].numel() else 0.0
-    reason = unsupported(tensors[0], case.head_dim)
-    return _checks.compare("shifted_window_attention", name, reason, run, tensors, (1.0, terms, terms, terms))
+    terms = float(grad.abs().max() * qkv.abs().max()) if qkv.numel() else 0.0
+    tensors = [qkv, table] if pad is None else [qkv, table, pad]
+    sizes = [1.0, *[terms] * len(tensors)]
+    if name.endswith(_LEARNT):
+        others.append(torch.tensor(case.head_dim**-0.5, device=device, requires_grad=True))
+        sizes.append(terms * qkv.numel() ** 0.5)
+    reason = unsupported(qkv, case.head_dim)
+    parts = ("shifted_window_attention", name, reason, _forward(case, padded=pad is not None), tensors, sizes)
+    return _checks.Work(*parts, grads=[grad], others=others)
+
+
+def work(device: torch.device, dtype: torch.dtype, name: str) -> _checks.Work:
+    """Returns one attention: the output and the gradients to qkv, bias table and padding, and to a learnt scale."""
+    return work_of(named(name.removesuffix(_LEARNT)), device, dtype, name)
 
 
 def time_attention(device: torch.device, head_dim: int, training: bool) -> _checks.Speed:
     """Times the first stage of a Swin UNETR, at 48³ input on the CPU and 96³ on a GPU."""
     size, dtype = (24, torch.float32) if device.type == "cpu" else (48, torch.bfloat16)
     case = Case("", (size,) * 3, (7, 7, 7), (3, 3, 3), 3, head_dim)
-    tensors = _inputs(case, device, dtype)
-    index = case.tensors(dtype)[2].to(device)
-
-    def call() -> object:
-        if training:
-            return _gradients(case, index, tensors)
-        with torch.no_grad():
-            qkv, table, pad = tensors[:3]
-            return shifted_window_attention(qkv, table, index, pad_qkv=pad, **case.options())
-
+    one = work_of(case, device, dtype, "")
+    call = one.run if training else one.output
     ours = _checks.median_ms(call, device)
     with use_reference():
         plain = _checks.median_ms(call, device)
@@ -83,4 +85,4 @@ def speeds(device: torch.device) -> Iterator[_checks.Speed]:
     return (time_attention(device, *kind) for kind in itertools.product((8, 16), (False, True)))
 
 
-VERIFIER = _checks.Verifier(_CASES, check, speeds)
+VERIFIER = _checks.Verifier(_CASES, work, speeds, "production")

@@ -54,8 +54,9 @@ def smooth_fill(view: Tensor, mask: Tensor, sigma: float) -> Tensor:
         The mean in holes and elsewhere, fp32, the view's shape.
     """
     seen = (~mask).float()
-    weights = gaussian_filter(seen, sigma)
-    return gaussian_filter(view.float() * seen, sigma) / weights.clamp(min=_LEAST_WEIGHT)
+    with torch.autocast(view.device.type, enabled=False):  # a quotient of small numbers
+        weights = gaussian_filter(seen, sigma)
+        return gaussian_filter(view.float() * seen, sigma) / weights.clamp(min=_LEAST_WEIGHT)
 
 
 class Reconstruction(nn.Module):

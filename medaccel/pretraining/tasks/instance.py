@@ -48,8 +48,8 @@ class Instance(PretextTask):
         )
 
     def embed(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
-        """Embeds the maps of all views that are compared: (B, dimensions)."""
-        embedding: Tensor = net.heads[self.name](maps[_LEVEL]).float()
+        """Embeds the maps of all views that are compared: (B, dimensions), in autocast's dtype."""
+        embedding: Tensor = net.heads[self.name](maps[_LEVEL])
         return embedding
 
     def losses(self, step: Step) -> dict[str, Tensor]:

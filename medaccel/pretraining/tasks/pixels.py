@@ -52,10 +52,13 @@ class _PixelTask(PretextTask):
         return first, second
 
     def project(self, net: Network, maps: Mapping[str, Tensor]) -> Tensor:
-        """Projects views' maps to (B, dimensions, *spatial)."""
+        """Projects views' maps to (B, dimensions, *spatial).
+
+        They keep autocast's dtype, in which the ops of the losses are fastest; these add up in fp32 themselves.
+        """
         head = net.heads[self.name]
         assert isinstance(head, _Projecting | PixProHead)
-        projected: Tensor = head.projector(maps[self.level]).float()
+        projected: Tensor = head.projector(maps[self.level])
         return projected
 
 
@@ -115,8 +118,8 @@ class PixProHead(nn.Module):
 
     def propagate(self, projected: Tensor) -> Tensor:
         """Replaces each pixel of (B, C, *spatial) by a mean of the pixels that resemble it."""
-        with torch.autocast(projected.device.type, enabled=False):
-            values = F.normalize(self.transform(projected.float()), dim=1)
+        # Squares of 256 channels are added up in fp32.
+        values = F.normalize(self.transform(projected).float(), dim=1).to(projected.dtype)
         rows, said = (t.flatten(2).transpose(1, 2) for t in (projected, values))
         return pixel_propagation(rows, said, power=self.power).transpose(1, 2).reshape(projected.shape)
 
@@ -151,7 +154,7 @@ class PixPro(_PixelTask):
         with torch.no_grad():
             views = torch.cat([step.batch["view1"], step.batch["view2"]])
             slow = features(head.momentum_backbone, views, {self.level})[self.level]
-            keys = head.momentum_projector(slow).float()
+            keys = head.momentum_projector(slow)
         affines = self.affines(step.batch, projected)
         loss = self.loss(*head.propagate(projected).chunk(2), *affines, *keys.chunk(2))
         return {self.name: loss}

@@ -8,7 +8,6 @@ Gaussians in sequence are one Gaussian (their variances add), so the cascade can
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import signal
 import warnings
@@ -36,6 +35,7 @@ from medaccel.restoration.methods.base import (
 )
 from medaccel.restoration.settings import GaussianSettings
 from medaccel.restoration.study import PETStudy, load_study
+from medaccel.training.hints import quieten_lightning
 
 
 def _smooth(volume: Tensor, sigma: Tensor) -> Tensor:
@@ -243,8 +243,7 @@ def fit(
     lightning.seed_everything(seed, verbose=False)
     data = _Studies(studies, input_seconds, target_seconds)
     loader = torch.utils.data.DataLoader(data, batch_size=len(data), collate_fn=list)
-    # Lightning's hints on worker counts and accelerators don't matter to a fit of three numbers.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    quieten_lightning()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from medaccel.data import make_nifti, resample
 from medaccel.data.ct_transforms import canonical, window
 from medaccel.segmentation.evaluation.metrics import largest_components
+from medaccel.training.memory import place_of_sums
 
 # The probabilities of so many planes exist at a time.
 _PLANES = 16
@@ -46,7 +47,7 @@ def probability_planes(
         to 1.
     """
     for first, logits in logit_planes(network, image, settings, progress=progress):
-        yield first, logits.softmax(dim=0)
+        yield first, logits.softmax(dim=0).cpu()
 
 
 def logit_planes(
@@ -55,7 +56,9 @@ def logit_planes(
     """Yields the windows' blended logits as `probability_planes` does probabilities.
 
     They equal `monai.inferers.sliding_window_inference` over the whole scan bit for bit: the same windows, weighted
-    by a Gaussian and added up in the same order. A smaller scan is padded with the darkest value.
+    by a Gaussian and added up in the same order. A smaller scan is padded with the darkest value. Windows are added
+    up on the network's GPU, if a few planes of all classes fit there (`medaccel.training.memory.place_of_sums`), and
+    the planes lie where they were added up.
     """
     shown = window(image.as_tensor().float(), settings["window"])[None]
     size, roi = tuple(shown.shape[2:]), tuple(settings["roi_size"])
@@ -82,23 +85,28 @@ def _blended_windows(
     steps = [r if r == n else max(int(r * (1 - settings["overlap"])), 1) for r, n in zip(roi, size, strict=True)]
     windows = dense_patch_slices(size, roi, steps)
     weight = compute_importance_map(roi, mode="gaussian", device=device, dtype=torch.float32)
-    weight_here = weight.cpu()
-    count, done = torch.zeros(roi[0], *size[1:]), 0  # `count` begins with the plane `done`
-    total: Tensor | None = None
+    place, done = torch.device("cpu"), 0
+    count = weight_there = total = torch.empty(0)  # sums of planes from `done` on; the first logits tell the classes
     batch = settings["sw_batch_size"]
     training = network.training
     network.eval()
     try:
-        for begin in tqdm(range(0, len(windows), batch), disable=not progress):
+        bar = tqdm(range(0, len(windows), batch), disable=not progress)
+        for begin in bar:
             group = windows[begin : begin + batch]
             seen = torch.cat([shown[(slice(None), slice(None), *where)] for where in group]).to(device)
             with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
                 logits = network(seen)
                 logits *= weight
-                logits = logits.cpu()
-            if total is None:
-                total = torch.zeros(logits.shape[1], *count.shape)
-            for found, (planes, *across) in zip(logits, group, strict=True):
+            if begin == 0:
+                classes, area = logits.shape[1], size[1] * size[2]
+                # Beside the sums: planes that are yielded, their probabilities, and the planes before them.
+                needed = 4 * area * ((classes + 1) * roi[0] + 3 * classes * min(_PLANES, roi[0]))
+                place, choice = place_of_sums(device, needed)
+                bar.set_postfix_str(choice if device.type == "cuda" else "")
+                count = torch.zeros(roi[0], *size[1:], device=place)
+                total, weight_there = torch.zeros(classes, *count.shape, device=place), weight.to(place)
+            for found, (planes, *across) in zip(logits.to(place), group, strict=True):
                 if finished := planes.start - done:
                     yield from _blended(total, count, done, finished)
                     for held in (total, count[None]):
@@ -107,8 +115,7 @@ def _blended_windows(
                         held[:, -finished:] = 0
                     done = planes.start
                 total[(slice(None), slice(None), *across)] += found
-                count[(slice(None), *across)] += weight_here
-        assert total is not None
+                count[(slice(None), *across)] += weight_there
         yield from _blended(total, count, done, roi[0])
     finally:
         network.train(training)

@@ -229,17 +229,19 @@ class Validation(lightning.Callback):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, float] = {"step": 0, "dice": -1.0}
         self.weights: dict[str, Tensor] = {}
-        self.losses: list[float] = []  # losses since the curve's last point
+        self.losses: list[float] = []  # losses since the curve's last point, but for `_fresh`
+        self._fresh: list[Tensor] = []  # on the device: a number each step would wait for it each step
         self.seconds = 0.0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, *_: Any
     ) -> None:
         step = trainer.global_step
-        self.losses.append(float(outputs["loss"]))
+        self._fresh.append(outputs["loss"].detach())
         if step % self.settings["validate_every"] and step < self.settings["steps"]:
             return
         start = time.perf_counter()
+        self._settle()
         network = pl_module.network
         assert isinstance(network, nn.Module)
         found = float(np.mean(shared_out(lambda case: self._dice(network, case), self.cases)))
@@ -258,13 +260,19 @@ class Validation(lightning.Callback):
         truth = case["label"].numpy()[0]
         return float(np.mean([dice(labels == value, truth == value) for value in range(1, self.classes)]))
 
+    def _settle(self) -> None:
+        if self._fresh:
+            self.losses += torch.stack(self._fresh).tolist()
+            self._fresh = []
+
     def state_dict(self) -> dict[str, Any]:
+        self._settle()
         names = ("curve", "best", "weights", "losses", "seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve, self.best = list(state_dict["curve"]), dict(state_dict["best"])
-        self.weights, self.losses = dict(state_dict["weights"]), list(state_dict["losses"])
+        self.weights, self.losses, self._fresh = dict(state_dict["weights"]), list(state_dict["losses"]), []
         self.seconds = state_dict["seconds"]
 
 

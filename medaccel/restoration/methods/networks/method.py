@@ -23,6 +23,7 @@ from medaccel.restoration.settings import NetworkSettings
 from medaccel.restoration.study import PETStudy, load_study
 from medaccel.training import ranks
 from medaccel.training.fit import NetworkFit, train
+from medaccel.training.memory import place_of_sums
 
 #: The blend with the activity is chosen among these weights of PET_t beyond t/T: SSIM favours a little more noise.
 EXTRA_WEIGHTS = (0.0, 0.03, 0.06, 0.09)
@@ -39,6 +40,7 @@ class NetworkMethod(Method):
         64  # voxels of a window's longest side: at 32 the last map has one voxel, which has no norm
     )
     distributed = True
+    placed = ""  # where the last volume's windows were added up, in words
 
     def __init__(self, task: RestorationTask, settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(task, settings)
@@ -113,24 +115,31 @@ class NetworkMethod(Method):
         self.fitted = fitted
 
     def windows(self, inputs: Tensor, network: nn.Module | Any) -> Tensor:
-        """Applies a network to one volume (1, C, i, j, k) of any size, in blended windows, on the method's device."""
+        """Applies a network to one volume (1, C, i, j, k) of any size, in blended windows, on the method's device.
+
+        The network gives one channel. The result is on the CPU, wherever the windows were added up (`placed`).
+        """
         from monai.inferers import sliding_window_inference
 
         device = self.device()
         self.network.to(device)
+        # The sums, what they are divided by, and for a moment a copy of their part within the volume.
+        roi = self.settings["roi_size"]
+        voxels = math.prod(max(n, r) for n, r in zip(inputs.shape[2:], roi, strict=True))
+        place, self.placed = place_of_sums(device, 3 * inputs.element_size() * voxels)
         result = sliding_window_inference(
             inputs,
-            tuple(self.settings["roi_size"]),
+            tuple(roi),
             self.settings["sw_batch_size"],
             network,
             overlap=self.settings["overlap"],
             mode="gaussian",
             padding_mode="replicate",
             sw_device=device,
-            device=torch.device("cpu"),  # a whole body at 440×440×644 stays in the host's memory
+            device=place,
         )
         assert isinstance(result, Tensor)
-        return result
+        return result.cpu()
 
     @property
     def training_settings(self) -> dict[str, Any]:

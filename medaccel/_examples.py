@@ -32,6 +32,8 @@ RUN_EXAMPLES = """examples:
 SCORE_EXAMPLES = """examples:
   medaccel restoration score runs/restoration
   medaccel restoration score runs/restoration --dicom path/to/pet_series --realisations 10
+  medaccel restoration score runs/restoration --dicom path/to/pet_series --truth tv
+  medaccel restoration score runs/restoration --name more --curve_seconds "[10, 30, 45]" --observer_phantoms 4
   medaccel restoration score runs/restoration --test_studies held_out --methods gaussian1
 """
 

@@ -93,6 +93,8 @@ def make_phantom(
     generator: str = "standard",
     shape: Sequence[int] = DEFAULT_SHAPE,
     spacing: Sequence[float] = DEFAULT_SPACING,
+    *,
+    lesions: bool = True,
 ) -> Phantom:
     """Draws a person; the same arguments give the same bits.
 
@@ -101,6 +103,7 @@ def make_phantom(
         generator: ``standard`` or ``shifted``.
         shape: voxels; the default covers 384 × 288 × 448 mm.
         spacing: mm; sizes above 6 mm leave little of the smallest lesions.
+        lesions: paint lesions into the person; False gives the same person without them.
 
     Raises:
         ValueError: the generator is unknown, or the grid is smaller than 300 × 220 × 180 mm.
@@ -122,9 +125,12 @@ def make_phantom(
     rng = np.random.default_rng([seed, list(GENERATORS).index(generator)])
     sizes = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
     person = paint_person(tuple(shape), sizes, config, rng)
-    lesions, table = add_lesions(
-        person.activity, person.ct, person.organs, person.lumps, sizes, config.lesions, ORGANS, rng
-    )
+    labels = np.zeros(tuple(shape), dtype=np.uint16)
+    table: list[dict[str, Any]] = []
+    if lesions:
+        labels, table = add_lesions(
+            person.activity, person.ct, person.organs, person.lumps, sizes, config.lesions, ORGANS, rng
+        )
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = [-(shape[0] - 1) / 2 * spacing[0], -(shape[1] - 1) / 2 * spacing[1], person.z[0]]
     return Phantom(
@@ -134,7 +140,7 @@ def make_phantom(
         hu_to_attenuation(person.ct),
         person.ct,
         person.organs,
-        lesions,
+        labels,
         table,
         person.parameters,
     )

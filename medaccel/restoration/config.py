@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medaccel.restoration.methods import METHODS
 from medaccel.restoration.settings import (
@@ -54,8 +54,8 @@ class RestorationConfig:
         input_seconds: exposure to restore from, s.
         also_seconds: further exposures that the same methods restore from, s, such as [30].
         target_seconds: exposure to predict, s.
-        methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d (if that package is installed),
-            unet, swin_unetr, diffusion_sdedit, diffusion_conditional.
+        methods: the methods to fit: gaussian1, gaussian3, gaussian_mix, nlm, tv, bm4d and bm4d_noise (if the package
+            bm4d is installed), unet, swin_unetr, diffusion_sdedit, diffusion_conditional.
         settings: settings of single methods, where they differ from the defaults: '{swin_unetr: {feature_size: 24}}'.
         trainer: settings of all methods that have them, unless a method's own say otherwise. For several devices,
             start the command with `torchrun`.
@@ -152,11 +152,21 @@ class ScoreConfig:
         run: folder of a finished `medaccel restoration run`.
         dicom: folder of a PET series; exposures of this patient are simulated.
         realisations: independent noise realisations of the `dicom` patient.
+        truth: how the noise of the `dicom` patient's own image is removed before exposures of it are simulated:
+            non-local means, a Gaussian or total variation. Each favours methods that are like it; once several are
+            scored, the report says whether the ranking of the methods holds.
         test_studies: folder of study folders.
         test_phantoms: how many phantoms of the shifted generator, if neither `dicom` nor `test_studies` is given.
         methods: some of the run's; by default all.
         samples: how many samples the diffusion methods draw of a volume; by default as many as their settings say.
         sampled_studies: number of studies, from the first on, on which those methods are scored; by default all.
+        curve_seconds: further exposures, s, such as [10, 30, 45, 60, 75], on which the methods that restore any
+            exposure are scored: the share of the limit as a curve. Classical methods take their nearest fitted
+            strength.
+        curve_studies: number of studies, from the first on, of that curve; by default all.
+        observer_phantoms: number of test phantoms with faint lesions, which model observers look for in noise
+            realisations with and without them; 0 for none.
+        observer_realisations: noise realisations of each of those phantoms with its lesions, and as many without.
         name: name of the results' folder in the run's `scored`; by default it says what the studies are. It is a
             plain name, and not one of the run's own files.
         check_units: refuse studies that can't be in SUV, or whose CT is not in HU.
@@ -165,11 +175,16 @@ class ScoreConfig:
     run: Path
     dicom: Path | None = None
     realisations: int = 10
+    truth: Literal["nlm", "gaussian", "tv"] = "nlm"
     test_studies: Path | None = None
     test_phantoms: int = 20
     methods: tuple[str, ...] = ()
     samples: int | None = None
     sampled_studies: int | None = None
+    curve_seconds: tuple[int, ...] = ()
+    curve_studies: int | None = None
+    observer_phantoms: int = 0
+    observer_realisations: int = 8
     name: str | None = None
     check_units: bool = True
 
@@ -182,8 +197,23 @@ class ScoreConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"samples is {self.samples}; expected at least 2, so that they have a deviation")
-        if self.sampled_studies is not None and self.sampled_studies < 1:
-            raise ValueError(f"sampled_studies is {self.sampled_studies}; expected a whole number >= 1")
+        for name in ("sampled_studies", "curve_studies"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a whole number >= 1")
+        if self.truth != "nlm" and self.dicom is None:
+            raise ValueError(f"truth is {self.truth!r} without dicom; only a measured patient's truth is made so")
+        if any(t < 1 for t in self.curve_seconds) or len(set(self.curve_seconds)) != len(self.curve_seconds):
+            raise ValueError(f"curve_seconds is {list(self.curve_seconds)}; expected exposures > 0 in s, each once")
+        if self.observer_phantoms < 0 or self.observer_realisations < 3:
+            raise ValueError(
+                f"observer_phantoms is {self.observer_phantoms} and observer_realisations "
+                f"{self.observer_realisations}; expected 0 or more, and 3 or more, so that there is a deviation"
+            )
+        if self.observer_phantoms and (self.dicom is not None or self.test_studies is not None):
+            raise ValueError(
+                "observer_phantoms is given with dicom or test_studies; expected it with simulated phantoms alone, "
+                "whose lesions can be left out"
+            )
         if not _NAME.fullmatch(self.label):
             source = f"name is {self.label!r}" if self.name is not None else f"test_studies is {self.test_studies}"
             advice = "" if self.name is not None else "; --name gives one"
@@ -200,7 +230,7 @@ class ScoreConfig:
         if self.name is not None:
             return self.name
         if self.dicom is not None:
-            return "patient"
+            return "patient" if self.truth == "nlm" else f"patient_{self.truth}"
         return "phantoms" if self.test_studies is None else self.test_studies.resolve().name
 
     def plain(self) -> dict[str, Any]:
@@ -209,6 +239,10 @@ class ScoreConfig:
         if self.check_units:
             del values["check_units"]
         del values["run"]
+        # Scorings from before these options existed can continue.
+        for name in ("truth", "curve_seconds", "curve_studies", "observer_phantoms", "observer_realisations"):
+            if getattr(self, name) == self.__dataclass_fields__[name].default:
+                del values[name]
         return values
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from medaccel.restoration import memory
 from medaccel.restoration.config import RestorationConfig, ScoreConfig
+from medaccel.restoration.detection import Detection, detect
 from medaccel.restoration.evaluation.calibration import Calibration
 from medaccel.restoration.evaluation.training_range import TrainingRange
 from medaccel.restoration.methods import METHODS, load_method, make_method, method_class
@@ -31,10 +32,13 @@ from medaccel.restoration.report.write import write_report
 from medaccel.restoration.run_folder import RunFolder
 from medaccel.restoration.scoring import Scored, Scorer, fit_calibrations
 from medaccel.restoration.sources import (
+    TEST_SEED,
     check_sources,
     describe,
     given_to_score,
     known_studies,
+    simulator_of,
+    studies_of_curve,
     studies_to_score,
     training_studies,
 )
@@ -164,6 +168,11 @@ def score(chosen: ScoreConfig, *, say: Say = print) -> Path:
             raise ValueError(
                 f"methods names {sorted(missing)}; expected some of the run's, {', '.join(config.methods)}"
             )
+        late = [t for t in chosen.curve_seconds if t >= config.target_seconds]
+        if late:
+            raise ValueError(
+                f"curve_seconds holds {late}; expected exposures below {config.target_seconds} s, the target's"
+            )
         given = given_to_score(config, chosen)
     methods = {name: load_method(folder.checkpoint(name), name) for name in names}
     calibrations = {
@@ -230,6 +239,9 @@ def _score(
         config,
         scorer,
         scored,
+        curve=_curve(chosen, config, methods, output, say),
+        detection=_detection(chosen, config, methods, output, say),
+        frozen=frozen["digest"],
         data=describe(chosen),
         calibrations={name: found for name, found in calibrations.items() if found},
         best=frozen["best"],
@@ -239,6 +251,46 @@ def _score(
     )
     say(f"report: {report.resolve()}")
     return report
+
+
+def _detection(
+    chosen: ScoreConfig, config: RestorationConfig, methods: Mapping[str, Method], output: Path, say: Say
+) -> Detection | None:
+    """Lets model observers look for faint lesions in the first test phantoms."""
+    if not chosen.observer_phantoms:
+        return None
+    say(f"observers: {chosen.observer_phantoms} phantoms, {chosen.observer_realisations} realisations of each")
+    return detect(
+        methods,
+        output / "observers",
+        seeds=range(config.seed + TEST_SEED, config.seed + TEST_SEED + chosen.observer_phantoms),
+        realisations=chosen.observer_realisations,
+        seconds=config.input_seconds,
+        target_seconds=config.target_seconds,
+        simulator=simulator_of(config),
+    )
+
+
+def _curve(
+    chosen: ScoreConfig, config: RestorationConfig, methods: Mapping[str, Method], output: Path, say: Say
+) -> list[Scored]:
+    """Scores the methods that can restore every exposure of the curve on each of them."""
+    if not chosen.curve_seconds:
+        return []
+    able = {name: [method.at(t) for t in chosen.curve_seconds] for name, method in methods.items()}
+    able = {name: found for name, found in able.items() if None not in found}
+    if not able:
+        say("curve_seconds: none of the methods can restore all of these exposures; there is no curve")
+        return []
+    paths = studies_of_curve(config, chosen, say)
+    scored = []
+    for number, seconds in enumerate(chosen.curve_seconds):
+        at = {name: method for name, found in able.items() if (method := found[number]) is not None}
+        scorer = Scorer(
+            at, output / "curve", samples=chosen.samples, sampled_studies=chosen.sampled_studies, examples=0
+        )
+        scored.append(scorer.score(paths, seconds, config.target_seconds))
+    return sorted(scored, key=lambda one: one.seconds)
 
 
 def task_of(config: RestorationConfig) -> RestorationTask:

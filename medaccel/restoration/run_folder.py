@@ -32,7 +32,7 @@ class RunFolder(OptionsFolder):
 
     generated = (
         *("studies", "fits", "checkpoints", "validation", "scored", "figures", "scored.json", "splits.json"),
-        *("metrics.json", "metrics*.csv", "coverage.csv"),
+        *("metrics.json", "metrics*.csv", "coverage.csv", "costs.csv", "curve.csv", "detectability.csv"),
     )
     folders = ("checkpoints",)
     worth = ("checkpoints/*.pt", "fits/*/last.ckpt")

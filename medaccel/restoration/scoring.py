@@ -8,9 +8,9 @@ one of a study's files is damaged, the study is scored again.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +32,7 @@ from medaccel.restoration.evaluation.study_scores import StudyEvaluator
 from medaccel.restoration.methods.base import Method, Restoration, RestorationRequest
 from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE
 from medaccel.restoration.study import PETStudy, load_study
+from medaccel.studies.cost import measured
 from medaccel.studies.tables import json_text, nan_for_null, write_json
 
 EXAMPLES = 3  # studies whose restored images are kept
@@ -48,6 +49,7 @@ class Scored:
         noise: noise level of each input.
         times: seconds of each restoration, by method.
         blocks: summed errors (studies, axial blocks), by distance ("mse", "ssim") and method.
+        memory: bytes that each restoration had at once (`medaccel.studies.cost`), by method; NaN where unknown.
     """
 
     seconds: int
@@ -57,11 +59,20 @@ class Scored:
     noise: list[NoiseLevel] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
     blocks: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    memory: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def studies(self) -> list[str]:
         """Returns the studies' names."""
         return [path.name for path in self.paths]
+
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """Returns mean seconds and largest memory (GiB) of a volume, by method."""
+        found = {}
+        for name, times in self.times.items():
+            known = [size for size in self.memory.get(name, []) if math.isfinite(size)]
+            found[name] = (float(np.mean(times)), max(known) / 2**30 if known else math.nan)
+        return found
 
 
 class Scorer:
@@ -74,6 +85,7 @@ class Scorer:
         sampled_studies: number of studies, from the first on, that they are applied to; None: all.
         one_patient: all studies are realisations of one patient; errors are kept by axial block.
         progress: show bars.
+        examples: number of studies, from the first on, whose restored images are kept.
     """
 
     def __init__(
@@ -85,7 +97,9 @@ class Scorer:
         sampled_studies: int | None = None,
         one_patient: bool = False,
         progress: bool = True,
+        examples: int = EXAMPLES,
     ) -> None:
+        self.examples = examples
         self.methods, self.folder, self.samples = dict(methods), folder, samples
         self.sampled_studies, self.one_patient, self.progress = sampled_studies, one_patient, progress
         (folder / "rows").mkdir(parents=True, exist_ok=True)
@@ -102,6 +116,8 @@ class Scorer:
             result.noise.append(NoiseLevel(**nan_for_null(record["noise"])))
             for name, value in record["times"].items():
                 result.times.setdefault(name, []).append(value)
+            for name, value in nan_for_null(record.get("memory", {})).items():  # earlier versions kept none
+                result.memory.setdefault(name, []).append(value)
             for distance, found in record["blocks"].items():
                 for name, sums in found.items():
                     result.blocks.setdefault(distance, {}).setdefault(name, []).append(sums)
@@ -145,15 +161,14 @@ class Scorer:
         evaluator = StudyEvaluator(study, seconds, target_seconds)
         image = study.exposures[seconds]
         request = RestorationRequest(image, study.spacing, seconds, study.ct, samples=self.samples)
-        images, times = {IDENTITY: image}, {}
+        images, times, memory = {IDENTITY: image}, {}, {}
         skipped = []
         for name, method in tqdm(self.methods.items(), desc=study.name, leave=False, disable=not self.progress):
             if method.samples and self.sampled_studies is not None and position >= self.sampled_studies:
                 skipped.append(name)
                 continue
-            start = time.perf_counter()
-            found = method.restore(request)
-            times[name] = time.perf_counter() - start
+            found, cost = measured(functools.partial(method.restore, request))
+            times[name], memory[name] = cost.seconds, cost.memory
             images[name] = found.volume
             self._keep(path, position, seconds, name, found, study, evaluator.mask)
         if study.noise_free is not None:
@@ -180,6 +195,7 @@ class Scorer:
             "rows": {name: rows.get(name, nothing) for name in order},
             "noise": asdict(level),
             "times": times,
+            "memory": memory,
             "blocks": blocks,
         }
         write_json(file, record)
@@ -217,7 +233,7 @@ class Scorer:
         study: PETStudy,
         mask: metrics.Mask,
     ) -> None:
-        if position < EXAMPLES:
+        if position < self.examples:
             with atomic_path(self._volume(path, seconds, name), force=True) as temporary:
                 torch.save(torch.from_numpy(np.ascontiguousarray(found.volume, dtype=np.float32)), temporary)
         if found.std is not None and found.activity is not None and study.noise_free is not None:

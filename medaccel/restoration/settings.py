@@ -113,6 +113,13 @@ class BM4DSettings(ClassicalSettings):
 
 
 @dataclass(frozen=True, eq=False)
+class BM4DByNoiseSettings(BM4DSettings):
+    """Holds the settings of BM4D with a strength by the noise; those of BM4D, and others that start elsewhere."""
+
+    strengths: tuple[float, ...] = (0.8, 1.2)
+
+
+@dataclass(frozen=True, eq=False)
 class NetworkSettings(MethodSettings, TrainingSettings):
     """Holds the settings that all networks of restoration have.
 
@@ -283,6 +290,7 @@ class SettingsByMethod(Settings):
         nlm: non-local means.
         tv: total variation.
         bm4d: block matching and 4-D filtering.
+        bm4d_noise: the same, its strength a function of the noise that is measured in the image.
         unet: the U-Net that is trained on varied studies.
         swin_unetr: the Swin UNETR.
         diffusion_sdedit: a diffusion prior, guided by the PET.
@@ -297,6 +305,7 @@ class SettingsByMethod(Settings):
     nlm: NonLocalMeansSettings = field(default_factory=NonLocalMeansSettings)
     tv: TotalVariationSettings = field(default_factory=TotalVariationSettings)
     bm4d: BM4DSettings = field(default_factory=BM4DSettings)
+    bm4d_noise: BM4DByNoiseSettings = field(default_factory=BM4DByNoiseSettings)
     unet: UNetSettings = field(default_factory=UNetSettings)
     swin_unetr: SwinSettings = field(default_factory=SwinSettings)
     diffusion_sdedit: SDEditSettings = field(default_factory=SDEditSettings)

@@ -29,6 +29,8 @@ from medaccel.studies.inputs import record as inputs_of
 from medaccel.studies.tables import write_json
 from medaccel.training import ranks
 
+# These denoisers make a measured patient's truth.
+TRUTHS = {"nlm": "non-local means", "gaussian": "a Gaussian of 6 mm", "tv": "total variation"}
 VALIDATION_SEED, TEST_SEED = 500, 1000  # seeds of these sets start here, so that no person is in two sets
 
 
@@ -169,9 +171,10 @@ def training_studies(config: RestorationConfig, say: Callable[[str], None]) -> t
     return train, validation
 
 
-def _files(study: Path, config: RestorationConfig) -> list[Path]:
-    """Lists the files that a run reads from a study."""
-    names = [f"PET_{seconds}.nii.gz" for seconds in (*config.exposures, config.target_seconds)]
+def _files(study: Path, config: RestorationConfig, further: Sequence[int] = ()) -> list[Path]:
+    """Lists the files that a run reads from a study; a scoring reads further exposures."""
+    exposures = dict.fromkeys((*config.exposures, config.target_seconds, *further))
+    names = [f"PET_{seconds}.nii.gz" for seconds in exposures]
     names += ["CT.nii.gz", "lesions.nii.gz", "noise_free.nii.gz", "activity.nii.gz", "organs.nii.gz", STUDY_JSON]
     return [study / name for name in names if (study / name).is_file()]
 
@@ -187,7 +190,14 @@ def given_to_score(config: RestorationConfig, chosen: ScoreConfig) -> list[Path]
         return [Path(header.filename) for header in open_series(chosen.dicom).headers]
     if chosen.test_studies is None:
         return []
-    return [file for path in _unseen(config, chosen.test_studies) for file in _files(path, config)]
+    paths = _unseen(config, chosen.test_studies)
+    for path in paths[: chosen.curve_studies]:
+        for seconds in chosen.curve_seconds:
+            if not (path / f"PET_{seconds}.nii.gz").is_file():
+                raise FileNotFoundError(
+                    f"{path / f'PET_{seconds}.nii.gz'}: missing exposure, which curve_seconds names"
+                )
+    return [file for path in paths for file in _files(path, config, chosen.curve_seconds)]
 
 
 def _unseen(config: RestorationConfig, folder: Path) -> list[Path]:
@@ -212,7 +222,8 @@ def studies_to_score(config: RestorationConfig, chosen: ScoreConfig, say: Callab
         ValueError: one of their patients was fitted to or chosen on.
     """
     if chosen.dicom is not None:
-        return _real_patient(config, chosen, chosen.dicom, say)
+        simulator = simulator_of(config)
+        return _real_patient(config, chosen, chosen.dicom, say, chosen.realisations, simulator, chosen.label)
     if chosen.test_studies is None:
         say(f"test studies: {chosen.test_phantoms} simulated phantoms (shifted generator)")
         return _phantoms(config, "test", chosen.test_phantoms, "shifted", config.seed + TEST_SEED)
@@ -223,6 +234,28 @@ def studies_to_score(config: RestorationConfig, chosen: ScoreConfig, say: Callab
     return paths
 
 
+def studies_of_curve(config: RestorationConfig, chosen: ScoreConfig, say: Callable[[str], None]) -> list[Path]:
+    """Returns study folders with the exposures of `curve_seconds`.
+
+    Simulated studies that lack one are simulated again, in a folder of their own: exposures nest, so that others
+    in between are another realisation of the noise.
+    """
+    durations = tuple(sorted({*chosen.curve_seconds, config.target_seconds}))
+    simulator = simulator_of(config)
+    if chosen.test_studies is not None:
+        return _unseen(config, chosen.test_studies)[: chosen.curve_studies]
+    suffix = ""
+    if set(durations) - set(simulator.durations):
+        suffix = "_" + "_".join(map(str, durations))
+        simulator = SimulatorConfig(**{**simulator.whole(), "durations": durations})
+    if chosen.dicom is not None:
+        count = min(chosen.curve_studies or chosen.realisations, chosen.realisations)
+        return _real_patient(config, chosen, chosen.dicom, say, count, simulator, chosen.label + suffix)
+    count = min(chosen.curve_studies or chosen.test_phantoms, chosen.test_phantoms)
+    first = config.seed + TEST_SEED
+    return _phantoms(config, f"test{suffix}", count, "shifted", first, simulator=simulator)
+
+
 def _phantoms(
     config: RestorationConfig,
     role: str,
@@ -230,9 +263,10 @@ def _phantoms(
     generator: str,
     first_seed: int,
     spacings: Sequence[tuple[float, float, float]] = (DEFAULT_SPACING,),
+    simulator: SimulatorConfig | None = None,
 ) -> list[Path]:
     paths: list[Path] = []
-    simulator, folder = simulator_of(config), config.output / "studies" / role
+    simulator, folder = simulator or simulator_of(config), config.output / "studies" / role
     with _percent(f"{role} phantoms") as report:
         for number in range(count):
             spacing = spacings[number % len(spacings)]
@@ -249,17 +283,28 @@ def _phantoms(
 
 
 def _real_patient(
-    config: RestorationConfig, chosen: ScoreConfig, dicom: Path, say: Callable[[str], None]
+    config: RestorationConfig,
+    chosen: ScoreConfig,
+    dicom: Path,
+    say: Callable[[str], None],
+    count: int,
+    simulator: SimulatorConfig,
+    folder: str,
 ) -> list[Path]:
     """Simulates exposures of a measured PET: its denoised activity is the truth."""
-    say(f"test studies: {chosen.realisations} noise realisations of the PET in {dicom} (simulated exposures)")
-    simulator = simulator_of(config)
+    say(f"test studies: {count} noise realisations of the PET in {dicom} (simulated exposures)")
     open_series(dicom)
     paths, image = [], None
-    for index in range(chosen.realisations):
-        path = config.output / "studies" / chosen.label / f"patient_{index}"
+    for index in range(count):
+        path = config.output / "studies" / folder / f"patient_{index}"
         paths.append(path)
         if is_complete(path):
+            made = read_parameters(path).get("denoise")
+            if made != chosen.truth:
+                raise ValueError(
+                    f"{path}: its truth was made by {made!r}, not {chosen.truth!r}; expected another --name, or the "
+                    "folder removed"
+                )
             continue
         if image is None:
             image = read_pet_series(dicom, progress=True)
@@ -273,7 +318,7 @@ def _real_patient(
                 image.affine,
                 config=simulator,
                 seed=config.seed + TEST_SEED + index,
-                denoise="nlm",
+                denoise=chosen.truth,
                 origin={"dicom": dicom.name},
                 progress=report,
             )
@@ -307,7 +352,7 @@ def notes_on(chosen: ScoreConfig) -> list[str]:
     if chosen.dicom is None:
         return []
     return [
-        "The patient's own image is noisy, so it was denoised (non-local means) before its exposures were "
+        f"The patient's own image is noisy, so it was denoised by {TRUTHS[chosen.truth]} before its exposures were "
         "simulated: the denoised activity is the truth here, and what it lost of the patient's finest detail no "
-        "method can be scored on."
+        "method can be scored on. Such a truth favours methods that are like its denoiser."
     ]

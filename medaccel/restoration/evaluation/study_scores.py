@@ -16,6 +16,7 @@ no lesions, no liver):
     lesion_{large|small}_{suvmean|suvmax|suvpeak}_bias, _sd    percent of the noise-free value
     lesion_cold_suvmean_bias, _sd
     lesion_{large|small}_lost, hot_spots_{large|small}         counts
+    lesion_{large|small}_lost_anew                             those of the lost that the input keeps
     liver_cov                                          fraction
 """
 
@@ -45,9 +46,15 @@ TOTALS = (
     "lesion_cold_count",
     "lesion_large_lost",
     "lesion_small_lost",
+    "lesion_large_lost_anew",
+    "lesion_small_lost_anew",
     "hot_spots_large",
     "hot_spots_small",
 )
+
+
+CHECKED = ("suvmean", "suvmax")  # measures of `lesion_checks`
+BIAS_LIMIT = 2.0  # percent
 
 
 class StudyLike(Protocol):
@@ -182,6 +189,10 @@ class StudyEvaluator:
         if study.lesions is not None:
             self._regions = lesion_metrics.lesion_regions(study.lesions, self.mask, study.spacing)
         self._references = lesion_metrics.measure_lesions(noise_free, self._regions, study.spacing)
+        inputs = lesion_metrics.measure_lesions(self.image, self._regions, study.spacing)
+        self._kept_by_input = [
+            not lesion_metrics.is_lost(*pair) for pair in zip(inputs, self._references, strict=True)
+        ]
         self._hot_ceiling = lesion_metrics.hot_spot_ceiling(noise_free, self.mask, study.lesions, study.spacing)
 
     def _lesion_row(self, restored: Array) -> dict[str, float]:
@@ -198,13 +209,18 @@ class StudyEvaluator:
             return row
         uptakes = lesion_metrics.measure_lesions(restored, self._regions, self.study.spacing)
         grouped: dict[str, list[tuple[LesionUptake, LesionUptake]]] = {group: [] for group in GROUPS}
-        for region, uptake, reference in zip(self._regions, uptakes, self._references, strict=True):
+        anew = {"large": 0, "small": 0}
+        for region, uptake, reference, kept in zip(
+            self._regions, uptakes, self._references, self._kept_by_input, strict=True
+        ):
             group = "large" if region.diameter >= lesion_metrics.LARGE else "small"
+            anew[group] += kept and lesion_metrics.is_lost(uptake, reference)
             grouped[group if lesion_metrics.is_hot(reference) else "cold"].append((uptake, reference))
         for group, pairs in grouped.items():
             row[f"lesion_{group}_count"] = len(pairs)
             if group != "cold":
                 row[f"lesion_{group}_lost"] = sum(lesion_metrics.is_lost(*pair) for pair in pairs)
+                row[f"lesion_{group}_lost_anew"] = anew[group]
             for measure in GROUPS[group]:
                 result = agreement([_percent(uptake, ref, measure) for uptake, ref in pairs])
                 row[f"lesion_{group}_{measure}_bias"] = result.bias
@@ -275,10 +291,40 @@ def summarize(per_study: Mapping[str, Sequence[Mapping[str, float]]], *, seed: i
         }
         totals = {}
         for key in TOTALS:
-            known = [row[key] for row in rows if math.isfinite(row[key])]
+            found = [row.get(key, math.nan) for row in rows]  # rows of earlier versions have fewer
+            known = [value for value in found if math.isfinite(value)]
             totals[key] = float(sum(known)) if known else math.nan
         table.append(SummaryRow(method, len(rows), statistics, pooled, totals))
     return table
+
+
+def lesion_checks(row: SummaryRow, before: SummaryRow, group: str) -> dict[str, Any]:
+    """Tells whether a method leaves the lesions of a group as they are; None where it is unknown.
+
+    Args:
+        row, before: the method's row and the unrestored input's.
+        group: "large" or "small".
+
+    Returns:
+        unbiased: both mean biases, of SUVmean and SUVmax, are below 2 %. width_suvmean, width_suvmax: width of the
+        limits of agreement over the input's; no_wider: neither is above 1. none_lost: none that the input keeps.
+        none_created: no hot spot of that size. passed: all of these.
+    """
+    found = {measure: (row.agreement[group, measure], before.agreement[group, measure]) for measure in CHECKED}
+    widths = {m: (own.high - own.low) / (its.high - its.low) for m, (own, its) in found.items() if its.sd > 0}
+    known = bool(row.agreement[group, "suvmean"].count) and len(widths) == len(found)
+    checks: dict[str, Any] = {
+        "unbiased": all(abs(own.bias) < BIAS_LIMIT for own, _ in found.values()) if known else None,
+        "no_wider": all(width <= 1 for width in widths.values()) if known else None,
+        "none_lost": _is_zero(row.totals[f"lesion_{group}_lost_anew"]),
+        "none_created": _is_zero(row.totals[f"hot_spots_{group}"]),
+    }
+    passed = None if None in checks.values() else all(checks.values())
+    return checks | {f"width_{m}": widths.get(m, math.nan) for m in CHECKED} | {"passed": passed}
+
+
+def _is_zero(count: float) -> bool | None:
+    return None if math.isnan(count) else count == 0
 
 
 def _percent(uptake: LesionUptake, reference: LesionUptake, measure: str) -> float:

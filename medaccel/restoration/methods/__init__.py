@@ -19,6 +19,7 @@ METHODS = {
     "nlm": "medaccel.restoration.methods.classical:NonLocalMeans",
     "tv": "medaccel.restoration.methods.classical:TotalVariation",
     "bm4d": "medaccel.restoration.methods.bm4d:BM4D",
+    "bm4d_noise": "medaccel.restoration.methods.bm4d:BM4DByNoise",
     "unet": "medaccel.restoration.methods.unet:UNetMethod",
     "swin_unetr": "medaccel.restoration.methods.swin:SwinUNETRMethod",
     "diffusion_sdedit": "medaccel.restoration.methods.sdedit:DiffusionSDEdit",

@@ -184,6 +184,14 @@ class Method(abc.ABC):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores the result of `state`."""
 
+    def at(self, seconds: int) -> Method | None:
+        """Returns the method for an exposure that it may not have been fitted on; None if it can't restore it."""
+        try:
+            self.seconds(seconds)
+        except ValueError:
+            return None
+        return self
+
     def save(self, path: Path) -> None:
         """Stores the fitted method, atomically."""
         content = {

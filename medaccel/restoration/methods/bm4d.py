@@ -12,8 +12,9 @@ import torch
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask
 from medaccel.restoration.evaluation.noise import normalised_noise
+from medaccel.restoration.methods.by_noise import ClassicalByNoise
 from medaccel.restoration.methods.classical import STABILISERS, Classical
-from medaccel.restoration.settings import BM4DSettings
+from medaccel.restoration.settings import BM4DByNoiseSettings, BM4DSettings
 from medaccel.restoration.study import load_study
 
 LAGS = 5  # voxels; further apart, the noise of these scanners' images is uncorrelated (0.02 and less)
@@ -80,6 +81,13 @@ class BM4D(Classical):
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
         self.correlation = state["correlation"].numpy()
+
+
+class BM4DByNoise(ClassicalByNoise, BM4D):
+    """Denoises as `BM4D` does, with a strength that is a function of the noise measured in the image."""
+
+    name = "bm4d_noise"
+    Settings = BM4DByNoiseSettings
 
 
 def autocorrelation(noise: Array, mask: Mask, lags: int = LAGS) -> Array:

@@ -20,11 +20,12 @@ x 72 x 112 voxels of 4 mm, decided the defaults:
 from __future__ import annotations
 
 import abc
+import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +33,14 @@ import numpy as np
 from tqdm import tqdm
 
 from medaccel.restoration.evaluation.metrics import Array, Mask, body_mask, mse, oracle, score, ssim_distance
-from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
+from medaccel.restoration.methods.base import (
+    Fitted,
+    Method,
+    Restoration,
+    RestorationRequest,
+    RestorationTask,
+    check_volume,
+)
 from medaccel.restoration.settings import ClassicalSettings, NonLocalMeansSettings, TotalVariationSettings
 from medaccel.restoration.study import load_study
 
@@ -100,8 +108,7 @@ class Classical(Method):
         paths = list(validation or studies)[: self.settings["search_studies"]]
         bar = tqdm(desc=f"{self.name}: search", total=0, unit="candidate", disable=not progress, leave=False)
         with bar:
-            for seconds in self.task.input_seconds:
-                self._search(seconds, [self._example(path, seconds) for path in paths], bar)
+            self._choose(paths, bar)
         self.fitted.seconds = time.monotonic() - start
 
     def restore(self, request: RestorationRequest) -> Restoration:
@@ -120,10 +127,7 @@ class Classical(Method):
             raise ValueError(f"{self.name}: not fitted to {seconds} s yet (fit it, or load a fitted one)")
         lengths = (float(spacing[0]), float(spacing[1]), float(spacing[2]))
         denoised = self.denoised(volume, body_mask(volume, lengths), choice["strength"])
-        if not choice["combined"]:
-            return Restoration(denoised)
-        weight = seconds / self.task.target_seconds
-        return Restoration(self._combined(volume, denoised, seconds), activity=denoised, weight=weight)
+        return self._restoration(volume, denoised, seconds, choice["combined"])
 
     def state(self) -> dict[str, Any]:
         return {"choices": self.fitted.choices}
@@ -141,12 +145,34 @@ class Classical(Method):
 
     def denoised(self, volume: Array, mask: Mask, strength: float) -> Array:
         """Returns D, SUV, float32; the noise level is estimated within `mask`."""
+        forward, _ = STABILISERS[self.settings["stabiliser"]]
+        level = noise_level(forward(volume.astype(np.float32)), mask)
+        return self._denoised_by(volume, strength * level)
+
+    def at(self, seconds: int) -> Classical | None:
+        """Returns the method for another exposure: with the strength of the nearest fitted one, which is a multiple
+        of the noise that each image has."""
+        if not 0 < seconds < self.task.target_seconds or not self.fitted.choices:
+            return None
+        nearest = min(self.fitted.choices, key=lambda fitted: abs(math.log(int(fitted) / seconds)))
+        other = copy.copy(self)
+        other.task = RestorationTask((seconds,), self.task.target_seconds)
+        other.fitted = replace(self.fitted, choices={str(seconds): self.fitted.choices[nearest]})
+        return other
+
+    def _denoised_by(self, volume: Array, noise: float) -> Array:
+        """Returns D, SUV, float32, with the standard deviation of the noise to remove in the stabilised unit."""
+        if noise == 0:  # no noise to remove
+            return volume.astype(np.float32)
         forward, backward = STABILISERS[self.settings["stabiliser"]]
         mapped = forward(volume.astype(np.float32))
-        level = noise_level(mapped, mask)
-        if level == 0:  # no noise to remove
-            return volume.astype(np.float32)
-        return np.asarray(backward(self.denoise(mapped, strength * level)), dtype=np.float32)
+        return np.asarray(backward(self.denoise(mapped, noise)), dtype=np.float32)
+
+    def _restoration(self, volume: Array, denoised: Array, seconds: int, combined: bool) -> Restoration:
+        if not combined:
+            return Restoration(denoised)
+        weight = seconds / self.task.target_seconds
+        return Restoration(self._combined(volume, denoised, seconds), activity=denoised, weight=weight)
 
     def _combined(self, volume: Array, denoised: Array, seconds: int) -> Array:
         return oracle(volume, denoised, seconds, self.task.target_seconds).astype(np.float32)
@@ -166,6 +192,11 @@ class Classical(Method):
             )
         distances = mse(image, target, mask), ssim_distance(image, target, mask)
         return _Example(image, target, mask, study.spacing, distances)
+
+    def _choose(self, paths: Sequence[Path], bar: tqdm[Any]) -> None:
+        """Chooses a strength for each exposure of the task."""
+        for seconds in self.task.input_seconds:
+            self._search(seconds, [self._example(path, seconds) for path in paths], bar)
 
     def _search(self, seconds: int, examples: Sequence[_Example], bar: tqdm[Any]) -> None:
         """Tries the grid, extends it if the best strength is at its end, and then halves the steps about the best."""
@@ -201,16 +232,21 @@ class Classical(Method):
         rows: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
         for example in examples:
             denoised = self.denoised(example.image, body_mask(example.image, example.spacing), strength)
-            for combined, results in rows.items():
-                result = self._combined(example.image, denoised, seconds) if combined else denoised
-                results.append(
-                    (
-                        score(mse(result, example.target, example.mask), example.distances[0]),
-                        score(ssim_distance(result, example.target, example.mask), example.distances[1]),
-                    )
-                )
+            for combined, scores in self._scores_of(example, denoised, seconds).items():
+                rows[combined].append(scores)
         means = {combined: np.mean(results, axis=0) for combined, results in rows.items()}
         return {combined: (float(mean[0]), float(mean[1])) for combined, mean in means.items()}
+
+    def _scores_of(self, example: _Example, denoised: Array, seconds: int) -> dict[bool, tuple[float, float]]:
+        """Returns the MSE and the 1 − SSIM score of one example, %, for D combined with the PET or alone."""
+        found = {}
+        for combined in (False, True):
+            result = self._combined(example.image, denoised, seconds) if combined else denoised
+            found[combined] = (
+                score(mse(result, example.target, example.mask), example.distances[0]),
+                score(ssim_distance(result, example.target, example.mask), example.distances[1]),
+            )
+        return found
 
 
 class NonLocalMeans(Classical):

@@ -7,6 +7,7 @@ Gaussians in sequence are one Gaussian (their variances add), so the cascade can
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import warnings
@@ -331,6 +332,16 @@ class _Gaussian(Method):
         check_volume(self.name, request.volume, request.spacing)
         chosen = self.filters[self.seconds(request.seconds)]
         return Restoration(restore(chosen, request.volume, request.spacing))
+
+    def at(self, seconds: int) -> _Gaussian | None:
+        """Returns the method for another exposure: with the filter of the nearest fitted one."""
+        if not 0 < seconds < self.task.target_seconds:
+            return None
+        nearest = min(self.filters, key=lambda fitted: abs(math.log(fitted / seconds)))
+        other = copy.copy(self)
+        other.task = RestorationTask((seconds,), self.task.target_seconds)
+        other.filters = {seconds: self.filters[nearest]}
+        return other
 
     def state(self) -> dict[str, Any]:
         return {str(seconds): method.state_dict() for seconds, method in self.filters.items()}

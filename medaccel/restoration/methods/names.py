@@ -15,6 +15,7 @@ LABELS = {
     "nlm": "Non-local means",
     "tv": "Total variation",
     "bm4d": "BM4D",
+    "bm4d_noise": "BM4D by noise level",
     "unet": "U-Net",
     "swin_unetr": "Swin UNETR",
     "diffusion_sdedit": "Diffusion, SDEdit",

@@ -5,13 +5,14 @@ spread."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.calibration import Calibration, Coverage, coverage
 from medaccel.restoration.evaluation.comparison import PairedComparison, compare_methods
+from medaccel.restoration.evaluation.hot_lesion import hot_lesion_kept
 from medaccel.restoration.evaluation.noise_effects import (
     NoiseChange,
     RemainingNoise,
@@ -40,6 +41,7 @@ class Analyses:
         within_patient: intervals of one patient's scores, by method and distance; empty for several patients.
         responses: responses to blobs in the first study at the primary exposure, by method.
         noise_changes: noise before and after, at the primary exposure.
+        hot_lesions: kept shares of small, very hot lesions in the first study, by method.
     """
 
     coverage: Mapping[int, Mapping[str, Coverage]]
@@ -47,6 +49,7 @@ class Analyses:
     within_patient: Mapping[int, Mapping[str, Mapping[str, Statistic]]]
     responses: Mapping[str, Sequence[PointResponse]]
     noise_changes: Sequence[NoiseChange]
+    hot_lesions: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def analyse(
@@ -68,11 +71,13 @@ def analyse(
         for one in scored
     }
     remaining = _remaining(scorer, scored[0])
+    responses, hot_lesions = _responses(scorer, scored[0])
     return Analyses(
         coverage=covered,
         comparisons={one.seconds: _compare(one, best) for one in scored},
         within_patient={one.seconds: _within_patient(one) for one in scored},
-        responses=_responses(scorer, scored[0]),
+        responses=responses,
+        hot_lesions=hot_lesions,
         noise_changes=compare_noise(remaining) if remaining else [],
     )
 
@@ -88,13 +93,13 @@ def _compare(one: Scored, best: str) -> dict[str, list[PairedComparison]]:
     }
 
 
-def _responses(scorer: Scorer, one: Scored) -> dict[str, list[PointResponse]]:
-    """Measures each method's response to blobs in the first study."""
+def _responses(scorer: Scorer, one: Scored) -> tuple[dict[str, list[PointResponse]], dict[str, list[float]]]:
+    """Measures each method's response to blobs, and to small, very hot lesions, in the first study."""
     study = load_study(one.paths[0], (one.seconds, one.target_seconds))
     image = study.exposures[one.seconds]
     mask = metrics.body_mask(study.exposures[one.target_seconds], study.spacing)
     request = RestorationRequest(image, study.spacing, one.seconds, study.ct, samples=_BLOB_SAMPLES)
-    found = {}
+    found, kept = {}, {}
     for name, method in scorer.methods.items():
 
         def restore(volume: np.ndarray, method: Method = method) -> np.ndarray:
@@ -109,7 +114,8 @@ def _responses(scorer: Scorer, one: Scored) -> dict[str, list[PointResponse]]:
             fwhm_mm=_BLOB_FWHM,
             together=True,
         )
-    return found
+        kept[name] = hot_lesion_kept(restore, image, mask, study.spacing, blur=_BLOB_FWHM)
+    return found, kept
 
 
 def _remaining(scorer: Scorer, one: Scored) -> list[dict[str, RemainingNoise]]:

@@ -21,6 +21,7 @@ from medaccel.restoration.evaluation.calibration import (
     Coverage,
 )
 from medaccel.restoration.evaluation.comparison import PairedComparison
+from medaccel.restoration.evaluation.hot_lesion import DIAMETER, KEPT_WITHIN, SUV
 from medaccel.restoration.evaluation.noise import AXES
 from medaccel.restoration.evaluation.noise_effects import NoiseChange, NoiseShare, noise_trend
 from medaccel.restoration.evaluation.resolution import PointResponse, summarize_responses
@@ -324,6 +325,34 @@ def resolution_blocks(
         f"Width, peak and sum of point responses of {', '.join(names.values())}",
     )
     return [Table(caption, columns, body), figure, Note(note)]
+
+
+def hot_lesion_table(kept: Mapping[str, Sequence[float]], *, labels: Mapping[str, str] | None = None) -> Table:
+    """Shows the share of the peak of small, very hot lesions that is kept: the mean, the least and the greatest.
+
+    Args:
+        kept: results of `hot_lesion.hot_lesion_kept`, by method.
+
+    Raises:
+        ValueError: there are no methods.
+    """
+    names = _names(kept, labels)
+    columns = [
+        Column("Peak", "% kept"),
+        Column("Least", "% kept", best="max"),
+        Column("Greatest", "% kept"),
+        Column(f"All within {100 * KEPT_WITHIN:g} %"),
+    ]
+    body = []
+    for method, shares in kept.items():
+        within = all(abs(share - 1) <= KEPT_WITHIN for share in shares)
+        cells: list[Cell] = [100 * sum(shares) / len(shares), 100 * min(shares), 100 * max(shares)]
+        body.append(_row(method, names, [*cells, "yes" if within else "no"]))
+    caption = (
+        f"Spheres of {DIAMETER:g} mm and SUV {SUV:g}, as the scanner's blur shows them, are added to the input at "
+        "several places: the change of the restored image at their peak over what was added."
+    )
+    return Table(caption, columns, body)
 
 
 def _bins_table(name: str, result: Coverage, calibration: Calibration) -> Table:

@@ -74,6 +74,32 @@ def noise_share_plot(points: Mapping[str, tuple[Sequence[float], Sequence[float]
 
 
 @styled
+def exposure_plot(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, target: float) -> bytes:
+    """Draws the share of the limit in percent over the exposure, a line a method.
+
+    Args:
+        lines: exposures in s and shares, fractions, by the method's name for readers.
+        target: the exposure that is predicted, s; the axis ends there.
+    """
+    figure = new_figure(7.5, 3.4)
+    axes = figure.add_axes((0.1, 0.15, 0.6, 0.8))
+    for number, (colour, (name, (seconds, shares))) in enumerate(
+        zip(_colours(len(lines)), lines.items(), strict=True)
+    ):
+        style = "-" if number < len(COLOURS) else "--"  # further methods have the same colours
+        values = 100 * np.asarray(shares)
+        axes.plot(seconds, values, style, marker="o", markersize=4, color=colour, label=name)
+    axes.axhline(0, color=GREY, linestyle="--", linewidth=1.2)
+    axes.set_xlim(0, target)
+    axes.set_ylim(top=100)
+    axes.set_xticks(sorted({t for seconds, _ in lines.values() for t in seconds}))
+    axes.set_xlabel("exposure of the input, s")
+    axes.set_ylabel("share of the limit, %")
+    _legend(axes)
+    return to_png(figure)
+
+
+@styled
 def response_plot(responses: Mapping[str, Sequence[PointResponse]]) -> bytes:
     """Draws a point per blob: its width along each axis, and the peak and sum that are kept, a column per method.
 

@@ -20,6 +20,7 @@ from medaccel.restoration.report.analyses import Analyses
 from medaccel.restoration.report.evaluation import (
     calibration_blocks,
     comparison_blocks,
+    hot_lesion_table,
     noise_change_blocks,
     noise_share_blocks,
     resolution_blocks,
@@ -54,6 +55,7 @@ def build_report(
     best: str,
     options: Mapping[str, Any],
     notes: Sequence[str] = (),
+    further: Sequence[Section] = (),
 ) -> Page:
     """Builds the whole page.
 
@@ -65,6 +67,7 @@ def build_report(
         best: the method chosen on validation.
         options: options of the run and of the scoring, plain values.
         notes: further sentences that the reader must know.
+        further: sections of what was scored beside the methods' exposures.
     """
     shown = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
     pages = [
@@ -78,11 +81,15 @@ def build_report(
     for one in scored:
         start = "" if one is scored[0] else f"From {one.seconds} s: "
         extra += _evaluation(one, analyses, calibrations, start)
+    extra += further
     if analyses.noise_changes:
         changes = noise_change_blocks(analyses.noise_changes, target_seconds=scored[0].target_seconds)
         extra.append(Section("Noise before and after", changes))
     if analyses.responses:
-        extra.append(Section("Resolution", resolution_blocks(analyses.responses)))
+        blocks = resolution_blocks(analyses.responses)
+        if analyses.hot_lesions:
+            blocks.append(hot_lesion_table(analyses.hot_lesions))
+        extra.append(Section("Resolution", blocks))
     extra.append(Section("How the methods were fitted and chosen", fit_blocks(scorer.methods, best)))
     # Tables come first, then their explanations, then the run's own record.
     sections = pages[0].sections
@@ -129,6 +136,7 @@ def _scores(
         within_patient=analyses.within_patient[one.seconds],
         config=options if first else "",
         notes=notes,
+        costs=one.costs(),
     )
     return build_page(results)
 

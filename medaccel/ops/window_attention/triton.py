@@ -234,7 +234,7 @@ class _Part:
         few = math.prod(p.sizes) < 2**31
         places = torch.empty(p.windows * p.rows, dtype=torch.int32 if few else torch.int64, device=device)
         classes = torch.empty(p.windows, dtype=torch.int32, device=device)
-        sides = places  # of no use where nothing is shifted
+        sides = places  # a stand-in: nothing reads it where nothing is shifted
         if shifted:
             shape, kind = ((8, 2, p.rows, 16), torch.float16) if p.fold else ((8, p.rows), torch.int8)
             sides = torch.empty(shape, dtype=kind, device=device)
@@ -333,7 +333,7 @@ def backward(
     if need_pad and not sum_pad:
         grad_pad.zero_()
     grad, output, lse = grad.contiguous(), output.contiguous(), lse.contiguous()
-    rows = lse.new_empty((*lse.shape[:-1], 2, problem.rows))  # of each query lse and Σ do · o
+    rows = lse.new_empty((*lse.shape[:-1], 2, problem.rows))  # lse and Σ do · o of each query
     with torch.cuda.device_of(qkv):
         for part in problem.parts(backward=True):
             options = problem.options("query")

@@ -14,7 +14,7 @@ import triton.language as tl
 from medaccel.ops.window_attention.triton_kernels import BEYOND, LOG2E, PADDED, SIDE_CHANNELS
 
 _LOG2E = tl.constexpr(LOG2E)
-_SIDES = tl.constexpr(8)  # of three axes
+_SIDES = tl.constexpr(8)  # those of three axes
 _PADDED = PADDED
 _BEYOND = BEYOND
 _SIDE_CHANNELS = SIDE_CHANNELS

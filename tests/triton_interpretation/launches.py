@@ -155,7 +155,7 @@ def _record(arch: int, calls: dict[str, Callable[[], Any]], cache: Path) -> Laun
 
     jit.JITFunction.run = run
     operations = {}
-    for running, call in calls.items():  # noqa: B007 (`run` reads the name)
+    for running, call in calls.items():
         operations[running] = call()
     return Launches(list(found.values()), operations)
 

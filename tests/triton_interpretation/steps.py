@@ -52,7 +52,7 @@ def run(name: str, arch: int) -> dict[str, int]:
     from medaccel.ops.window_attention import triton
 
     given = [(op, _without_contents(arguments, torch_dtype)) for op, arguments in calls]
-    with mock.patch.object(triton, "architecture", lambda device: arch), _Recorder("aten") as recorder:
+    with mock.patch.object(triton, "architecture", return_value=arch), _Recorder("aten") as recorder:
         for op, arguments in given:
             launch: Any = triton.backward if op.endswith("_backward") else triton.forward
             launch(*arguments)
@@ -81,7 +81,7 @@ class _Recorder(TorchDispatchMode):
 def _kernels_serve_meta_tensors() -> Iterator[None]:
     import medaccel.ops.window_attention as attention
 
-    with mock.patch.object(attention, "unsupported", lambda *_: None):
+    with mock.patch.object(attention, "unsupported", return_value=None):
         yield
 
 

@@ -367,11 +367,11 @@ def _grad_table(problem: _Problem, part: _Part, tensors: tuple[Tensor, ...], gra
     """Launches the pass over the bias, and the sum over the pairs of tokens that read an entry of the table."""
     tile, n, count = problem.tiles["bias"], problem.tokens, part.count
     all_windows = problem.batch * problem.windows
-    tiles = triton.cdiv(n, tile.block_m) * triton.cdiv(n, tile.block_n) * count
-    group = triton.cdiv(all_windows, max(1, min(all_windows, _BIAS_PROGRAMS // tiles)))
+    tiles = triton.cdiv(n, tile.block_m) * triton.cdiv(n, tile.block_n)
+    group = triton.cdiv(all_windows, max(1, min(all_windows, _BIAS_PROGRAMS // (tiles * problem.heads))))
     groups = triton.cdiv(all_windows, group)
     partial = torch.empty(groups, count, n, n, dtype=torch.float32, device=grad_table.device)
-    bias_kernel[(groups * tiles,)](
+    bias_kernel[(groups * tiles * count,)](
         *part.inputs, *tensors, partial, all_windows, group, *part.scalars, **problem.options("bias")
     )  # fmt: skip
     table_kernel[(grad_table.shape[0],)](

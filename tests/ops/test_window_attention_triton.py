@@ -199,7 +199,7 @@ def test_heads_in_groups_give_the_same_bits(interpreter: Interpreter, monkeypatc
     case = CASES[1]
     tensors, grad = inputs(case, torch.float32)
     whole = with_kernels(case, tensors, grad)
-    monkeypatch.setattr(kernels, "_BIAS_BYTES", 2 * 4 * 64**2 * 2)  # two heads forward, one backward
+    monkeypatch.setattr(kernels, "_BIAS_BYTES", 2 * 4 * 64**2)  # two heads forward, one backward
     launches = len(interpreter.launches)
     parts = with_kernels(case, tensors, grad, interpreter)
     assert interpreter.launches[launches:].count("layout_kernel") == 2 + 3

@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,10 +99,11 @@ def launches(calls: Sequence[str], arch: int, cache: Path) -> Launches:
     return Launches(kernels, answer["torch"])
 
 
-def kernels_on_all(calls: Sequence[str], archs: Sequence[int], cache: Path) -> list[Compiled]:
-    """Compiles for several architectures, two at a time; returns the kernels."""
+def compile_calls(calls: Mapping[int, Sequence[str]], cache: Path) -> list[Compiled]:
+    """Compiles the calls of several architectures, two at a time; returns the kernels."""
     with ThreadPoolExecutor(2) as pool:
-        return [c for found in pool.map(lambda arch: launches(calls, arch, cache), archs) for c in found.kernels]
+        found = pool.map(lambda arch: launches(list(dict.fromkeys(calls[arch])), arch, cache), calls)
+        return [kernel for of_arch in found for kernel in of_arch.kernels]
 
 
 # The compiler's process

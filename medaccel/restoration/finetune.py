@@ -13,8 +13,8 @@ from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import RestorationTask
 from medaccel.restoration.methods.unet import UNetMethod
 from medaccel.restoration.sources import check_study_units
-from medaccel.restoration.study import load_study
-from medaccel.restoration.validate import common_task, study_folders
+from medaccel.restoration.study import find_studies, load_study
+from medaccel.restoration.validate import common_task
 from medaccel.weights import RESTORATION, find
 
 _HELD_OUT = 4  # the last one of so many studies is held out
@@ -75,7 +75,7 @@ def finetune(
         raise ValueError(
             f"model: {find(model)} holds the method {method.name}; expected unet, which can be trained on"
         )
-    folders = study_folders(Path(studies))
+    folders = find_studies(studies)
     task = common_task(folders, input_seconds, target_seconds)
     if check_units:
         check_study_units(folders, (*task.input_seconds, task.target_seconds))

@@ -94,7 +94,7 @@ def load_study(folder: str | Path, durations: Sequence[int] | None = None) -> PE
     record = _read_record(folder)
     if not record.get("complete", True):
         raise ValueError(f"{folder}: the writing of this study was interrupted (write it again)")
-    found = _durations(folder)
+    found = durations_of(folder)
     if not found:
         raise FileNotFoundError(f"{folder}: no exposures; expected files PET_<seconds>.nii.gz, as PET_60.nii.gz")
     required = record.get("durations_s", []) if durations is None else durations
@@ -139,7 +139,7 @@ def save_study(folder: str | Path, study: PETStudy, *, force: bool = False) -> N
     """
     folder = Path(folder)
     occupied = folder.is_dir() and (
-        is_complete(folder) or (_durations(folder) and not (folder / STUDY_JSON).exists())
+        is_complete(folder) or (durations_of(folder) and not (folder / STUDY_JSON).exists())
     )
     if occupied and not force:
         raise FileExistsError(f"{folder}: holds a study (force=True replaces it)")
@@ -161,7 +161,7 @@ def save_study(folder: str | Path, study: PETStudy, *, force: bool = False) -> N
             save_nifti(folder / name, make_nifti(array, study.affine), force=True)
         else:  # a file of the replaced study
             (folder / name).unlink(missing_ok=True)
-    for seconds in set(_durations(folder)) - set(study.exposures):
+    for seconds in set(durations_of(folder)) - set(study.exposures):
         (folder / f"PET_{seconds}.nii.gz").unlink()
     _write_record(folder, record | {"complete": True})
 
@@ -194,10 +194,10 @@ def find_studies(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    if _durations(folder):
+    if durations_of(folder):
         candidates = [folder]
     else:
-        candidates = sorted(path for path in folder.iterdir() if path.is_dir() and _durations(path))
+        candidates = sorted(path for path in folder.iterdir() if path.is_dir() and durations_of(path))
     studies = []
     for path in candidates:
         if _read_record(path).get("complete", True):
@@ -209,7 +209,7 @@ def find_studies(folder: str | Path) -> list[Path]:
     return studies
 
 
-def _durations(folder: Path) -> list[int]:
+def durations_of(folder: Path) -> list[int]:
     """Returns the seconds of the exposures in a folder, increasing."""
     matches = (_PET_NAME.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)

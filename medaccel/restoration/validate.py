@@ -8,7 +8,6 @@ the model was trained on, and tells whether fine-tuning is worth it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from medaccel.restoration.methods.base import Method, RestorationTask
 from medaccel.restoration.methods.names import IDENTITY, NOISE_FREE, ORACLE, label
 from medaccel.restoration.scoring import Scorer
 from medaccel.restoration.sources import check_study_units
-from medaccel.restoration.study import find_studies, load_study
-from medaccel.studies.digest import file_sha256
+from medaccel.restoration.study import durations_of, find_studies, load_study
+from medaccel.studies.digest import digest, file_sha256
 from medaccel.studies.tables import write_csv, write_json
 from medaccel.weights import RESTORATION, find
 
@@ -91,7 +90,7 @@ def validate(
             damaged; the model or a method is unknown.
         FileNotFoundError: there are no studies.
     """
-    folders = study_folders(Path(studies))
+    folders = find_studies(studies)
     task = common_task(folders, input_seconds, target_seconds)
     if check_units:
         check_study_units(folders, (*task.input_seconds, task.target_seconds))
@@ -103,8 +102,8 @@ def validate(
             "predicts"
         )
     fitted[_MODEL].task = task
-    identity = "\n".join([file_sha256(path), *map(str, folders), *methods, str(task)])
-    folder = Path(output) / hashlib.sha256(identity.encode()).hexdigest()[:12]
+    identity = [file_sha256(path), [str(folder) for folder in folders], list(methods), str(task)]
+    folder = Path(output) / digest(identity)
     for name in methods:
         method = make_method(name, task)
         method.fit(folders, folders, folder=folder / "fits" / name, progress=progress)
@@ -138,7 +137,7 @@ def common_task(
     """
     common: set[int] | None = None
     for folder in folders:
-        own = {int(path.name[4:-7]) for path in folder.glob("PET_[1-9]*.nii.gz") if path.name[4:-7].isdigit()}
+        own = set(durations_of(folder))
         common = own if common is None else common & own
     found = sorted(common or ())
     target = (found[-1] if found else 0) if target_seconds is None else target_seconds
@@ -152,12 +151,6 @@ def common_task(
             + (f"{asked} among them" if input_seconds or target_seconds else "at least two, such as 60 s and 90 s")
         )
     return RestorationTask(inputs, target)
-
-
-def study_folders(path: Path) -> list[Path]:
-    if any(path.glob("PET_[1-9]*.nii.gz")):
-        return [path]
-    return find_studies(path)
 
 
 def _mean(values: Any) -> float:

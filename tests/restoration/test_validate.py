@@ -118,8 +118,8 @@ def test_the_reference_is_independent_of_the_input(studies: Path) -> None:
     def correlation(nested: bool) -> float:
         patches = StudyPatches(folders, task, (16, 16, 16), nested=nested)
         flat = (slice(17, 22), slice(7, 17), slice(4, 22))  # neither edges nor the hot block
-        pairs = [(study.exposures[60], patches._reference(study, 60)) for study, *_ in patches.prepared]
-        images, references = (np.concatenate([pair[n][flat].ravel() for pair in pairs]) for n in (0, 1))
+        pairs = [(study.exposures[60][flat], patches._reference(study, 60, flat)) for study, *_ in patches.prepared]
+        images, references = (np.concatenate([pair[n].ravel() for pair in pairs]) for n in (0, 1))
         return float(np.corrcoef(images, references)[0, 1])
 
     assert correlation(False) > 0.7

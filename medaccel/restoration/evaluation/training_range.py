@@ -8,7 +8,7 @@ leaves noise elsewhere. Exposure, voxel size and noise can be measured in one PE
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,18 +175,13 @@ def noise_level(volume: Array, spacing: Sequence[float]) -> float:
     mask = body_mask(values, steps_mm, threshold=_BODY_SHARE * scale)
     mean = ndimage.gaussian_filter(values, [_MEAN_FWHM_MM / 2.3548 / s for s in steps_mm])
     difference = values
-    for axis, size in enumerate(steps_mm):
-        ahead = min(max(round(NOISE_STEP_MM / size), 1), volume.shape[axis] - 1)
-        there = [slice(None)] * 3
-        here = [slice(None)] * 3
-        there[axis], here[axis] = slice(ahead, None), slice(None, -ahead)
-        difference = difference[tuple(there)] - difference[tuple(here)]
-        mask = mask[tuple(there)] & mask[tuple(here)]  # all eight voxels lie in the body
-        mean = (mean[tuple(there)] + mean[tuple(here)]) / 2
+    for there, here in _neighbours(volume.shape, steps_mm):
+        difference = difference[there] - difference[here]
+        mask = mask[there] & mask[here]  # all eight voxels lie in the body
+        mean = (mean[there] + mean[here]) / 2
     if not mask.any():
         raise ValueError("volume has no body in it to tell the noise from; expected a PET of a patient")
-    relative = difference[mask] / mean[mask]
-    return float(_SD_PER_MAD * np.median(np.abs(relative)) / math.sqrt(8))
+    return _deviation(difference[mask] / mean[mask])
 
 
 def root_noise(volume: Array, spacing: Sequence[float]) -> float:
@@ -210,17 +205,29 @@ def root_noise(volume: Array, spacing: Sequence[float]) -> float:
     typical = float(np.square(root, dtype=np.float64).sum()) / total if total > 0 else 0.0
     inside = root > 0.4 * typical
     difference = root
-    for axis, size in enumerate(steps):
-        ahead = min(max(round(NOISE_STEP_MM / size), 1), volume.shape[axis] - 1)
-        there, here = [slice(None)] * 3, [slice(None)] * 3
-        there[axis], here[axis] = slice(ahead, None), slice(None, -ahead)
-        difference = difference[tuple(there)] - difference[tuple(here)]
-        inside = inside[tuple(there)] & inside[tuple(here)]
-    values = np.abs(difference[inside]) if inside.any() else np.abs(difference)
-    found = float(_SD_PER_MAD * np.median(values) / math.sqrt(8))
+    for there, here in _neighbours(volume.shape, steps):
+        difference = difference[there] - difference[here]
+        inside = inside[there] & inside[here]
+    found = _deviation(difference[inside] if inside.any() else difference)
     if not found > 0:
         raise ValueError("volume has no noise that could be measured; expected the PET of a patient")
     return found
+
+
+def _neighbours(
+    shape: Sequence[int], spacing: Sequence[float]
+) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Yields, for each axis, the slices of the voxels about 8 mm ahead and of those that they are compared with."""
+    for axis, (side, step) in enumerate(zip(shape, spacing, strict=True)):
+        ahead = min(max(round(NOISE_STEP_MM / step), 1), side - 1)
+        there, here = [slice(None)] * 3, [slice(None)] * 3
+        there[axis], here[axis] = slice(ahead, None), slice(None, -ahead)
+        yield tuple(there), tuple(here)
+
+
+def _deviation(mixed: Array) -> float:
+    """Returns the standard deviation of one of the eight terms of mixed differences."""
+    return float(_SD_PER_MAD * np.median(np.abs(mixed)) / math.sqrt(8))
 
 
 def _range(low: float, high: float) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from medaccel.restoration.methods.base import Fitted, Restoration, RestorationRequest, check_volume
 from medaccel.restoration.methods.networks import losses
-from medaccel.restoration.methods.networks.method import Candidates, NetworkMethod, as_batch, body_box, weights
+from medaccel.restoration.methods.networks.method import NetworkMethod, as_batch, body_box, choose_weight
 from medaccel.restoration.methods.networks.nets import ActivityNet, Conditioning, blend, swin_unetr
 from medaccel.restoration.settings import SwinSettings
 from medaccel.restoration.study import PETStudy
@@ -84,18 +84,12 @@ class SwinUNETRMethod(NetworkMethod):
     def choose(self, validation: Sequence[PETStudy], fitted: Fitted, seed: int, progress: bool) -> None:
         if self.settings["predict"] == "target":
             return
-        candidates = Candidates(self.task, validation)
-        for study in validation:
-            for seconds in self.task.input_seconds:
-                image = study.exposures[seconds]
-                predicted = self.predict(image, study.spacing, seconds, study.ct)
-                for weight in weights(seconds, self.task.target_seconds):
-                    name = f"weight {weight:g}"
-                    candidates.add(name, study, seconds, weight * image + (1 - weight) * predicted)
-        fitted.scores = candidates.scores()
-        fitted.choices = {
-            "weight": {str(t): float(candidates.best(t).removeprefix("weight ")) for t in self.task.input_seconds}
-        }
+        choose_weight(
+            self.task,
+            validation,
+            fitted,
+            lambda study, seconds: self.predict(study.exposures[seconds], study.spacing, seconds, study.ct),
+        )
 
     @torch.no_grad()
     def predict(

@@ -8,7 +8,6 @@ Training is on varied studies (`medaccel.restoration.simulation.varied`), which 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from medaccel.restoration.evaluation import metrics
 from medaccel.restoration.evaluation.training_range import TrainingRange, noise_level, root_noise
 from medaccel.restoration.methods import load_method
 from medaccel.restoration.methods.base import Fitted, Method, Restoration, RestorationRequest, check_volume
-from medaccel.restoration.methods.networks.method import Candidates, body_box, weights
+from medaccel.restoration.methods.networks.method import body_box, choose_weight, device_of
 from medaccel.restoration.methods.networks.study_patches import StudyPatches
 from medaccel.restoration.methods.networks.unet import RestorationUNet
 from medaccel.restoration.methods.networks.varied_patches import VariedPatches
@@ -33,6 +32,7 @@ from medaccel.restoration.settings import UNetSettings
 from medaccel.restoration.simulation.varied import write_varied
 from medaccel.restoration.study import PETStudy, load_study
 from medaccel.studies.digest import file_sha256
+from medaccel.studies.tables import write_csv
 from medaccel.training import ranks
 from medaccel.training.fit import NetworkFit, train
 from medaccel.weights import find
@@ -83,10 +83,8 @@ class _Validation(lightning.Callback):
         averaged = next((a.module for a in averages if a is not None), pl_module)
         shares = self.method.shares(averaged.network, self.studies)
         self.rows.append([trainer.global_step, *(round(100 * share, 2) for share in shares)])
-        with open(self.file, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *(f"share_{t}s" for t in self.method.task.input_seconds)])
-            writer.writerows(self.rows)
+        columns = ["step", *(f"share_{t}s" for t in self.method.task.input_seconds)]
+        write_csv(self.file, [dict(zip(columns, row, strict=True)) for row in self.rows], columns)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -144,7 +142,12 @@ class UNetMethod(Method):
         else:
             self._train(folder, chosen, seed, progress)
         if ranks.rank() == 0 and chosen:
-            self._choose(chosen)
+            choose_weight(
+                self.task,
+                chosen,
+                self.fitted,
+                lambda study, seconds: self.predict(study.exposures[seconds], study.spacing),
+            )
 
     def _take(self, weights: str) -> None:
         """Takes over trained weights, with the settings of their network."""
@@ -179,7 +182,7 @@ class UNetMethod(Method):
             "steps": s["steps"],
             "seconds_per_step": seconds_per_step,
             "trained_on": len(files),
-            "training_range": _range_of(files).plain(),
+            "training_range": _range_of(files, patches.records).plain(),
         }
 
     def finetune(
@@ -210,20 +213,6 @@ class UNetMethod(Method):
         self.fitted.losses, self.fitted.seconds = losses, seconds
         self.fitted.parameters["finetuned_on"] = len(studies)
 
-    def _choose(self, validation: Sequence[PETStudy]) -> None:
-        """Chooses the blend's weight: SSIM asks for a little more of the PET's own noise."""
-        candidates = Candidates(self.task, validation)
-        for study in validation:
-            for seconds in self.task.input_seconds:
-                image = study.exposures[seconds]
-                predicted = self.predict(image, study.spacing)
-                for weight in weights(seconds, self.task.target_seconds):
-                    candidates.add(f"weight {weight:g}", study, seconds, weight * image + (1 - weight) * predicted)
-        self.fitted.scores = candidates.scores()
-        self.fitted.choices = {
-            "weight": {str(t): float(candidates.best(t).removeprefix("weight ")) for t in self.task.input_seconds}
-        }
-
     def shares(self, network: nn.Module, studies: Sequence[PETStudy]) -> list[float]:
         """Returns, for each exposure, the mean share of the input's squared error that the network takes away."""
         found = []
@@ -253,7 +242,7 @@ class UNetMethod(Method):
             flips: images that are averaged, 1 or 2; None: the setting.
         """
         if network is None:
-            network = self.network.to(self.device())
+            network = self.network.to(device_of(self.settings))
         device = next(network.parameters()).device
         noise = torch.tensor([root_noise(volume, spacing)], dtype=torch.float32, device=device)
         steps = torch.tensor([[float(s) for s in spacing]], dtype=torch.float32, device=device)
@@ -306,11 +295,6 @@ class UNetMethod(Method):
         nearest = min(chosen, key=lambda t: abs(int(t) - seconds))
         return min(share + float(chosen[nearest]) - int(nearest) / self.task.target_seconds, 1.0)
 
-    def device(self) -> torch.device:
-        """Returns the device of the network: the first GPU, unless the settings keep to the CPU."""
-        gpu = torch.cuda.is_available() and self.settings["accelerator"] != "cpu"
-        return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-
     def state(self) -> dict[str, Any]:
         return {"network": self.network.state_dict()}
 
@@ -319,13 +303,12 @@ class UNetMethod(Method):
         self.network.eval()
 
 
-def _range_of(files: Sequence[Path]) -> TrainingRange:
+def _range_of(files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> TrainingRange:
     """Measures the range of varied studies, the noise on the first few of them."""
-    patches = VariedPatches(files, (1, 1, 1))
-    spacings = np.array([record["spacing"] for record in patches.records])
-    seconds = sorted({int(t) for record in patches.records for t in record["seconds"]})
+    spacings = np.array([record["spacing"] for record in records])
+    seconds = sorted({int(t) for record in records for t in record["seconds"]})
     levels = []
-    for file, record in zip(files[:_MEASURED_STUDIES], patches.records, strict=False):
+    for file, record in list(zip(files, records, strict=True))[:_MEASURED_STUDIES]:
         images = np.load(file, mmap_mode="r")
         levels += [
             noise_level(np.asarray(image, dtype=np.float32), record["spacing"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,8 +160,7 @@ class NetworkMethod(Method):
 
     def device(self) -> torch.device:
         """Returns the device on which windows are computed: the first GPU, unless the settings keep to the CPU."""
-        gpu = torch.cuda.is_available() and self.settings["accelerator"] != "cpu"
-        return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        return device_of(self.settings)
 
     def state(self) -> dict[str, Any]:
         return {"network": self.network.state_dict()}
@@ -246,6 +245,38 @@ def body_box(volume: np.ndarray, spacing: Sequence[float]) -> tuple[slice, slice
         for w, m, n in zip(where, margins, volume.shape, strict=True)
     )
     return i, j, k
+
+
+def device_of(settings: Mapping[str, Any]) -> torch.device:
+    """Returns the device of a network: the first GPU, unless its settings keep to the CPU."""
+    gpu = torch.cuda.is_available() and settings["accelerator"] != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def choose_weight(
+    task: RestorationTask,
+    validation: Sequence[PETStudy],
+    fitted: Fitted,
+    predict: Callable[[PETStudy, int], Array],
+) -> None:
+    """Chooses the weight of PET_t in its blend with the predicted activity, and notes all candidates' scores.
+
+    Args:
+        task: the exposures.
+        validation: the studies to choose on.
+        fitted: gets the choices and the scores.
+        predict: predicts the activity of a study's exposure.
+    """
+    candidates = Candidates(task, validation)
+    for study in validation:
+        for seconds in task.input_seconds:
+            image, predicted = study.exposures[seconds], predict(study, seconds)
+            for weight in weights(seconds, task.target_seconds):
+                candidates.add(f"weight {weight:g}", study, seconds, weight * image + (1 - weight) * predicted)
+    fitted.scores = candidates.scores()
+    fitted.choices = {
+        "weight": {str(t): float(candidates.best(t).removeprefix("weight ")) for t in task.input_seconds}
+    }
 
 
 def weights(seconds: int, target_seconds: int) -> Iterator[float]:

@@ -57,8 +57,7 @@ class StudyPatches(torch.utils.data.Dataset):
             slice(start := int(np.clip(c - side // 2, 0, max(n - side, 0))), min(start + side, n))
             for c, side, n in zip(centre, self.roi_size, image.shape, strict=True)
         )
-        reference = self._reference(study, seconds)[where]
-        stack = patch_of([image[where], reference], body[where], self.roi_size)
+        stack = patch_of([image[where], self._reference(study, seconds, where)], body[where], self.roi_size)
         tensors = torch.from_numpy(flipped(stack, rng))
         return {
             "input": tensors[:1],
@@ -76,10 +75,11 @@ class StudyPatches(torch.utils.data.Dataset):
         noises = {t: root_noise(study.exposures[t], study.spacing) for t in self.task.input_seconds}
         return study, body, np.argwhere(body), noises
 
-    def _reference(self, study: PETStudy, seconds: int) -> Array:
+    def _reference(self, study: PETStudy, seconds: int, where: tuple[slice, ...]) -> Array:
         if study.noise_free is not None:
-            return study.noise_free
-        target, longest = study.exposures[self.task.target_seconds], self.task.target_seconds
+            return study.noise_free[where]
+        longest = self.task.target_seconds
+        target = study.exposures[longest][where]
         if not self.nested:
             return target
-        return (longest * target - seconds * study.exposures[seconds]) / np.float32(longest - seconds)
+        return (longest * target - seconds * study.exposures[seconds][where]) / np.float32(longest - seconds)

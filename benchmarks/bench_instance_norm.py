@@ -7,15 +7,14 @@ torch's threads. Each row is a ratio within one run: peer's median time / medacc
 and writing the map once: no norm can be faster.
 """
 
-import argparse
+import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Contender, add_allocator, choose_allocator, machine, measure, rows_of, write_table
+from benchmarks.harness import Contender, command
 from medaccel.ops import instance_norm_act
 from medaccel.ops.instance_norm.cases import Case
 
@@ -61,29 +60,23 @@ class Work:
         return rows if training else [*rows, Contender("copy", torch.no_grad()(self.x.clone))]
 
 
+def checked(shape: tuple[int, ...], channels_last: bool, training: bool) -> list[Contender]:
+    """Makes a map and its contenders, which must agree."""
+    work = Work(shape, channels_last)
+    work.check_parity()
+    return work.contenders(training)
+
+
 def main() -> None:
     """Measures, prints, and writes the table if an output is given."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first map only, one second a row")
-    add_allocator(parser)
-    parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
-    arguments = parser.parse_args()
-    choose_allocator(arguments.allocator)
-    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
-    print("time: median; ×: that time over medaccel's; memory: peak above the start, results included")
-    rows: list[dict[str, object]] = []
-    for shape in SHAPES[:1] if arguments.quick else SHAPES:
-        for channels_last in (False, True):
-            for training in (False, True):
-                work = Work(shape, channels_last)
-                work.check_parity()
-                contenders = work.contenders(training)
-                measure(contenders, seconds=1.0 if arguments.quick else 3.0, least=3)
-                kind = "forward + backward" if training else "forward"
-                layout = "channels last" if channels_last else "contiguous"
-                rows += rows_of(f"{shape[2]}³, C = {shape[1]}, {layout}, {kind}", contenders)
-    if arguments.output:
-        write_table(arguments.output, rows)
+    works = {
+        f"{shape[2]}³, C = {shape[1]}, {'channels last' if last else 'contiguous'}, "
+        f"{'forward + backward' if training else 'forward'}": functools.partial(checked, shape, last, training)
+        for shape in SHAPES
+        for last in (False, True)
+        for training in (False, True)
+    }
+    command(__doc__, works, quick=4)  # the first map in both layouts
 
 
 if __name__ == "__main__":

@@ -188,10 +188,13 @@ def against_reference(
     return [Contender("medaccel", lambda: run(tensors)), Contender("PyTorch", plain)]
 
 
-def command(description: str | None, works: Mapping[str, Callable[[], list[Contender]]]) -> None:
-    """The command line of a benchmark: measures the works, prints, and writes the table where it is told to."""
+def command(description: str | None, works: Mapping[str, Callable[[], list[Contender]]], *, quick: int = 1) -> None:
+    """The command line of a benchmark: measures the works, prints, and writes the table where it is told to.
+
+    `quick` is the number of works that --quick measures.
+    """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="the first work only, for one second")
+    parser.add_argument("--quick", action="store_true", help="the first work or works only, for one second")
     add_allocator(parser)
     parser.add_argument("--output", type=Path, help="write the rows to this CSV file")
     arguments = parser.parse_args()
@@ -199,7 +202,7 @@ def command(description: str | None, works: Mapping[str, Callable[[], list[Conte
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"{arguments.allocator} allocator", sep=", ")
     print("time: median; ×: that time over medaccel's; memory: peak above the start, results included")
     rows: list[dict[str, object]] = []
-    for work in list(works)[: 1 if arguments.quick else None]:
+    for work in list(works)[: quick if arguments.quick else None]:
         contenders = works[work]()
         measure(contenders, seconds=1.0 if arguments.quick else 3.0, least=3)
         rows += rows_of(work, contenders)

@@ -18,18 +18,9 @@ from medaccel.restoration.methods.networks.method import Candidates, body_box
 from medaccel.restoration.methods.sdedit import _NoiseShown
 from medaccel.restoration.report.fits import fit_blocks
 from medaccel.restoration.study import PETStudy, save_study
+from tests.restoration.runs import TINY
 from tests.restoration.test_gaussian_methods import SPACING, make_study
 
-TINY: dict[str, Any] = {
-    "channels": [8, 16],
-    "roi_size": [16, 16, 16],
-    "steps": 2,
-    "steps_per_epoch": 2,
-    "samples": 3,
-    "sampling_steps": 2,
-    "validation_samples": 1,
-    "accelerator": "cpu",
-}
 SWIN: dict[str, Any] = {"steps": 1, "steps_per_epoch": 1, "num_heads": [3, 3, 3, 3], "depths": [1, 1, 1, 1]}
 
 
